@@ -1,0 +1,190 @@
+"""Every error that a layer, local or remote, raises on purpose.
+
+    SharedNormError
+    ├── ModuleError                     the layer was used in a way that it does not allow
+    │   ├── InvalidShape                rank, channels or sizes of a tensor     (also a ValueError)
+    │   ├── UnsupportedDType            element type of a tensor                (also a TypeError)
+    │   ├── TooFewValues                one value a channel in training         (also a ValueError)
+    │   ├── NonFiniteInput              NaN or infinity in training             (also a ValueError)
+    │   ├── InplaceInTraining           `inplace=True` and train mode
+    │   ├── BackwardWithoutForward      nothing to differentiate
+    │   ├── BackwardInEval              gradients asked for in eval mode
+    │   ├── LayerEmpty                  created empty, not loaded yet
+    │   └── InvalidFile                 `load` of a file that does not fit
+    ├── InvalidName                     of a layer or a namespace               (also a ValueError)
+    ├── InvalidConfiguration            of a layer or a connection              (also a ValueError)
+    ├── InvalidPageToken                                                        (also a ValueError)
+    ├── ConfigurationMismatch           the name is taken by another configuration
+    ├── LayerNotFound                                                           (also a LookupError)
+    ├── InputEvicted                    the server no longer keeps a forward's input
+    ├── MalformedMessage                a message contradicts itself
+    ├── LimitExceeded                   larger than the server's limit
+    ├── ServerUnavailable               not there, gone, or stopping            (also a ConnectionError)
+    ├── DeadlineExceeded                no answer in time                       (also a TimeoutError)
+    ├── CallCancelled                   the call was given up
+    ├── IncompatibleServer              another protocol, or not a sharednorm server
+    ├── HubClosed                       used after `close`
+    └── InternalError                   a defect on the server; its log has the details
+
+This is the one table. Each class declares its reason, an UPPER_SNAKE word that identifies it on the
+wire, and its gRPC status code, by number so that this module needs no gRPC; a class registers itself
+by being defined. The server turns an exception into (code, reason, message, metadata), and the
+client turns those back into the same class.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+MAX_MESSAGE_BYTES = 4096
+
+# gRPC status codes, https://grpc.io/docs/guides/status-codes/
+CANCELLED = 1
+UNKNOWN = 2
+INVALID_ARGUMENT = 3
+DEADLINE_EXCEEDED = 4
+NOT_FOUND = 5
+ALREADY_EXISTS = 6
+RESOURCE_EXHAUSTED = 8
+FAILED_PRECONDITION = 9
+UNIMPLEMENTED = 12
+INTERNAL = 13
+UNAVAILABLE = 14
+
+_registry: dict[str, type[SharedNormError]] = {}
+
+
+class SharedNormError(Exception):
+    """Base of all of them.
+
+    Args:
+        message: What was wrong, what was expected, what to do. Cut to 4 KiB of UTF-8.
+        metadata: Values that a program may want; they survive the wire.
+    """
+
+    reason: ClassVar[str]
+    code: ClassVar[int]
+
+    def __init_subclass__(cls, *, reason: str, code: int) -> None:
+        """Register the class under its reason, which no other class may have."""
+        super().__init_subclass__()
+        if reason in _registry:
+            raise TypeError(f"{cls.__name__} and {_registry[reason].__name__} share the reason {reason}")
+        cls.reason, cls.code = reason, code
+        _registry[reason] = cls
+
+    def __init__(self, message: str, metadata: dict[str, str] | None = None) -> None:
+        encoded = message.encode("utf-8", "backslashreplace")[:MAX_MESSAGE_BYTES]
+        self.message = encoded.decode("utf-8", "ignore")
+        self.metadata = dict(metadata or {})
+        super().__init__(self.message)
+
+    def __reduce__(self) -> tuple[type[SharedNormError], tuple[str, dict[str, str]]]:
+        """Pickle with the metadata, so that an error crosses a process boundary whole."""
+        return type(self), (self.message, self.metadata)
+
+
+def error_class(reason: str) -> type[SharedNormError] | None:
+    """Return the class that declares a reason, or None if no class does."""
+    return _registry.get(reason)
+
+
+def error_classes() -> tuple[type[SharedNormError], ...]:
+    """Return all classes of the table, in the order of their definition."""
+    return tuple(_registry.values())
+
+
+class ModuleError(SharedNormError, reason="MODULE_ERROR", code=INVALID_ARGUMENT):
+    """A layer was used in a way that it does not allow. The name is PuzzleLib's."""
+
+
+class InvalidShape(ModuleError, ValueError, reason="INVALID_SHAPE", code=INVALID_ARGUMENT):
+    """A tensor's or vector's rank, channels or sizes are not what the layer takes."""
+
+
+class UnsupportedDType(ModuleError, TypeError, reason="UNSUPPORTED_DTYPE", code=INVALID_ARGUMENT):
+    """A tensor's element type is not float32, float16 or bfloat16, or not the layer's `calctype`."""
+
+
+class TooFewValues(ModuleError, ValueError, reason="TOO_FEW_VALUES", code=INVALID_ARGUMENT):
+    """A training batch has one value a channel, of which no variance can be taken."""
+
+
+class NonFiniteInput(ModuleError, ValueError, reason="NON_FINITE_INPUT", code=INVALID_ARGUMENT):
+    """A training batch holds a NaN or an infinity, or its variance does not fit float32."""
+
+
+class InplaceInTraining(ModuleError, reason="INPLACE_IN_TRAINING", code=FAILED_PRECONDITION):
+    """An in-place layer was asked to train; backward would need the input that it overwrites."""
+
+
+class BackwardWithoutForward(ModuleError, reason="BACKWARD_WITHOUT_FORWARD", code=FAILED_PRECONDITION):
+    """Backward was called before any forward, or after the mode was set again."""
+
+
+class BackwardInEval(ModuleError, reason="BACKWARD_IN_EVAL", code=FAILED_PRECONDITION):
+    """Backward was called in eval mode, or for a forward in eval mode."""
+
+
+class LayerEmpty(ModuleError, reason="LAYER_EMPTY", code=FAILED_PRECONDITION):
+    """The layer was created with `empty=True` and has not been loaded yet."""
+
+
+class InvalidFile(ModuleError, ValueError, reason="INVALID_FILE", code=INVALID_ARGUMENT):
+    """A file is not one that `save` or PuzzleLib wrote, or is of another layer."""
+
+
+class InvalidName(SharedNormError, ValueError, reason="INVALID_NAME", code=INVALID_ARGUMENT):
+    """A layer's or namespace's name is empty, too long, or has control characters."""
+
+
+class InvalidConfiguration(SharedNormError, ValueError, reason="INVALID_CONFIGURATION", code=INVALID_ARGUMENT):
+    """A constructor's or setting's value is out of its range."""
+
+
+class InvalidPageToken(SharedNormError, ValueError, reason="INVALID_PAGE_TOKEN", code=INVALID_ARGUMENT):
+    """A page token is not one that the server gave."""
+
+
+class ConfigurationMismatch(SharedNormError, reason="CONFIGURATION_MISMATCH", code=ALREADY_EXISTS):
+    """The name is taken by a layer of another configuration; `metadata` names the fields that differ."""
+
+
+class LayerNotFound(SharedNormError, LookupError, reason="LAYER_NOT_FOUND", code=NOT_FOUND):
+    """No layer has that name, or it was deleted."""
+
+
+class InputEvicted(SharedNormError, reason="INPUT_EVICTED", code=FAILED_PRECONDITION):
+    """The server no longer keeps a forward's input. Remote layers send it again by themselves."""
+
+
+class MalformedMessage(SharedNormError, reason="MALFORMED_MESSAGE", code=INVALID_ARGUMENT):
+    """A message cannot be parsed, or its parts contradict each other."""
+
+
+class LimitExceeded(SharedNormError, reason="LIMIT_EXCEEDED", code=RESOURCE_EXHAUSTED):
+    """A request is larger than the server allows; the message says which limit."""
+
+
+class ServerUnavailable(SharedNormError, ConnectionError, reason="UNAVAILABLE", code=UNAVAILABLE):
+    """The server is not there, has gone in the middle of a call, or is stopping."""
+
+
+class DeadlineExceeded(SharedNormError, TimeoutError, reason="DEADLINE_EXCEEDED", code=DEADLINE_EXCEEDED):
+    """The answer did not come within the timeout."""
+
+
+class CallCancelled(SharedNormError, reason="CANCELLED", code=CANCELLED):
+    """The call was given up before its answer came."""
+
+
+class IncompatibleServer(SharedNormError, reason="INCOMPATIBLE_SERVER", code=UNIMPLEMENTED):
+    """The server speaks another protocol version, or is not a sharednorm server."""
+
+
+class HubClosed(SharedNormError, reason="HUB_CLOSED", code=FAILED_PRECONDITION):
+    """The hub was closed, or belongs to the process that this one was forked from."""
+
+
+class InternalError(SharedNormError, reason="INTERNAL", code=INTERNAL):
+    """A defect. On the server, its log has the details under the id in the message."""

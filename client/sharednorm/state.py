@@ -1,0 +1,256 @@
+"""What a layer remembers, and how it changes: pure functions over immutable values.
+
+A local layer and the server apply the same functions, so that one step means one thing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from sharednorm.config import Averaging, LayerConfig, NonFinitePolicy, Vector
+from sharednorm.errors import InvalidConfiguration, InvalidShape, LayerEmpty, NonFiniteInput
+
+
+@dataclass(frozen=True)
+class Moments:
+    """First two moments of a batch, per channel, over all axes but the channel's.
+
+    Attributes:
+        count: Values per channel: N times the spatial size.
+        mean: Arithmetic mean, float64 (C,). Applied as a (hi, lo) pair of float32.
+        m2: Sum of squared deviations from the mean, float64 (C,).
+    """
+
+    count: int
+    mean: npt.NDArray[np.float64]
+    m2: npt.NDArray[np.float64]
+
+    @property
+    def biased_var(self) -> npt.NDArray[np.float64]:
+        """Variance that normalizes the batch, m2 / count, float64 (C,)."""
+        return self.m2 / self.count
+
+    @property
+    def unbiased_var(self) -> npt.NDArray[np.float64]:
+        """Variance that the running average takes in, m2 / (count - 1), float64 (C,)."""
+        return self.m2 / (self.count - 1)
+
+
+@dataclass(frozen=True)
+class LayerState:
+    """Parameters, statistics and gradients of a layer at one version. Arrays are float32 (C,), read-only.
+
+    Attributes:
+        scale: Multiplier of the normalized value.
+        bias: Added after the multiplication.
+        mean: Running mean.
+        var: Running variance, unbiased.
+        scale_grad: Accumulated gradient of the scale.
+        bias_grad: Accumulated gradient of the bias.
+        num_of_props: Steps that the running statistics have taken in: the n of the averaging factor.
+        version: Steps applied since the layer was created; never decreases.
+        initialized: False for a layer made with `empty=True` that has not been loaded.
+    """
+
+    scale: Vector
+    bias: Vector
+    mean: Vector
+    var: Vector
+    scale_grad: Vector
+    bias_grad: Vector
+    num_of_props: int = 0
+    version: int = 0
+    initialized: bool = True
+
+
+@dataclass(frozen=True)
+class StateUpdate:
+    """New values for parts of a state; None leaves a part as it is. Arrays hold C values, of any shape."""
+
+    scale: npt.ArrayLike | None = None
+    bias: npt.ArrayLike | None = None
+    mean: npt.ArrayLike | None = None
+    var: npt.ArrayLike | None = None
+    scale_grad: npt.ArrayLike | None = None
+    bias_grad: npt.ArrayLike | None = None
+    num_of_props: int | None = None
+
+
+ARRAY_FIELDS = ("scale", "bias", "mean", "var", "scale_grad", "bias_grad")
+# What `load` restores, and what an empty layer needs before it can be used.
+SAVED_FIELDS = ("scale", "bias", "mean", "var")
+
+
+class NormalSampler(Protocol):
+    """The part of `numpy.random` or of a `Generator` that draws the initial scale."""
+
+    def normal(self, loc: float, scale: float, size: int) -> npt.NDArray[np.float64]:
+        """Draw `size` samples of N(loc, scale)."""
+        ...
+
+
+def initial_state(config: LayerConfig, sscale: float, sampler: NormalSampler, *, empty: bool = False) -> LayerState:
+    """Return the state of a new layer: scale ~ N(1, sscale), or 1 if not affine; bias 0, mean 0, variance 1.
+
+    Args:
+        config: The layer's.
+        sscale: Standard deviation of the initial scale, >= 0.
+        sampler: Where the scale is drawn from. One draw of C values, also if the layer is not affine,
+            as PuzzleLib does; none if it is empty.
+        empty: Whether the layer waits for `load`.
+
+    Raises:
+        InvalidConfiguration: `sscale` is negative or not finite.
+    """
+    if not (isinstance(sscale, (int, float, np.number)) and np.isfinite(sscale) and sscale >= 0):
+        raise InvalidConfiguration(f"sscale is {sscale!r} (expected: a finite number >= 0)")
+    ones, zeros = _frozen(np.ones(config.maps)), _frozen(np.zeros(config.maps))
+    scale = ones
+    if not empty:
+        scale = _frozen(sampler.normal(1.0, float(sscale) if config.affine else 0.0, config.maps))
+    return LayerState(scale, zeros, zeros, ones, zeros, zeros, initialized=not empty)
+
+
+def require_initialized(state: LayerState, layer: str) -> None:
+    """Check that a layer has a state to compute with.
+
+    Raises:
+        LayerEmpty: It was created empty and has not been loaded yet.
+    """
+    if not state.initialized:
+        raise LayerEmpty(f"{layer} was created with empty=True: call load() before using it")
+
+
+def step(state: LayerState, config: LayerConfig, batch: Moments) -> LayerState:
+    """Return the state after one training forward: its statistics have taken in a batch.
+
+    With n the step's number since the statistics began and f = max(initFactor / n, minFactor),
+    `running = (1 - f) * running + f * batch`, or with the weights exchanged for `Averaging.PRINTED`.
+    The variance taken in is the unbiased one. Computed in float64, rounded once to float32.
+
+    Raises:
+        NonFiniteInput: The batch's moments are not finite, or do not fit float32, and the layer refuses that.
+    """
+    number = state.num_of_props + 1
+    factor = config.factor(number)
+    weight = factor if config.averaging is Averaging.STANDARD else 1.0 - factor
+    with np.errstate(over="ignore", invalid="ignore"):
+        mean = _average(state.mean, batch.mean, weight)
+        var = _average(state.var, batch.unbiased_var, weight)
+        if config.nonfinite is NonFinitePolicy.REFUSE:
+            _refuse_nonfinite(batch)
+    return replace(state, mean=mean, var=var, num_of_props=number, version=state.version + 1)
+
+
+def accumulate_gradients(
+    state: LayerState, scale_grad: Vector, bias_grad: Vector, *, scale: float, momentum: float
+) -> LayerState:
+    """Return the state with `grad = scale * new + momentum * grad` for scale and bias.
+
+    Raises:
+        InvalidConfiguration: `scale` or `momentum` is not finite.
+    """
+    for name, value in (("scale", scale), ("momentum", momentum)):
+        if not np.isfinite(value):
+            raise InvalidConfiguration(f"{name} is {value!r} (expected: a finite number)")
+    new, old = np.float32(scale), np.float32(momentum)
+    return replace(
+        state,
+        scale_grad=_frozen(new * scale_grad + old * state.scale_grad),
+        bias_grad=_frozen(new * bias_grad + old * state.bias_grad),
+    )
+
+
+def update_params(state: LayerState, config: LayerConfig, learn_rate: float) -> LayerState:
+    """Return the state after `param += learn_rate * grad`, PuzzleLib's sign. Not affine: unchanged.
+
+    Raises:
+        InvalidConfiguration: `learn_rate` is not finite.
+    """
+    if not np.isfinite(learn_rate):
+        raise InvalidConfiguration(f"learnRate is {learn_rate!r} (expected: a finite number)")
+    if not config.affine:
+        return state
+    rate = np.float32(learn_rate)
+    return replace(
+        state,
+        scale=_frozen(state.scale + rate * state.scale_grad),
+        bias=_frozen(state.bias + rate * state.bias_grad),
+    )
+
+
+def updated(state: LayerState, config: LayerConfig, update: StateUpdate) -> LayerState:
+    """Return the state with the parts that an update sets.
+
+    An empty layer becomes usable by an update that sets scale, bias, mean and var.
+
+    Raises:
+        InvalidShape: An array does not hold C values.
+        InvalidConfiguration: A variance is negative, `num_of_props` is, or a layer that is not affine would
+            get another scale than 1 or another bias than 0.
+        LayerEmpty: The layer is empty and the update does not set all four.
+    """
+    arrays = {
+        name: _vector(name, getattr(update, name), config.maps)
+        for name in ARRAY_FIELDS
+        if getattr(update, name) is not None
+    }
+    if not state.initialized and not set(SAVED_FIELDS) <= arrays.keys():
+        raise LayerEmpty("the layer is empty: scale, bias, mean and var must be set together")
+    if "var" in arrays and bool((arrays["var"] < 0).any()):
+        raise InvalidConfiguration("var has a negative value (expected: variances, each >= 0)")
+    if not config.affine and (
+        bool((arrays.get("scale", np.float32(1)) != 1).any()) or bool((arrays.get("bias", np.float32(0)) != 0).any())
+    ):
+        raise InvalidConfiguration("the layer is not affine: its scale is 1 and its bias 0, fixed")
+    number = update.num_of_props
+    if number is not None and number < 0:
+        raise InvalidConfiguration(f"numOfProps is {number} (expected: at least 0)")
+    return replace(
+        state,
+        **arrays,
+        num_of_props=state.num_of_props if number is None else int(number),
+        initialized=True,
+    )
+
+
+def _average(running: Vector, batch: npt.NDArray[np.float64], weight: float) -> Vector:
+    # A weight of exactly 0 or 1 must not let a non-finite value of the other side through.
+    if weight == 0.0:
+        return running
+    if weight == 1.0:
+        return _frozen(batch)
+    return _frozen((1.0 - weight) * running.astype(np.float64) + weight * batch)
+
+
+def _refuse_nonfinite(batch: Moments) -> None:
+    largest = float(np.finfo(np.float32).max)
+    good = (np.abs(batch.mean) <= largest) & (batch.unbiased_var <= largest)
+    if good.all():
+        return
+    bad = np.flatnonzero(~good)
+    listed = ", ".join(map(str, bad[:8])) + (", ..." if len(bad) > 8 else "")
+    raise NonFiniteInput(
+        f"Data has a NaN, an infinity or a variance beyond float32 in {len(bad)} of {len(good)} maps ({listed}); "
+        "the statistics stay as they were (expected: finite values; nonfinite='allow' turns this check off)",
+        {"maps": listed},
+    )
+
+
+def _vector(name: str, value: npt.ArrayLike, maps: int) -> Vector:
+    array = np.asarray(value)
+    if array.size != maps or (array.ndim > 0 and max(array.shape) != maps):
+        raise InvalidShape(f"{name} has shape {array.shape} (expected: {maps} values, one a map)")
+    return _frozen(array.reshape(maps))
+
+
+def _frozen(values: npt.NDArray[Any]) -> Vector:
+    # A copy of its own, so that nobody else can write to what a state holds.
+    with np.errstate(over="ignore"):
+        result = np.array(values, dtype=np.float32)
+    result.setflags(write=False)
+    return result

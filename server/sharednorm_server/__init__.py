@@ -1,0 +1,1 @@
+"""The server: keeps named batch-normalization layers and computes with them."""
