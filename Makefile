@@ -1,39 +1,92 @@
 # Every target works on a fresh clone with Python 3.10+ and make. `make help` lists them.
 
+# Another interpreter gets another virtual environment: make test PYTHON=python3.12
 PYTHON ?= python3
-VENV   ?= .venv
-BIN    := $(VENV)/bin
+# Arguments for pytest: make test ARGS="-k wire -x"
+ARGS   ?=
+# TORCH=1 installs PyTorch, an oracle of the tests and the peer of the benchmarks. Of its builds pip takes the one
+# that its settings lead to; the one for the CPU is enough.
+TORCH  ?=
+# make serve LISTEN=unix:/run/sharednorm.sock
 LISTEN ?= 127.0.0.1:50051
 DEVICE ?= cpu
-# Arguments for pytest, for example: make test ARGS="-k wire -x"
-ARGS   ?=
-# TORCH=1 installs PyTorch, an oracle of the tests and the peer of the benchmarks.
-TORCH  ?=
+STATE  ?= memory:
+
 TORCH_VERSION := 2.13.0
 
+ifeq ($(origin PYTHON),file)
+VENV ?= .venv
+else
+VENV ?= .venv-$(shell $(PYTHON) -c 'import platform; print(platform.python_version())' 2>/dev/null || echo none)
+endif
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
 .DEFAULT_GOAL := help
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+.PHONY: help demo test serve check bench proto clean
 
 help:  ## List the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-# One marker a set of packages; a changed pyproject.toml installs anew.
-$(VENV)/.created:
-	$(PYTHON) -m venv $(VENV)
-	@touch $@
+demo: $(READY)-demo  ## Several processes share layers on one server, on real data (under a minute)
+	$(BIN)/python -m examples.demo
 
-$(VENV)/.%: pyproject.toml | $(VENV)/.created
-	$(BIN)/pip install --quiet --editable '.[$*]'
-	@touch $@
+test: $(READY)-test $(if $(TORCH),$(READY)-torch)  ## Run every test that this machine can run; TORCH=1 compares with PyTorch too
+	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
-$(VENV)/.torch: | $(VENV)/.test
+serve: $(READY)-server  ## Run a server in the foreground; LISTEN=, DEVICE= and STATE= are its options
+	exec $(BIN)/sharednorm serve --listen '$(LISTEN)' --device '$(DEVICE)' --state '$(STATE)'
+
+check: $(READY)-check $(READY)-test $(READY)-demo  ## Lint, types, the contract, and whether the generated code is fresh
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/buf lint
+	$(BIN)/buf format --diff --exit-code
+	$(call generate,$(VENV)/generated)
+	diff -r -x __init__.py -x __pycache__ $(VENV)/generated/sharednorm/v1 client/sharednorm/v1 \
+	    || { echo 'client/sharednorm/v1 is not what proto/ makes: run `make proto`' >&2; exit 1; }
+
+bench: $(READY)-demo $(READY)-torch  ## Compare with PyTorch and measure the server; results go to benchmarks/results
+	$(BIN)/python -m benchmarks.local
+	$(BIN)/python -m benchmarks.remote
+	$(BIN)/python -m benchmarks.plot
+
+proto: $(READY)-check  ## Generate the Python code of proto/ anew
+	$(call generate,$(VENV)/generated)
+	find client/sharednorm/v1 -name '*_pb2*' -delete
+	cp $(VENV)/generated/sharednorm/v1/* client/sharednorm/v1/
+
+clean:  ## Remove what the targets made, virtual environments included
+	rm -rf .venv .venv-* build dist demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find client server tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# $(call generate,DIRECTORY): the Python code of proto/, into an empty directory.
+PROTOC = $(BIN)/python -m grpc_tools.protoc --proto_path=proto \
+    --plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy --plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc
+define generate
+	rm -rf '$1' && mkdir -p '$1'
+	$(PROTOC) --python_out='$1' --mypy_out=quiet:'$1' $$(cd proto && find sharednorm -name '*.proto' | sort)
+	$(PROTOC) --grpc_python_out='$1' --mypy_grpc_out=quiet:'$1' $$(cd proto && grep -rl '^service ' sharednorm | sort)
+endef
+
+# One marker for each set of packages, an extra of pyproject.toml; a changed pyproject.toml installs anew.
+$(READY)-torch: $(READY)-test Makefile
 	$(BIN)/pip install --quiet 'torch==$(TORCH_VERSION)'
 	@touch $@
 
-PROTOC := $(BIN)/python -m grpc_tools.protoc --proto_path=proto \
-    --plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy --plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc
+$(READY)-%: pyproject.toml | $(VENV)/.created
+	@echo 'installing the packages for `make $*` into $(VENV)'
+	$(BIN)/pip install --quiet --editable '.[$*]'
+	@touch $@
 
-proto: $(VENV)/.check  ## Generate the Python code of proto/ anew
-	$(PROTOC) --python_out=client --mypy_out=quiet:client proto/sharednorm/v1/*.proto
-	$(PROTOC) --grpc_python_out=client --mypy_grpc_out=quiet:client proto/sharednorm/v1/service.proto
-
-.PHONY: help proto
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
+	    { echo 'sharednorm needs Python 3.10 or newer, and $(PYTHON) is not: make TARGET PYTHON=python3.11' >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
+	    { echo '$(PYTHON) has no venv module: apt-get install python3-venv, or the like' >&2; exit 1; }
+	@echo 'making the virtual environment $(VENV)'
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@

@@ -1,0 +1,69 @@
+"""What every suite shares: tests that a machine cannot run are left out, listed at the end, and refused where asked.
+
+The environment variable SHAREDNORM_LEFT_OUT says what may be left out: "anything" (the default), "torch" (only
+comparisons with PyTorch), or "nothing"; what is left out against it fails the run.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections import Counter
+
+import pytest
+
+LEFT_OUT = "SHAREDNORM_LEFT_OUT"
+NEEDS_TORCH = "compares with PyTorch, which is not installed"
+HOW_TO_ADD = "make test TORCH=1"
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Leave a comparison with PyTorch out where there is none."""
+    if item.get_closest_marker("torch") and importlib.util.find_spec("torch") is None:
+        pytest.skip(NEEDS_TORCH)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fail a complete run that left something out against SHAREDNORM_LEFT_OUT."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is None or session.exitstatus != pytest.ExitCode.OK:
+        return
+    if _refused(_left_out(reporter)):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """List what was left out, with the command that adds it."""
+    left_out = _left_out(terminalreporter)
+    for (what, reason), number in sorted(left_out.items()):
+        things = f"{number} {what}{'s' if number > 1 else ''}"
+        if _needs_torch(reason):
+            that = "that compare" if number > 1 else "that compares"
+            terminalreporter.write_line(f"left out: {things} {that} with PyTorch; to add: {HOW_TO_ADD}", yellow=True)
+        else:
+            terminalreporter.write_line(f"left out: {things}: {reason}", yellow=True)
+    if _refused(left_out):
+        allowed = os.environ[LEFT_OUT]
+        terminalreporter.write_line(f"{LEFT_OUT}={allowed}: what is left out fails this run", red=True)
+
+
+def _left_out(reporter: pytest.TerminalReporter) -> Counter[tuple[str, str]]:
+    """Count the skips by what was skipped, a test or a whole file, and why."""
+    skipped: Counter[tuple[str, str]] = Counter()
+    for report in reporter.stats.get("skipped", []):
+        what = "file of tests" if isinstance(report, pytest.CollectReport) else "test"
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        skipped[what, reason.removeprefix("Skipped: ")] += 1
+    return skipped
+
+
+def _needs_torch(reason: str) -> bool:
+    return reason == NEEDS_TORCH or "'torch'" in reason
+
+
+def _refused(left_out: Counter[tuple[str, str]]) -> bool:
+    allowed = os.environ.get(LEFT_OUT, "anything")
+    if allowed not in {"anything", "torch", "nothing"}:
+        raise pytest.UsageError(f"{LEFT_OUT} is {allowed!r} (expected: anything, torch or nothing)")
+    return any(allowed == "nothing" or not _needs_torch(reason) for _, reason in left_out) and allowed != "anything"
