@@ -1,0 +1,288 @@
+"""Messages of the contract to the library's own types and back, for the server and the client alike.
+
+Whatever comes from the wire is checked here; after that it is right, or a typed error was raised.
+Tensors are in `wire`, errors in `_status`, whose functions are offered here too.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from sharednorm._status import ERROR_KEY, error_from_call, error_from_detail, error_to_detail, error_to_status
+from sharednorm.config import (
+    Averaging,
+    LayerConfig,
+    LayerKind,
+    NonFinitePolicy,
+    Vector,
+    check_name,
+    check_namespace,
+)
+from sharednorm.errors import InvalidConfiguration, InvalidShape, MalformedMessage
+from sharednorm.state import ARRAY_FIELDS, SAVED_FIELDS, LayerState, Moments, StateUpdate
+from sharednorm.v1 import layer_pb2, tensor_pb2
+from sharednorm.wire import field_header
+
+__all__ = [
+    "ERROR_KEY",
+    "config_from_proto",
+    "config_to_proto",
+    "error_from_call",
+    "error_from_detail",
+    "error_to_detail",
+    "error_to_status",
+    "mode_from_proto",
+    "mode_to_proto",
+    "moments_from_proto",
+    "moments_to_proto",
+    "ref_from_proto",
+    "ref_to_proto",
+    "state_from_proto",
+    "state_to_proto",
+    "update_from_proto",
+    "update_to_proto",
+    "vector_from_proto",
+    "vector_to_proto",
+]
+
+E = TypeVar("E", bound=enum.Enum)
+
+_KINDS = {
+    LayerKind.BATCH_NORM: layer_pb2.LAYER_KIND_BATCH_NORM,
+    LayerKind.BATCH_NORM_1D: layer_pb2.LAYER_KIND_BATCH_NORM_1D,
+    LayerKind.BATCH_NORM_2D: layer_pb2.LAYER_KIND_BATCH_NORM_2D,
+    LayerKind.BATCH_NORM_3D: layer_pb2.LAYER_KIND_BATCH_NORM_3D,
+}
+_AVERAGING = {
+    Averaging.STANDARD: layer_pb2.AVERAGING_STANDARD,
+    Averaging.PRINTED: layer_pb2.AVERAGING_PRINTED,
+}
+_NONFINITE = {
+    NonFinitePolicy.REFUSE: layer_pb2.NON_FINITE_POLICY_REFUSE,
+    NonFinitePolicy.ALLOW: layer_pb2.NON_FINITE_POLICY_ALLOW,
+}
+_MODES = {None: layer_pb2.MODE_UNSPECIFIED, True: layer_pb2.MODE_TRAIN, False: layer_pb2.MODE_EVAL}
+_TRAIN = {int(mode): train for train, mode in _MODES.items()}
+
+
+# --- Names and configurations -----------------------------------------------------------------------
+
+
+def ref_to_proto(namespace: str, name: str) -> layer_pb2.LayerRef:
+    """Return the message that names a layer."""
+    return layer_pb2.LayerRef(namespace=namespace, name=name)
+
+
+def ref_from_proto(ref: layer_pb2.LayerRef) -> tuple[str, str]:
+    """Return namespace ("default" if it is not set) and name.
+
+    Raises:
+        InvalidName: One of them is not allowed.
+    """
+    return check_namespace(ref.namespace), check_name(ref.name)
+
+
+def config_to_proto(config: LayerConfig) -> layer_pb2.LayerConfig:
+    """Return a configuration as a message."""
+    return layer_pb2.LayerConfig(
+        kind=_KINDS[config.kind],
+        maps=int(config.maps),
+        epsilon=float(config.epsilon),
+        init_factor=float(config.init_factor),
+        min_factor=float(config.min_factor),
+        affine=config.affine,
+        averaging=_AVERAGING[config.averaging],
+        nonfinite=_NONFINITE[config.nonfinite],
+    )
+
+
+def config_from_proto(message: layer_pb2.LayerConfig) -> LayerConfig:
+    """Return a message's configuration. Averaging and the policy may be unset and mean their defaults.
+
+    Raises:
+        InvalidConfiguration: A value is out of its range, or a kind, average or policy is unknown.
+    """
+    return LayerConfig(
+        kind=_member("kind", _KINDS, message.kind, None),
+        maps=message.maps,
+        epsilon=message.epsilon,
+        init_factor=message.init_factor,
+        min_factor=message.min_factor,
+        affine=message.affine,
+        averaging=_member("averaging", _AVERAGING, message.averaging, Averaging.STANDARD),
+        nonfinite=_member("nonfinite", _NONFINITE, message.nonfinite, NonFinitePolicy.REFUSE),
+    )
+
+
+def mode_to_proto(train: bool | None) -> layer_pb2.Mode.ValueType:
+    """Return the mode of a call; None is the layer's default."""
+    return _MODES[train]
+
+
+def mode_from_proto(mode: int) -> bool | None:
+    """Return whether a call trains; None is the layer's default.
+
+    Raises:
+        InvalidConfiguration: The mode is unknown.
+    """
+    if mode not in _TRAIN:
+        raise InvalidConfiguration(f"mode is {mode} (expected: one of {sorted(_TRAIN)})")
+    return _TRAIN[mode]
+
+
+def _member(name: str, numbers: dict[E, Any], number: int, default: E | None) -> E:
+    if number == 0 and default is not None:
+        return default
+    for member, known in numbers.items():
+        if known == number:
+            return member
+    listed = ", ".join(f"{int(known)} for {member.name}" for member, known in numbers.items())
+    raise InvalidConfiguration(f"{name} is {number} (expected: {listed})")
+
+
+# --- Vectors and moments ----------------------------------------------------------------------------
+
+
+def vector_to_proto(values: npt.ArrayLike) -> tensor_pb2.FloatVector:
+    """Return values, rounded to float32 and in row-major order, as a message."""
+    with np.errstate(over="ignore"):
+        array = np.asarray(values, dtype="<f4")
+    # The runtime takes arrays value by value, forty times slower than it parses the same bytes.
+    return tensor_pb2.FloatVector.FromString(_packed(1, array))
+
+
+def vector_from_proto(message: tensor_pb2.FloatVector, maps: int) -> Vector:
+    """Return a message's values, float32 (C,), read-only.
+
+    Raises:
+        MalformedMessage: There are not `maps` values.
+    """
+    return _vector("the vector", message, maps)
+
+
+def moments_to_proto(moments: Moments) -> tensor_pb2.Moments:
+    """Return moments as a message, to the last bit."""
+    packed = _packed(2, np.asarray(moments.mean, dtype="<f8")) + _packed(3, np.asarray(moments.m2, dtype="<f8"))
+    message = tensor_pb2.Moments.FromString(packed)
+    message.count = int(moments.count)
+    return message
+
+
+def moments_from_proto(message: tensor_pb2.Moments, maps: int, *, allow_nonfinite: bool = False) -> Moments:
+    """Return a message's moments. The arrays are float64 (C,), read-only.
+
+    Args:
+        message: What was received.
+        maps: Channels of the layer.
+        allow_nonfinite: Whether a mean or m2 may be NaN or infinite, as a layer with `nonfinite="allow"` may have it.
+
+    Raises:
+        MalformedMessage: The count is 0, there are not `maps` values, or an m2 is negative or not finite.
+    """
+    if message.count < 1:
+        raise MalformedMessage("the moments have count 0 (expected: at least 1)")
+    if len(message.mean) != maps or len(message.m2) != maps:
+        raise MalformedMessage(
+            f"the moments have {len(message.mean)} means and {len(message.m2)} m2 (expected: {maps} of each)"
+        )
+    mean, m2 = np.array(message.mean, dtype=np.float64), np.array(message.m2, dtype=np.float64)
+    mean.setflags(write=False)
+    m2.setflags(write=False)
+    if bool((m2 < 0).any()):
+        raise MalformedMessage("the moments have a negative m2 (expected: sums of squares, each >= 0)")
+    if not allow_nonfinite and not (np.isfinite(mean).all() and np.isfinite(m2).all()):
+        raise MalformedMessage("the moments have a NaN or an infinity (expected: finite values)")
+    return Moments(message.count, mean, m2)
+
+
+def _packed(number: int, array: npt.NDArray[Any]) -> bytes:
+    return field_header(number, array.nbytes) + array.tobytes()
+
+
+def _vector(what: str, message: tensor_pb2.FloatVector, maps: int) -> Vector:
+    if len(message.values) != maps:
+        raise MalformedMessage(f"{what} has {len(message.values)} values (expected: {maps}, one a map)")
+    return _values(message)
+
+
+def _values(message: tensor_pb2.FloatVector) -> Vector:
+    array = np.array(message.values, dtype=np.float32)
+    array.setflags(write=False)
+    return array
+
+
+# --- States -----------------------------------------------------------------------------------------
+
+
+def state_to_proto(state: LayerState, gradients: bool) -> layer_pb2.LayerState:
+    """Return a state as a message, with its accumulated gradients or without them."""
+    message = layer_pb2.LayerState(num_of_props=state.num_of_props)
+    for name in ARRAY_FIELDS if gradients else SAVED_FIELDS:
+        getattr(message, name).CopyFrom(vector_to_proto(getattr(state, name)))
+    return message
+
+
+def state_from_proto(layer: layer_pb2.Layer, message: layer_pb2.LayerState) -> LayerState:
+    """Return the state that an answer describes. Gradients that it does not carry are 0.
+
+    Raises:
+        MalformedMessage: A parameter or statistic is missing, or does not hold one value a map.
+    """
+    maps = layer.config.maps
+    present = _present(message)
+    vectors: dict[str, Vector] = {}
+    for name in ARRAY_FIELDS:
+        if name in present:
+            vectors[name] = _vector(name, present[name], maps)
+        elif name in SAVED_FIELDS:
+            raise MalformedMessage(f"the layer's state has no {name}")
+        else:
+            vectors[name] = np.zeros(maps, np.float32)
+            vectors[name].setflags(write=False)
+    return LayerState(
+        **vectors,
+        num_of_props=present.get("num_of_props", layer.num_of_props),
+        version=layer.version,
+        initialized=layer.initialized,
+    )
+
+
+def update_to_proto(update: StateUpdate) -> layer_pb2.LayerState:
+    """Return an update as a message that sets what the update sets.
+
+    Raises:
+        InvalidShape: An array has more than one axis that is longer than 1.
+        InvalidConfiguration: `num_of_props` does not fit 64 bits, or is negative.
+    """
+    message = layer_pb2.LayerState()
+    if update.num_of_props is not None:
+        if not 0 <= update.num_of_props < 1 << 64:
+            raise InvalidConfiguration(f"numOfProps is {update.num_of_props} (expected: 0 to 2**64 - 1)")
+        message.num_of_props = int(update.num_of_props)
+    for name in ARRAY_FIELDS:
+        values = getattr(update, name)
+        if values is not None:
+            getattr(message, name).CopyFrom(vector_to_proto(_one_axis(name, values)))
+    return message
+
+
+def update_from_proto(message: layer_pb2.LayerState) -> StateUpdate:
+    """Return the update that a message asks for. `state.updated` checks lengths and ranges."""
+    present = _present(message)
+    vectors = {name: _values(present[name]) for name in ARRAY_FIELDS if name in present}
+    return StateUpdate(**vectors, num_of_props=present.get("num_of_props"))
+
+
+def _present(message: layer_pb2.LayerState) -> dict[str, Any]:
+    return {field.name: value for field, value in message.ListFields()}
+
+
+def _one_axis(name: str, values: npt.ArrayLike) -> npt.NDArray[Any]:
+    array = np.asarray(values)
+    if array.ndim > 0 and max(array.shape) != array.size:
+        raise InvalidShape(f"{name} has shape {array.shape} (expected: one value a map, on one axis)")
+    return array

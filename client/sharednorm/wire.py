@@ -1,0 +1,352 @@
+"""Tensors on the wire: the one place where they become bytes, and bytes become tensors.
+
+A message that carries a tensor has its elements in field 15, behind everything else. Python's protobuf
+runtime copies such a field several times, so this module frames it by hand: `encode` joins the small
+fields, which the runtime serializes, with the array's own memory, and `decode` finds the field in the
+received bytes and leaves it where it is. One copy each way, and on the wire an ordinary protobuf message.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+from google.protobuf.message import DecodeError
+
+from sharednorm.config import Array, check_dtype, dtype_of
+from sharednorm.errors import InvalidShape, LimitExceeded, MalformedMessage, UnsupportedDType
+from sharednorm.v1 import tensor_pb2
+
+if TYPE_CHECKING:
+    from google.protobuf.message import Message
+
+    M = TypeVar("M", bound=Message)
+else:
+    M = TypeVar("M")
+
+PROTOCOL = 1
+"""Version of the contract that this library speaks."""
+
+DATA_FIELD = 15
+"""Number of the field that carries a tensor's bytes, in every message that has one."""
+
+DEFAULT_CHUNK_BYTES = 1 << 20
+MAX_UNARY_BYTES = 1 << 20
+"""Larger tensors travel as streams."""
+
+MAX_RANK = 8
+"""Most axes that a shape may name; the layers take at most 5."""
+
+# protobuf refuses a field that is longer.
+_MAX_FIELD_BYTES = (1 << 31) - 1
+
+_DATA_TAG = (DATA_FIELD << 3) | 2
+_OFFSET_TAG = b"\x10"  # field 2, a varint
+
+_DTYPES = {
+    "float32": tensor_pb2.DATA_TYPE_FLOAT32,
+    "float16": tensor_pb2.DATA_TYPE_FLOAT16,
+    "bfloat16": tensor_pb2.DATA_TYPE_BFLOAT16,
+}
+_DTYPE_NAMES = {int(number): name for name, number in _DTYPES.items()}
+_ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+# --- Type and shape ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TensorLayout:
+    """A tensor's type and shape, checked.
+
+    Attributes:
+        dtype_name: "float32", "float16" or "bfloat16".
+        shape: Sizes of the axes, each at least 1.
+        nbytes: Bytes of all elements.
+    """
+
+    dtype_name: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+def spec_of(array: Array) -> tensor_pb2.TensorSpec:
+    """Describe an array.
+
+    Raises:
+        UnsupportedDType: Its elements are not float32, float16 or bfloat16.
+    """
+    return tensor_pb2.TensorSpec(dtype=_DTYPES[check_dtype(array.dtype)], shape=array.shape)
+
+
+def layout_of(spec: tensor_pb2.TensorSpec, max_bytes: int, *, limit: str = "max_tensor_bytes") -> TensorLayout:
+    """Check a received type and shape. Nothing is allocated, and no number overflows.
+
+    Args:
+        spec: What the message says.
+        max_bytes: Most bytes that the tensor may have.
+        limit: What that limit is called, for the message.
+
+    Raises:
+        UnsupportedDType: The element type is not set, or unknown.
+        InvalidShape: There are more than 8 axes, or one whose size is not at least 1.
+        LimitExceeded: The tensor has more than `max_bytes`.
+    """
+    name = _DTYPE_NAMES.get(int(spec.dtype))
+    if name is None:
+        raise UnsupportedDType(
+            f"Unsupported dtype: the message says element type {int(spec.dtype)} (expected: {', '.join(_DTYPES)})"
+        )
+    rank = len(spec.shape)
+    if not 1 <= rank <= MAX_RANK:
+        raise InvalidShape(f"the message's shape has {rank} axes (expected: 1 to {MAX_RANK})")
+    shape = tuple(int(size) for size in spec.shape)
+    if min(shape) < 1:
+        raise InvalidShape(f"the message's shape is {shape} (expected: every size at least 1)")
+    nbytes = math.prod(shape) * _ITEM_BYTES[name]
+    if nbytes > max_bytes:
+        raise LimitExceeded(
+            f"a {name} tensor of shape {shape} has {nbytes} bytes (expected: at most {limit} = {max_bytes})",
+            {"limit": limit, "value": str(max_bytes)},
+        )
+    return TensorLayout(name, shape, nbytes)
+
+
+# --- Arrays and bytes -------------------------------------------------------------------------------
+
+
+def payload(array: Array) -> memoryview:
+    """Return an array's elements as they travel: row-major, little-endian bytes.
+
+    It is the array's own memory where that already is so, and a copy otherwise. Bits are kept, those of
+    NaNs included.
+
+    Raises:
+        UnsupportedDType: The elements are not float32, float16 or bfloat16.
+    """
+    check_dtype(array.dtype)
+    # As integers of that size: bfloat16 exports no buffer, and no conversion can touch the bits.
+    integers = np.dtype(f"u{array.dtype.itemsize}")
+    bits = np.asarray(array).view(integers.newbyteorder(array.dtype.byteorder))
+    wire_order = np.ascontiguousarray(bits, dtype=integers.newbyteorder("<"))
+    return wire_order.reshape(-1).view(np.uint8).data
+
+
+def as_array(layout: TensorLayout, data: memoryview) -> Array:
+    """Return received bytes as an array, in place. It is writable only if the memory is.
+
+    Only a big-endian machine copies.
+
+    Raises:
+        MalformedMessage: There are more or fewer bytes than the layout says.
+        UnsupportedDType: It is bfloat16, and `ml_dtypes` is not installed.
+    """
+    if data.nbytes != layout.nbytes:
+        raise MalformedMessage(
+            f"the message carries {data.nbytes} bytes, and a {layout.dtype_name} tensor of shape {layout.shape} "
+            f"has {layout.nbytes}"
+        )
+    dtype = dtype_of(layout.dtype_name)
+    bits = np.frombuffer(data, dtype=f"<u{dtype.itemsize}")
+    return bits.astype(f"=u{dtype.itemsize}", copy=False).view(dtype).reshape(layout.shape)
+
+
+# --- Messages ---------------------------------------------------------------------------------------
+
+
+def encode(message: Message, *payloads: memoryview) -> bytes:
+    """Serialize a message whose field 15 is the payloads, one behind the other.
+
+    Args:
+        message: The other fields; its own field 15 is not set.
+        payloads: Bytes of field 15. Without any byte the field is absent.
+
+    Raises:
+        LimitExceeded: The field would be larger than protobuf allows, 2 GiB.
+    """
+    size = sum(view.nbytes for view in payloads)
+    head = message.SerializeToString()
+    if not size:
+        return head
+    # grpcio needs exactly bytes; a single join is the only copy.
+    return b"".join((head, field_header(DATA_FIELD, size), *payloads))
+
+
+def decode(cls: type[M], buffer: bytes) -> tuple[M, memoryview]:
+    """Parse a message; its field 15 comes back as a view of the buffer, and is empty in the message.
+
+    It means the same as `cls.FromString(buffer)` for any bytes: of several fields 15 the last counts.
+
+    Raises:
+        MalformedMessage: protobuf refuses the bytes.
+    """
+    found = _find_data(buffer)
+    if found is None:
+        message = _parse(cls, buffer)
+        field = cls.DESCRIPTOR.fields_by_number[DATA_FIELD].name
+        data = memoryview(getattr(message, field))
+        message.ClearField(field)
+        return message, data
+    others, start, end = found
+    return _parse(cls, others), memoryview(buffer)[start:end]
+
+
+def field_header(number: int, size: int) -> bytes:
+    """Return what stands in front of a length-delimited field: its tag and its size.
+
+    Raises:
+        LimitExceeded: The field would be larger than protobuf allows, 2 GiB.
+    """
+    if size > _MAX_FIELD_BYTES:
+        raise LimitExceeded(
+            f"{size} bytes do not fit one message (expected: at most protobuf's limit of {_MAX_FIELD_BYTES}; "
+            "larger tensors travel as streams)",
+            {"limit": "protobuf", "value": str(_MAX_FIELD_BYTES)},
+        )
+    return _varint((number << 3) | 2) + _varint(size)
+
+
+def _parse(cls: type[M], buffer: bytes) -> M:
+    try:
+        return cls.FromString(buffer)
+    except (DecodeError, UnicodeDecodeError) as error:  # the latter by protobuf's pure Python runtime
+        raise MalformedMessage(f"the bytes are not a {cls.DESCRIPTOR.full_name}: {error}") from error
+
+
+def _find_data(buffer: bytes) -> tuple[bytes, int, int] | None:
+    """Find field 15: return all other fields, and where its bytes start and end.
+
+    None where anything is unusual (groups, truncated or over-long numbers, invalid tags), so that the stock
+    parser decides what it means. The fields themselves are not looked into.
+    """
+    others: list[bytes] = []
+    kept = position = start = end = 0
+    size = len(buffer)
+    try:
+        while position < size:
+            begin = position
+            tag, position = _read_varint(buffer, position, 5)
+            wire_type = tag & 7
+            if wire_type == 2:
+                length, position = _read_varint(buffer, position, 5)
+                position += length
+                if tag == _DATA_TAG:
+                    others.append(buffer[kept:begin])
+                    kept, start, end = position, position - length, position
+            elif wire_type == 0:
+                _, position = _read_varint(buffer, position, 10)
+            elif wire_type in {1, 5}:
+                position += 8 if wire_type == 1 else 4
+            else:
+                return None
+            if tag < 8 or position > size:
+                return None
+    except (IndexError, OverflowError):
+        return None
+    others.append(buffer[kept:])
+    return b"".join(others), start, end
+
+
+def _read_varint(buffer: bytes, position: int, longest: int) -> tuple[int, int]:
+    """Return a base-128 number and the position behind it.
+
+    Raises:
+        IndexError: The buffer ends before it does.
+        OverflowError: It has more bytes than `longest`, or as a tag or size does not fit protobuf's 31 bits.
+    """
+    value = buffer[position]
+    position += 1
+    if value < 0x80:
+        return value, position
+    value &= 0x7F
+    for shift in range(7, 7 * longest, 7):
+        byte = buffer[position]
+        position += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            if longest == 5 and value > _MAX_FIELD_BYTES:
+                break
+            return value, position
+    raise OverflowError
+
+
+def _varint(value: int) -> bytes:
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+# --- Chunks of a stream -----------------------------------------------------------------------------
+
+
+def chunks(payloads: Sequence[memoryview], chunk_bytes: int) -> Iterator[tuple[int, memoryview]]:
+    """Cut payloads, taken one behind the other, into views of at most `chunk_bytes`, each with its offset."""
+    offset = 0
+    for view in payloads:
+        for begin in range(0, view.nbytes, chunk_bytes):
+            chunk = view[begin : begin + chunk_bytes]
+            yield offset, chunk
+            offset += chunk.nbytes
+
+
+def encode_chunk(offset: int, chunk: memoryview) -> bytes:
+    """Serialize a message of any of the four streams that carries a chunk."""
+    place = _OFFSET_TAG + _varint(offset) if offset else b""
+    return b"".join((place, field_header(DATA_FIELD, chunk.nbytes), chunk))
+
+
+class Assembler:
+    """Puts the chunks of one tensor together, in memory that belongs to nobody else.
+
+    Args:
+        nbytes: Size of the whole, at least 1, already checked against the limits.
+    """
+
+    def __init__(self, nbytes: int) -> None:
+        self._nbytes = nbytes
+        self._received = 0
+        self._buffer: memoryview | None = None
+
+    def add(self, offset: int, chunk: memoryview) -> None:
+        """Take in the next chunk.
+
+        Raises:
+            MalformedMessage: It is empty, does not begin where the last one ended, or goes beyond the end.
+            LimitExceeded: This machine has no memory for the whole.
+        """
+        if not chunk.nbytes:
+            raise MalformedMessage("a chunk is empty (expected: at least 1 byte)")
+        if offset != self._received:
+            raise MalformedMessage(f"a chunk begins at byte {offset} (expected: {self._received})")
+        end = offset + chunk.nbytes
+        if end > self._nbytes:
+            raise MalformedMessage(f"a chunk ends at byte {end} of a tensor of {self._nbytes}")
+        if self._buffer is None:
+            self._buffer = _allocate(self._nbytes)
+        self._buffer[offset:end] = chunk
+        self._received = end
+
+    def finish(self) -> memoryview:
+        """Return the whole, in writable memory.
+
+        Raises:
+            MalformedMessage: Bytes are missing.
+        """
+        if self._received != self._nbytes or self._buffer is None:
+            raise MalformedMessage(f"the stream ended after {self._received} of {self._nbytes} bytes")
+        return self._buffer
+
+
+def _allocate(nbytes: int) -> memoryview:
+    # np.empty of that size is address space, and becomes memory page by page as chunks arrive: a peer that
+    # declares gigabytes and sends little costs little, and nothing is ever copied to a larger place.
+    try:
+        return np.empty(nbytes, np.uint8).data
+    except MemoryError as error:
+        raise LimitExceeded(f"no memory for a tensor of {nbytes} bytes", {"limit": "memory"}) from error
