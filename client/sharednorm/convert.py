@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from sharednorm._fields import field_header
 from sharednorm._status import ERROR_KEY, error_from_call, error_from_detail, error_to_detail, error_to_status
 from sharednorm.config import (
     Averaging,
@@ -25,7 +26,6 @@ from sharednorm.config import (
 from sharednorm.errors import InvalidConfiguration, InvalidShape, MalformedMessage
 from sharednorm.state import ARRAY_FIELDS, SAVED_FIELDS, LayerState, Moments, StateUpdate
 from sharednorm.v1 import layer_pb2, tensor_pb2
-from sharednorm.wire import field_header
 
 __all__ = [
     "ERROR_KEY",

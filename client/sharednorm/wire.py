@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 from google.protobuf.message import DecodeError
 
+from sharednorm._fields import field_header, find_field, varint
 from sharednorm.config import Array, check_dtype, dtype_of
 from sharednorm.errors import InvalidShape, LimitExceeded, MalformedMessage, UnsupportedDType
 from sharednorm.v1 import tensor_pb2
@@ -40,10 +41,10 @@ MAX_UNARY_BYTES = 1 << 20
 MAX_RANK = 8
 """Most axes that a shape may name; the layers take at most 5."""
 
-# protobuf refuses a field that is longer.
-_MAX_FIELD_BYTES = (1 << 31) - 1
+# Of the largest element. Received bytes objects begin at a multiple of 16, and so a field that begins at a
+# multiple of 4 of its message can be used as an array where it lies.
+_ALIGN = 4
 
-_DATA_TAG = (DATA_FIELD << 3) | 2
 _OFFSET_TAG = b"\x10"  # field 2, a varint
 
 _DTYPES = {
@@ -136,9 +137,10 @@ def payload(array: Array) -> memoryview:
 
 
 def as_array(layout: TensorLayout, data: memoryview) -> Array:
-    """Return received bytes as an array, in place. It is writable only if the memory is.
+    """Return received bytes as an array: the same memory, writable only if that is.
 
-    Only a big-endian machine copies.
+    Bytes that do not begin at a multiple of the element's size, as a foreign encoder may send them, are copied,
+    because compiled code expects aligned arrays. So are all on a big-endian machine.
 
     Raises:
         MalformedMessage: There are more or fewer bytes than the layout says.
@@ -151,7 +153,7 @@ def as_array(layout: TensorLayout, data: memoryview) -> Array:
         )
     dtype = dtype_of(layout.dtype_name)
     bits = np.frombuffer(data, dtype=f"<u{dtype.itemsize}")
-    return bits.astype(f"=u{dtype.itemsize}", copy=False).view(dtype).reshape(layout.shape)
+    return np.require(bits, f"=u{dtype.itemsize}", "A").view(dtype).reshape(layout.shape)
 
 
 # --- Messages ---------------------------------------------------------------------------------------
@@ -172,7 +174,7 @@ def encode(message: Message, *payloads: memoryview) -> bytes:
     if not size:
         return head
     # grpcio needs exactly bytes; a single join is the only copy.
-    return b"".join((head, field_header(DATA_FIELD, size), *payloads))
+    return b"".join((head, field_header(DATA_FIELD, size, behind=len(head), align=_ALIGN), *payloads))
 
 
 def decode(cls: type[M], buffer: bytes) -> tuple[M, memoryview]:
@@ -183,7 +185,7 @@ def decode(cls: type[M], buffer: bytes) -> tuple[M, memoryview]:
     Raises:
         MalformedMessage: protobuf refuses the bytes.
     """
-    found = _find_data(buffer)
+    found = find_field(buffer, DATA_FIELD)
     if found is None:
         message = _parse(cls, buffer)
         field = cls.DESCRIPTOR.fields_by_number[DATA_FIELD].name
@@ -194,92 +196,11 @@ def decode(cls: type[M], buffer: bytes) -> tuple[M, memoryview]:
     return _parse(cls, others), memoryview(buffer)[start:end]
 
 
-def field_header(number: int, size: int) -> bytes:
-    """Return what stands in front of a length-delimited field: its tag and its size.
-
-    Raises:
-        LimitExceeded: The field would be larger than protobuf allows, 2 GiB.
-    """
-    if size > _MAX_FIELD_BYTES:
-        raise LimitExceeded(
-            f"{size} bytes do not fit one message (expected: at most protobuf's limit of {_MAX_FIELD_BYTES}; "
-            "larger tensors travel as streams)",
-            {"limit": "protobuf", "value": str(_MAX_FIELD_BYTES)},
-        )
-    return _varint((number << 3) | 2) + _varint(size)
-
-
 def _parse(cls: type[M], buffer: bytes) -> M:
     try:
         return cls.FromString(buffer)
     except (DecodeError, UnicodeDecodeError) as error:  # the latter by protobuf's pure Python runtime
         raise MalformedMessage(f"the bytes are not a {cls.DESCRIPTOR.full_name}: {error}") from error
-
-
-def _find_data(buffer: bytes) -> tuple[bytes, int, int] | None:
-    """Find field 15: return all other fields, and where its bytes start and end.
-
-    None where anything is unusual (groups, truncated or over-long numbers, invalid tags), so that the stock
-    parser decides what it means. The fields themselves are not looked into.
-    """
-    others: list[bytes] = []
-    kept = position = start = end = 0
-    size = len(buffer)
-    try:
-        while position < size:
-            begin = position
-            tag, position = _read_varint(buffer, position, 5)
-            wire_type = tag & 7
-            if wire_type == 2:
-                length, position = _read_varint(buffer, position, 5)
-                position += length
-                if tag == _DATA_TAG:
-                    others.append(buffer[kept:begin])
-                    kept, start, end = position, position - length, position
-            elif wire_type == 0:
-                _, position = _read_varint(buffer, position, 10)
-            elif wire_type in {1, 5}:
-                position += 8 if wire_type == 1 else 4
-            else:
-                return None
-            if tag < 8 or position > size:
-                return None
-    except (IndexError, OverflowError):
-        return None
-    others.append(buffer[kept:])
-    return b"".join(others), start, end
-
-
-def _read_varint(buffer: bytes, position: int, longest: int) -> tuple[int, int]:
-    """Return a base-128 number and the position behind it.
-
-    Raises:
-        IndexError: The buffer ends before it does.
-        OverflowError: It has more bytes than `longest`, or as a tag or size does not fit protobuf's 31 bits.
-    """
-    value = buffer[position]
-    position += 1
-    if value < 0x80:
-        return value, position
-    value &= 0x7F
-    for shift in range(7, 7 * longest, 7):
-        byte = buffer[position]
-        position += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            if longest == 5 and value > _MAX_FIELD_BYTES:
-                break
-            return value, position
-    raise OverflowError
-
-
-def _varint(value: int) -> bytes:
-    out = bytearray()
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
 
 
 # --- Chunks of a stream -----------------------------------------------------------------------------
@@ -297,7 +218,7 @@ def chunks(payloads: Sequence[memoryview], chunk_bytes: int) -> Iterator[tuple[i
 
 def encode_chunk(offset: int, chunk: memoryview) -> bytes:
     """Serialize a message of any of the four streams that carries a chunk."""
-    place = _OFFSET_TAG + _varint(offset) if offset else b""
+    place = _OFFSET_TAG + varint(offset) if offset else b""
     return b"".join((place, field_header(DATA_FIELD, chunk.nbytes), chunk))
 
 
