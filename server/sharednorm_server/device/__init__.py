@@ -1,7 +1,7 @@
 """Devices: what computes. A device knows no RPC, no name of a layer, and no store.
 
-Tensors come in and go out as NumPy arrays. What a training forward leaves behind for its backward stays
-with the device as a `SavedInput`, which the caller keeps, counts and drops.
+Inputs are brought to the device once, by `load`, and stay there for as long as somebody holds what it
+returned; outputs come back as NumPy arrays.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from sharednorm.config import Array, LayerConfig, Vector
 from sharednorm.state import LayerState, Moments
 
 
-class SavedInput(Protocol):
-    """The input of a training forward, kept where the device computes."""
+class DeviceTensor(Protocol):
+    """A tensor where the device computes. It is not changed any more."""
 
     @property
     def nbytes(self) -> int:
@@ -22,37 +22,44 @@ class SavedInput(Protocol):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The input's shape."""
+        """Its shape."""
         ...
 
     @property
     def dtype_name(self) -> str:
-        """The input's element type: "float32", "float16" or "bfloat16"."""
+        """Its element type: "float32", "float16" or "bfloat16"."""
         ...
 
 
 class Device(Protocol):
-    """What computes. Every method may be called from many threads at once."""
+    """What computes. Every method may be called from many threads at once. Shapes have been checked.
+
+    Same input, same device: same bits; also `normalize_batch` returns the bits that `forward` did.
+    """
 
     @property
     def description(self) -> str:
         """For people: what it is, for example "cpu (numba, 8 threads)"."""
         ...
 
-    def save(self, x: Array) -> SavedInput:
-        """Keep an input for a backward."""
+    def load(self, x: Array) -> DeviceTensor:
+        """Bring a tensor to the device. The caller writes to `x` no more: it may be referenced, not copied."""
         ...
 
-    def train(self, x: Array, state: LayerState, config: LayerConfig) -> tuple[Array, Moments]:
+    def forward(self, x: DeviceTensor, state: LayerState, config: LayerConfig) -> tuple[Array, Moments]:
         """Normalize a batch by its own statistics, with the state's scale and bias; return them with the output."""
         ...
 
-    def evaluate(self, x: Array, state: LayerState, config: LayerConfig) -> Array:
-        """Normalize a batch by the state's running statistics."""
+    def normalize_batch(self, x: DeviceTensor, batch: Moments, state: LayerState, config: LayerConfig) -> Array:
+        """Normalize a batch whose moments are known, with the state's scale and bias."""
+        ...
+
+    def evaluate(self, x: DeviceTensor, state: LayerState, config: LayerConfig) -> Array:
+        """Normalize a batch by the state's running statistics, with its scale and bias."""
         ...
 
     def backward(
-        self, saved: SavedInput, grad: Array, batch: Moments, scale: Vector, config: LayerConfig, *, input_grad: bool
+        self, x: DeviceTensor, grad: Array, batch: Moments, scale: Vector, config: LayerConfig, *, input_grad: bool
     ) -> tuple[Array | None, Vector, Vector]:
         """Return the gradients of a training forward: of its input (None unless asked for), scale and bias."""
         ...

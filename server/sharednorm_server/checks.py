@@ -1,0 +1,58 @@
+"""Rules between two things that a client says, or that one says and the layer knows."""
+
+from __future__ import annotations
+
+import math
+
+from sharednorm.config import LayerConfig, check_dtype, dtype_of
+from sharednorm.errors import ConfigurationMismatch, InvalidShape, MalformedMessage
+from sharednorm_server.requests import ForwardFacts
+from sharednorm_server.store import LayerKey
+
+
+def require_same_config(existing: LayerConfig, requested: LayerConfig, key: LayerKey) -> None:
+    """Check that a layer is configured as somebody expects.
+
+    Raises:
+        ConfigurationMismatch: It is not; message and metadata name each field that differs, with both values.
+    """
+    differences = existing.differences(requested)
+    if differences:
+        values = {name: f"{_shown(old)} (requested: {_shown(new)})" for name, (old, new) in differences.items()}
+        listed = ", ".join(f"{name} is {text}" for name, text in values.items())
+        raise ConfigurationMismatch(
+            f"{key} exists with another configuration: {listed}; use the same one, another name, or delete the layer",
+            values,
+        )
+
+
+def check_facts(facts: ForwardFacts, config: LayerConfig) -> None:
+    """Check what a client remembers of a forward.
+
+    Raises:
+        InvalidShape, TooFewValues: The layer cannot have trained on such an input.
+        MalformedMessage: Its moments are of another number of values.
+    """
+    config.check_shape(facts.shape, train=True)
+    values = math.prod(facts.shape) // config.maps
+    if facts.moments.count != values:
+        raise MalformedMessage(
+            f"the forward's moments have count {facts.moments.count}, and its input has {values} values a map"
+        )
+
+
+def require_same_tensor(
+    shape: tuple[int, ...], dtype_name: str, grad_shape: tuple[int, ...], grad_dtype_name: str
+) -> None:
+    """Check that a gradient is one of a forward: the shape and element type of its input.
+
+    Raises:
+        InvalidShape, UnsupportedDType: It is not.
+    """
+    if grad_shape != shape:
+        raise InvalidShape(f"Grad has shape {grad_shape} (expected: {shape}, that of the forward's input)")
+    check_dtype(dtype_of(grad_dtype_name), dtype_of(dtype_name))
+
+
+def _shown(value: object) -> str:
+    return str(getattr(value, "name", value))

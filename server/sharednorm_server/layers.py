@@ -1,0 +1,135 @@
+"""The layers that are alive: one lock and one current record each.
+
+The store is what remembers; a `Layer` is what makes the changes of one layer happen one after the other,
+while those of different layers happen at the same time.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from sharednorm.errors import LayerNotFound
+from sharednorm_server.store import LayerKey, LayerRecord, Store
+
+
+class Layer:
+    """One layer that is alive. A layer that is deleted and made again is another object."""
+
+    def __init__(self, record: LayerRecord, store: Store) -> None:
+        self.key = record.key
+        self._record: LayerRecord | None = record  # None once it is deleted
+        self._store = store
+        self._lock = threading.Lock()
+
+    @property
+    def record(self) -> LayerRecord:
+        """The current record: all of one moment.
+
+        Raises:
+            LayerNotFound: The layer has been deleted.
+        """
+        record = self._record
+        if record is None:
+            raise not_found(self.key)
+        return record
+
+    @contextmanager
+    def exclusive(self) -> Iterator[LayerRecord]:
+        """Hold the layer, so that nobody else changes it; gives its current record.
+
+        Raises:
+            LayerNotFound: The layer has been deleted.
+        """
+        with self._lock:
+            yield self.record
+
+    def commit(self, record: LayerRecord) -> None:
+        """Make a record the current one, once the store has kept it. Only while holding the layer.
+
+        Raises:
+            LayerNotFound: The store does not know the layer any more.
+        """
+        if not self._store.put(record):
+            raise not_found(self.key)
+        self._record = record
+
+    def change(self, change: Callable[[LayerRecord], LayerRecord]) -> LayerRecord:
+        """Replace the record by what a function makes of it; if that raises, nothing has changed."""
+        with self.exclusive() as record:
+            changed = change(record)
+            self.commit(changed)
+        return changed
+
+    def bury(self) -> None:
+        """Mark the layer as deleted. Only while holding it."""
+        self._record = None
+
+
+class LayerRegistry:
+    """Finds layers by name. Where both locks are taken, the layer's comes first and the registry's second."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._lock = threading.Lock()
+        self._layers: dict[LayerKey, Layer] = {}
+
+    def find(self, key: LayerKey) -> Layer:
+        """Return a layer.
+
+        Raises:
+            LayerNotFound: There is none of that name.
+        """
+        layer = self._layers.get(key)
+        if layer is None:
+            with self._lock:
+                layer = self._alive(key)
+        if layer is None:
+            raise not_found(key)
+        return layer
+
+    def create(self, key: LayerKey, make: Callable[[], LayerRecord]) -> tuple[LayerRecord, bool]:
+        """Return the record of a layer, and whether this call made it; only then is `make` called."""
+        with self._lock:
+            layer = self._alive(key)
+            if layer is not None:
+                return layer.record, False
+            record = make()
+            self._store.create(record)
+            self._layers[key] = Layer(record, self._store)
+            return record, True
+
+    def delete(self, key: LayerKey) -> Layer:
+        """Forget a layer, and return what it was.
+
+        Raises:
+            LayerNotFound: There is none of that name.
+        """
+        layer = self.find(key)
+        with layer.exclusive(), self._lock:
+            self._store.delete(key)
+            layer.bury()
+            self._layers.pop(key, None)
+        return layer
+
+    def page(self, namespace: str, after: str, limit: int) -> list[LayerRecord]:
+        """Return up to `limit` records of a namespace in the order of their names, those behind name `after`."""
+        return self._store.page(namespace, after, limit)
+
+    def _alive(self, key: LayerKey) -> Layer | None:
+        # Under the registry's lock, so that two threads never make two locks for one layer.
+        layer = self._layers.get(key)
+        if layer is None:
+            record = self._store.get(key)
+            if record is not None:
+                layer = self._layers[key] = Layer(record, self._store)
+        return layer
+
+
+def not_found(key: LayerKey) -> LayerNotFound:
+    """Return the error for a layer that is not there."""
+    return LayerNotFound(
+        f"{key} does not exist on this server, or was deleted (expected: the name of one that was created)",
+        {"namespace": key.namespace, "name": key.name},
+    )

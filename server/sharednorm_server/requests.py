@@ -1,0 +1,109 @@
+"""What the service is asked and what it answers, as plain values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from sharednorm.config import Array, Vector
+from sharednorm.state import Moments
+from sharednorm_server.store import LayerKey
+
+Wanted = Callable[[], bool]
+"""Whether somebody still waits for the answer. Asked once, right before a change is made."""
+
+
+def always() -> bool:
+    """Say that somebody waits."""
+    return True
+
+
+@dataclass(frozen=True)
+class ServiceInfo:
+    """What the service is made of, for people: its release, and descriptions of its device and store."""
+
+    version: str
+    device: str
+    store: str
+
+
+@dataclass(frozen=True)
+class ForwardCall:
+    """A forward, without its tensor.
+
+    Attributes:
+        key: The layer.
+        train: Whether to train; None for the layer's default.
+        keep_input: Whether to keep the input for a backward. Training only.
+        release_input: Name of a kept input of this layer that is not needed any more, or "".
+    """
+
+    key: LayerKey
+    train: bool | None = None
+    keep_input: bool = False
+    release_input: str = ""
+
+
+@dataclass(frozen=True)
+class ForwardAnswer:
+    """What a forward did.
+
+    Attributes:
+        output: Shape and element type of the input.
+        train: Whether it trained.
+        version: Of the layer: after the step in training, as read in evaluation.
+        num_of_props: At that version.
+        saved_input: Name of the kept input, or "".
+        moments: Training: of the batch.
+        scale: Training: what the step used.
+    """
+
+    output: Array
+    train: bool
+    version: int
+    num_of_props: int
+    saved_input: str = ""
+    moments: Moments | None = None
+    scale: Vector | None = None
+
+
+@dataclass(frozen=True)
+class ForwardFacts:
+    """What a training forward computed with, as its client remembers it; the input comes beside it."""
+
+    shape: tuple[int, ...]
+    dtype_name: str
+    moments: Moments
+    scale: Vector
+
+
+@dataclass(frozen=True)
+class BackwardCall:
+    """A backward, without its tensors.
+
+    Attributes:
+        key: The layer.
+        saved_input: Name of the forward's kept input; not looked at if `forward` is there.
+        forward: The forward, if its client sends the input again.
+        param_grads: Whether to add to the layer's gradients.
+        input_grad: Whether to answer with the gradient of the input.
+        scale: Multiplier of the new gradients of scale and bias.
+        momentum: Multiplier of the old ones.
+    """
+
+    key: LayerKey
+    saved_input: str = ""
+    forward: ForwardFacts | None = None
+    param_grads: bool = True
+    input_grad: bool = True
+    scale: float = 1.0
+    momentum: float = 0.0
+
+
+@dataclass(frozen=True)
+class BackwardAnswer:
+    """Gradients of one forward: of the input, if asked for; of scale and bias, if the layer is affine."""
+
+    grad: Array | None
+    scale_grad: Vector | None
+    bias_grad: Vector | None

@@ -1,0 +1,62 @@
+"""A store that remembers as long as its process lives."""
+
+from __future__ import annotations
+
+import bisect
+import threading
+
+from sharednorm_server.store import LayerKey, LayerRecord
+
+
+class MemoryStore:
+    """Keeps records in this process. `kill` loses them; that is what `memory:` means."""
+
+    description = "memory:"
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._records: dict[LayerKey, LayerRecord] = {}
+        self._names: dict[str, list[str]] = {}  # of each namespace, in the order of their code points
+
+    def get(self, key: LayerKey) -> LayerRecord | None:
+        """Return a layer's record, or None."""
+        with self._lock:
+            return self._records.get(key)
+
+    def create(self, record: LayerRecord) -> bool:
+        """Keep a new layer's record; return False, and change nothing, if its key exists."""
+        with self._lock:
+            if record.key in self._records:
+                return False
+            self._records[record.key] = record
+            bisect.insort(self._names.setdefault(record.key.namespace, []), record.key.name)
+            return True
+
+    def put(self, record: LayerRecord) -> bool:
+        """Replace an existing layer's record; return False, and change nothing, if its key does not exist."""
+        with self._lock:
+            if record.key not in self._records:
+                return False
+            self._records[record.key] = record
+            return True
+
+    def delete(self, key: LayerKey) -> bool:
+        """Forget a layer; return False if its key does not exist."""
+        with self._lock:
+            if self._records.pop(key, None) is None:
+                return False
+            names = self._names[key.namespace]
+            del names[bisect.bisect_left(names, key.name)]
+            if not names:
+                del self._names[key.namespace]
+            return True
+
+    def page(self, namespace: str, after: str, limit: int) -> list[LayerRecord]:
+        """Return up to `limit` records of a namespace in the order of their names, those behind name `after`."""
+        with self._lock:
+            names = self._names.get(namespace, [])
+            start = bisect.bisect_right(names, after)
+            return [self._records[LayerKey(namespace, name)] for name in names[start : start + limit]]
+
+    def close(self) -> None:
+        """Nothing to let go of."""
