@@ -9,7 +9,7 @@ import enum
 import math
 import unicodedata
 from dataclasses import dataclass, fields
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeGuard, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -47,6 +47,11 @@ class LayerKind(enum.Enum):
     def state_rank(self) -> int:
         """Number of axes of scale, bias, mean and var: (1, C, 1, 1), and (1, C, 1, 1, 1) in 3D."""
         return max(4, self.value)
+
+    @property
+    def label(self) -> str:
+        """PuzzleLib's name of it: "BatchNorm", "BatchNorm1D", "BatchNorm2D" or "BatchNorm3D"."""
+        return "BatchNorm" if self is LayerKind.BATCH_NORM else f"BatchNorm{self.value - 2}D"
 
 
 class Averaging(enum.Enum):
@@ -95,13 +100,46 @@ class LayerConfig:
     nonfinite: NonFinitePolicy = NonFinitePolicy.REFUSE
 
     def __post_init__(self) -> None:
-        """Check every range once, where the object is made."""
-        _check(_is_integer(self.maps) and 1 <= self.maps <= MAX_MAPS, "maps", self.maps, f"1 to {MAX_MAPS}")
-        _check(_is_finite(self.epsilon) and self.epsilon > 0, "epsilon", self.epsilon, "a finite number > 0")
-        _check(_is_finite(self.init_factor) and self.init_factor >= 0, "initFactor", self.init_factor,
+        """Check every range once, where the object is made, and keep plain Python numbers."""
+        _check(isinstance(self.kind, LayerKind), "kind", self.kind, "a LayerKind")
+        _check(is_integer(self.maps) and 1 <= self.maps <= MAX_MAPS, "maps", self.maps, f"1 to {MAX_MAPS}")
+        _check(is_finite(self.epsilon) and self.epsilon > 0, "epsilon", self.epsilon, "a finite number > 0")
+        _check(is_finite(self.init_factor) and self.init_factor >= 0, "initFactor", self.init_factor,
                "a finite number >= 0")  # fmt: skip
-        _check(_is_finite(self.min_factor) and 0 <= self.min_factor <= 1, "minFactor", self.min_factor, "0 to 1")
+        _check(is_finite(self.min_factor) and 0 <= self.min_factor <= 1, "minFactor", self.min_factor, "0 to 1")
         _check(isinstance(self.affine, bool), "affine", self.affine, "True or False")
+        _check(isinstance(self.averaging, Averaging), "averaging", self.averaging, "an Averaging")
+        _check(isinstance(self.nonfinite, NonFinitePolicy), "nonfinite", self.nonfinite, "a NonFinitePolicy")
+        object.__setattr__(self, "maps", int(self.maps))
+        for name in ("epsilon", "init_factor", "min_factor"):
+            object.__setattr__(self, name, float(getattr(self, name)))
+
+    @classmethod
+    def parse(
+        cls,
+        kind: LayerKind,
+        maps: int,
+        epsilon: float,
+        init_factor: float,
+        min_factor: float,
+        affine: bool,
+        averaging: str,
+        nonfinite: str,
+    ) -> LayerConfig:
+        """Return the configuration that a constructor's arguments describe; the two choices come by their names.
+
+        Raises:
+            InvalidConfiguration: A value is out of its range or not among the choices; the message names it.
+        """
+        return cls(
+            kind, maps, epsilon, init_factor, min_factor, affine,
+            _choice(Averaging, "averaging", averaging), _choice(NonFinitePolicy, "nonfinite", nonfinite),
+        )  # fmt: skip
+
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        """Shape of scale, bias, mean and var: (1, C, 1, 1), and (1, C, 1, 1, 1) in 3D."""
+        return (1, self.maps, *(1,) * (self.kind.state_rank - 2))
 
     def factor(self, step: int) -> float:
         """Return the averaging factor f of a step, counted from 1; at most 1."""
@@ -151,13 +189,13 @@ def check_dtype(dtype: np.dtype[Any], calctype: np.dtype[Any] | None = None) -> 
     Raises:
         UnsupportedDType: It is none of the three, or not `calctype`.
     """
-    name = dtype.newbyteorder("=").name
+    name: str = dtype.name
+    if calctype is not None and name != calctype.name:
+        raise UnsupportedDType(f"Expected dtype {calctype}, got {dtype}")
     if name not in DTYPE_NAMES:
         raise UnsupportedDType(
             f"Unsupported dtype {dtype} (expected: {', '.join(DTYPE_NAMES)}; convert with .astype(np.float32))"
         )
-    if calctype is not None and name != calctype.name:
-        raise UnsupportedDType(f"Expected dtype {calctype}, got {dtype}")
     return name
 
 
@@ -213,6 +251,21 @@ def check_namespace(namespace: object) -> str:
     return namespace or DEFAULT_NAMESPACE
 
 
+def is_integer(value: object) -> TypeGuard[int]:
+    """Return whether a value is an integer, Python's or NumPy's; True and False are not."""
+    return isinstance(value, (int, np.integer)) and not isinstance(value, (bool, np.bool_))
+
+
+def is_finite(value: object) -> TypeGuard[float]:
+    """Return whether a value is a real number that a float can hold; True and False are not numbers."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+        return False
+    try:
+        return math.isfinite(float(value))
+    except OverflowError:
+        return False
+
+
 def _check_characters(what: str, text: str) -> None:
     # Cc is control characters; Cs is lone surrogates, which have no UTF-8.
     bad = [c for c in text if unicodedata.category(c) in {"Cc", "Cs"}]
@@ -228,12 +281,15 @@ def _check(fine: bool, name: str, value: object, expected: str) -> None:
         raise InvalidConfiguration(f"{name} is {_brief(value)} (expected: {expected})")
 
 
-def _is_integer(value: object) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+_Choice = TypeVar("_Choice", bound=enum.Enum)
 
 
-def _is_finite(value: object) -> bool:
-    return isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and math.isfinite(value)
+def _choice(choices: type[_Choice], name: str, value: object) -> _Choice:
+    for choice in choices:
+        if value is choice or (isinstance(value, str) and value == choice.value):
+            return choice
+    expected = " or ".join(repr(choice.value) for choice in choices)
+    raise InvalidConfiguration(f"{name} is {_brief(value)} (expected: {expected})")
 
 
 def _brief(value: object) -> str:

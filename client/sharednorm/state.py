@@ -11,11 +11,11 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from sharednorm.config import Averaging, LayerConfig, NonFinitePolicy, Vector
-from sharednorm.errors import InvalidConfiguration, InvalidShape, LayerEmpty, NonFiniteInput
+from sharednorm.config import Averaging, LayerConfig, NonFinitePolicy, Vector, is_finite, is_integer
+from sharednorm.errors import InvalidConfiguration, InvalidShape, LayerEmpty, NonFiniteInput, UnsupportedDType
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Moments:
     """First two moments of a batch, per channel, over all axes but the channel's.
 
@@ -40,7 +40,7 @@ class Moments:
         return self.m2 / (self.count - 1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LayerState:
     """Parameters, statistics and gradients of a layer at one version. Arrays are float32 (C,), read-only.
 
@@ -67,7 +67,7 @@ class LayerState:
     initialized: bool = True
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StateUpdate:
     """New values for parts of a state; None leaves a part as it is. Arrays hold C values, of any shape."""
 
@@ -79,6 +79,9 @@ class StateUpdate:
     bias_grad: npt.ArrayLike | None = None
     num_of_props: int | None = None
 
+
+# Up to here every number of steps is a float64 of its own.
+MAX_STEPS = 1 << 53
 
 ARRAY_FIELDS = ("scale", "bias", "mean", "var", "scale_grad", "bias_grad")
 # What `load` restores, and what an empty layer needs before it can be used.
@@ -106,13 +109,18 @@ def initial_state(config: LayerConfig, sscale: float, sampler: NormalSampler, *,
     Raises:
         InvalidConfiguration: `sscale` is negative or not finite.
     """
-    if not (isinstance(sscale, (int, float, np.number)) and np.isfinite(sscale) and sscale >= 0):
+    if not (is_finite(sscale) and sscale >= 0):
         raise InvalidConfiguration(f"sscale is {sscale!r} (expected: a finite number >= 0)")
+    blank = blank_state(config)
+    if empty:
+        return replace(blank, initialized=False)
+    return replace(blank, scale=_frozen(sampler.normal(1.0, float(sscale) if config.affine else 0.0, config.maps)))
+
+
+def blank_state(config: LayerConfig) -> LayerState:
+    """Return scale 1, bias 0, mean 0, variance 1, gradients 0, and no step."""
     ones, zeros = _frozen(np.ones(config.maps)), _frozen(np.zeros(config.maps))
-    scale = ones
-    if not empty:
-        scale = _frozen(sampler.normal(1.0, float(sscale) if config.affine else 0.0, config.maps))
-    return LayerState(scale, zeros, zeros, ones, zeros, zeros, initialized=not empty)
+    return LayerState(ones, zeros, zeros, ones, zeros, zeros)
 
 
 def require_initialized(state: LayerState, layer: str) -> None:
@@ -151,17 +159,17 @@ def accumulate_gradients(
 ) -> LayerState:
     """Return the state with `grad = scale * new + momentum * grad` for scale and bias.
 
+    Computed in float64, rounded once to float32. A multiplier of exactly 0 drops its side, whatever that holds.
+
     Raises:
-        InvalidConfiguration: `scale` or `momentum` is not finite.
+        InvalidConfiguration: `scale` or `momentum` is not a finite number.
     """
-    for name, value in (("scale", scale), ("momentum", momentum)):
-        if not np.isfinite(value):
-            raise InvalidConfiguration(f"{name} is {value!r} (expected: a finite number)")
-    new, old = np.float32(scale), np.float32(momentum)
+    _check_finite("scale", scale)
+    _check_finite("momentum", momentum)
     return replace(
         state,
-        scale_grad=_frozen(new * scale_grad + old * state.scale_grad),
-        bias_grad=_frozen(new * bias_grad + old * state.bias_grad),
+        scale_grad=_weighted(scale, scale_grad, momentum, state.scale_grad),
+        bias_grad=_weighted(scale, bias_grad, momentum, state.bias_grad),
     )
 
 
@@ -169,17 +177,15 @@ def update_params(state: LayerState, config: LayerConfig, learn_rate: float) -> 
     """Return the state after `param += learn_rate * grad`, PuzzleLib's sign. Not affine: unchanged.
 
     Raises:
-        InvalidConfiguration: `learn_rate` is not finite.
+        InvalidConfiguration: `learn_rate` is not a finite number.
     """
-    if not np.isfinite(learn_rate):
-        raise InvalidConfiguration(f"learnRate is {learn_rate!r} (expected: a finite number)")
+    _check_finite("learnRate", learn_rate)
     if not config.affine:
         return state
-    rate = np.float32(learn_rate)
     return replace(
         state,
-        scale=_frozen(state.scale + rate * state.scale_grad),
-        bias=_frozen(state.bias + rate * state.bias_grad),
+        scale=_weighted(1.0, state.scale, learn_rate, state.scale_grad),
+        bias=_weighted(1.0, state.bias, learn_rate, state.bias_grad),
     )
 
 
@@ -190,8 +196,9 @@ def updated(state: LayerState, config: LayerConfig, update: StateUpdate) -> Laye
 
     Raises:
         InvalidShape: An array does not hold C values.
-        InvalidConfiguration: A variance is negative, `num_of_props` is, or a layer that is not affine would
-            get another scale than 1 or another bias than 0.
+        UnsupportedDType: An array does not hold real numbers.
+        InvalidConfiguration: A variance is negative, `num_of_props` is not an integer from 0 to 2**53, or a layer
+            that is not affine would get another scale than 1 or another bias than 0.
         LayerEmpty: The layer is empty and the update does not set all four.
     """
     arrays = {
@@ -208,12 +215,12 @@ def updated(state: LayerState, config: LayerConfig, update: StateUpdate) -> Laye
     ):
         raise InvalidConfiguration("the layer is not affine: its scale is 1 and its bias 0, fixed")
     number = update.num_of_props
-    if number is not None and number < 0:
-        raise InvalidConfiguration(f"numOfProps is {number} (expected: at least 0)")
-    return replace(
-        state,
-        **arrays,
+    if number is not None and not (is_integer(number) and 0 <= number <= MAX_STEPS):
+        raise InvalidConfiguration(f"numOfProps is {number!r} (expected: an integer, 0 to 2**53)")
+    return LayerState(
+        **{name: arrays.get(name, getattr(state, name)) for name in ARRAY_FIELDS},
         num_of_props=state.num_of_props if number is None else int(number),
+        version=state.version,
         initialized=True,
     )
 
@@ -242,10 +249,28 @@ def _refuse_nonfinite(batch: Moments) -> None:
 
 
 def _vector(name: str, value: npt.ArrayLike, maps: int) -> Vector:
-    array = np.asarray(value)
+    try:
+        array = np.asarray(value)
+        # bfloat16 is a void type to NumPy.
+        real = array.dtype.kind in "fiu" or array.dtype.name == "bfloat16"
+    except (TypeError, ValueError) as error:
+        raise InvalidShape(f"{name} is not an array: {error} (expected: {maps} values, one a map)") from error
+    if not real:
+        raise UnsupportedDType(f"{name} holds {array.dtype} (expected: {maps} real numbers)")
     if array.size != maps or (array.ndim > 0 and max(array.shape) != maps):
         raise InvalidShape(f"{name} has shape {array.shape} (expected: {maps} values, one a map)")
     return _frozen(array.reshape(maps))
+
+
+def _check_finite(name: str, value: object) -> None:
+    if not is_finite(value):
+        raise InvalidConfiguration(f"{name} is {value!r} (expected: a finite number)")
+
+
+def _weighted(first: float, a: Vector, second: float, b: Vector) -> Vector:
+    with np.errstate(over="ignore", invalid="ignore"):
+        left = first * a.astype(np.float64) if first != 0 else np.zeros(a.shape)
+        return _frozen(left + second * b.astype(np.float64) if second != 0 else left)
 
 
 def _frozen(values: npt.NDArray[Any]) -> Vector:

@@ -1,0 +1,75 @@
+"""Batch-normalization layers that live on one server and behave like local ones in every process.
+
+from sharednorm import BatchNorm2D            # in this process
+hub = sharednorm.connect("gpu-box:50051")     # on a server
+bn = hub.BatchNorm2D(64, name="stem/bn")
+"""
+
+from sharednorm._version import __version__
+from sharednorm.errors import (
+    BackwardInEval,
+    BackwardWithoutForward,
+    CallCancelled,
+    ConfigurationMismatch,
+    DeadlineExceeded,
+    HubClosed,
+    IncompatibleServer,
+    InplaceInTraining,
+    InputEvicted,
+    InternalError,
+    InvalidConfiguration,
+    InvalidFile,
+    InvalidName,
+    InvalidPageToken,
+    InvalidShape,
+    LayerEmpty,
+    LayerNotFound,
+    LimitExceeded,
+    MalformedMessage,
+    ModuleError,
+    NonFiniteInput,
+    ServerUnavailable,
+    SharedNormError,
+    TooFewValues,
+    UnsupportedDType,
+)
+from sharednorm.hub import Hub, LayerInfo, connect
+from sharednorm.layers import BatchNorm, BatchNorm1D, BatchNorm2D, BatchNorm3D, Layer, Variable
+
+__all__ = [
+    "BackwardInEval",
+    "BackwardWithoutForward",
+    "BatchNorm",
+    "BatchNorm1D",
+    "BatchNorm2D",
+    "BatchNorm3D",
+    "CallCancelled",
+    "ConfigurationMismatch",
+    "DeadlineExceeded",
+    "Hub",
+    "HubClosed",
+    "IncompatibleServer",
+    "InplaceInTraining",
+    "InputEvicted",
+    "InternalError",
+    "InvalidConfiguration",
+    "InvalidFile",
+    "InvalidName",
+    "InvalidPageToken",
+    "InvalidShape",
+    "Layer",
+    "LayerEmpty",
+    "LayerInfo",
+    "LayerNotFound",
+    "LimitExceeded",
+    "MalformedMessage",
+    "ModuleError",
+    "NonFiniteInput",
+    "ServerUnavailable",
+    "SharedNormError",
+    "TooFewValues",
+    "UnsupportedDType",
+    "Variable",
+    "__version__",
+    "connect",
+]

@@ -1,0 +1,247 @@
+"""A handle of a layer: the API, which is PuzzleLib's, over the seam."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from sharednorm._checks import check_data, check_grad, check_writable, dtype_from
+from sharednorm._seam import Gradients, LayerBackend, SavedForward
+from sharednorm._view import LayerView
+from sharednorm.config import Array, Vector, is_finite
+from sharednorm.errors import BackwardInEval, BackwardWithoutForward, InplaceInTraining, InvalidConfiguration
+from sharednorm.state import StateUpdate
+
+_NO_GRADIENTS = Gradients(None, None, None)
+
+
+@dataclass(frozen=True, eq=False)
+class _Pass:
+    # One forward of a handle, replaced as a whole, so that a call that fails leaves the one before.
+    in_data: Array | None = None
+    data: Array | None = None
+    saved: SavedForward | None = None
+
+
+class BatchNormND(LayerView):
+    """A batch-normalization layer: PuzzleLib's API over whatever keeps the state and computes.
+
+    A handle's mode and its last forward (`inData`, `data`, `grad`) are its own, so a forward and its backward
+    belong to one thread; parameters, statistics and their gradients are the layer's and may be used from
+    any thread. A call that raises has changed neither.
+
+    Args:
+        backend: What keeps the state and computes.
+        name: The layer's name, for messages and files; None if it has none.
+        inplace: Whether the output replaces the input in eval mode. Such a layer refuses to train.
+        train: The handle's mode; None if it follows the layer's default until it chooses.
+
+    Raises:
+        InvalidConfiguration: `inplace` is neither True nor False.
+    """
+
+    def __init__(self, backend: LayerBackend, name: str | None, inplace: bool, train: bool | None) -> None:
+        super().__init__(backend, name)
+        if not isinstance(inplace, bool):
+            raise InvalidConfiguration(f"inplace is {inplace!r} (expected: True or False)")
+        self.inplace = inplace
+        self._train = train
+        self._calctype: np.dtype[Any] | None = None
+        self._pass = _Pass()
+        self._gradients = _NO_GRADIENTS
+        self._token = ""  # of a saved forward that `reset` forgot, for the next forward to release
+
+    def __call__(self, data: Array) -> Array:
+        """Normalize a batch, and remember it for `backward`.
+
+        In train mode by the batch's mean and biased variance, which the running statistics then take in;
+        in eval mode by the running statistics, and nothing changes.
+
+        Args:
+            data: float32, float16 or bfloat16; (N, C), (N, C, L), (N, C, H, W) or (N, C, D, H, W) as the kind
+                asks. Any strides and either byte order. It is referenced until the next forward and not
+                copied: whoever writes to it before `backward` gets the gradient at what was written.
+
+        Returns:
+            A new array of the same shape and type, in C order and the machine's byte order; or `data`
+            itself if the layer is in place.
+
+        Raises:
+            UnsupportedDType: Not a NumPy array, or another element type.
+            InvalidShape: Wrong rank, another number of maps, an empty axis; read-only and in place.
+            TooFewValues: One value a map in training.
+            NonFiniteInput: A NaN or an infinity in training, unless the layer allows that.
+            InplaceInTraining: The layer is in place and would train.
+            LayerEmpty: The layer was created empty and has not been loaded.
+        """
+        # In place, the mode must be known before anything is written, and must not change on the way.
+        train = self.train if self.inplace else self._train
+        x = check_data(data, self._backend.config, self._calctype, train=bool(train))
+        if self.inplace:
+            if train:
+                raise InplaceInTraining(f"{self}: an in-place layer cannot train (expected: evalMode() first)")
+            check_writable(x)
+        saved = self._pass.saved
+        release = self._token if saved is None else saved.token
+        result = self._backend.forward(x, train=train, release=release, out=x if self.inplace else None)
+        output = data if self.inplace else result.data
+        self._token = ""
+        self._pass = _Pass(data, output, result.saved)
+        return output
+
+    def backward(
+        self,
+        grad: Array,
+        updParamGrads: bool = True,
+        updGrad: bool = True,
+        scale: float = 1.0,
+        momentum: float = 0.0,
+    ) -> None:
+        """Differentiate the last forward, which must have trained, and leave the result in `grad`.
+
+        The forward is not run again, and the statistics do not change.
+
+        Args:
+            grad: Gradient with respect to the output, of the shape and type of the forward's input.
+            updParamGrads: Whether to accumulate the gradients of scale and bias in the layer,
+                `vars[...].grad = scale * new + momentum * vars[...].grad`.
+            updGrad: Whether to compute the gradient with respect to the input. If not, `grad` is None.
+            scale: Multiplier of the new gradients of scale and bias.
+            momentum: Multiplier of the old ones.
+
+        Raises:
+            BackwardInEval: The handle, or its last forward, is in eval mode.
+            BackwardWithoutForward: There was no forward since the handle was made, reset, or its mode set.
+            InvalidShape: Another shape than the forward's input.
+            UnsupportedDType: Not a NumPy array, or another element type than the forward's input.
+            InvalidConfiguration: `scale` or `momentum` is not a finite number.
+        """
+        saved = self._pass.saved
+        if saved is None:
+            if self._pass.data is not None or not self.train:
+                raise BackwardInEval(f"{self}: no gradients in eval mode (expected: trainMode() and a forward)")
+            raise BackwardWithoutForward(f"{self}: nothing to differentiate (expected: a forward in train mode)")
+        given = check_grad(grad, saved.x, self._backend.config)
+        for name, value in (("scale", scale), ("momentum", momentum)):
+            if not is_finite(value):
+                raise InvalidConfiguration(f"{name} is {value!r} (expected: a finite number)")
+        self._gradients = self._backend.backward(
+            saved,
+            given,
+            param_grads=bool(updParamGrads),
+            input_grad=bool(updGrad),
+            scale=float(scale),
+            momentum=float(momentum),
+        )
+
+    def zeroGradParams(self) -> None:
+        """Set the accumulated gradients of scale and bias to zero."""
+        zeros = np.zeros(self.maps, np.float32)
+        self._backend.update(StateUpdate(scale_grad=zeros, bias_grad=zeros))
+
+    def updateParams(self, learnRate: float) -> None:
+        """Add `learnRate` times the accumulated gradients to scale and bias.
+
+        The sign is PuzzleLib's: to descend, pass a negative rate, or the negative gradient to `backward`.
+
+        Raises:
+            InvalidConfiguration: The rate is not a finite number.
+            LayerEmpty: The layer was created empty and has not been loaded.
+        """
+        if not is_finite(learnRate):
+            raise InvalidConfiguration(f"learnRate is {learnRate!r} (expected: a finite number)")
+        self._backend.update_params(float(learnRate))
+
+    @property
+    def train(self) -> bool:
+        """The handle's mode; the layer's default while it has not chosen. Assigning is `trainMode` or `evalMode`."""
+        return self._backend.default_train() if self._train is None else self._train
+
+    @train.setter
+    def train(self, train: bool) -> None:
+        if train:
+            self.trainMode()
+        else:
+            self.evalMode()
+
+    def trainMode(self) -> None:
+        """Set this handle to train mode and forget the last forward."""
+        self._train = True
+        self.reset()
+
+    def evalMode(self) -> None:
+        """Set this handle to eval mode and forget the last forward."""
+        self._train = False
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the last forward and its gradients; the mode and the layer stay as they are."""
+        if self._pass.saved is not None:
+            self._token = self._pass.saved.token
+        self._pass = _Pass()
+        self._gradients = _NO_GRADIENTS
+
+    @property
+    def calctype(self) -> np.dtype[Any] | None:
+        """The one element type that the handle takes; None for any of the three."""
+        return self._calctype
+
+    def calcMode(self, T: npt.DTypeLike) -> None:
+        """Take tensors of one element type only: float32, float16 or bfloat16.
+
+        Raises:
+            UnsupportedDType: It is another type.
+        """
+        self._calctype = dtype_from(T)
+
+    def dataShapeFrom(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of the output for an input of that shape: the same."""
+        return shape
+
+    def gradShapeFrom(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of the input's gradient for an output's gradient of that shape: the same."""
+        return shape
+
+    @property
+    def inData(self) -> Array | None:
+        """The last forward's input itself; None before a forward and after `reset`."""
+        return self._pass.in_data
+
+    @property
+    def data(self) -> Array | None:
+        """The last forward's output; None before a forward and after `reset`."""
+        return self._pass.data
+
+    @property
+    def grad(self) -> Array | None:
+        """The last backward's gradient with respect to the input; None if it was not asked for."""
+        return self._gradients.grad
+
+    @property
+    def savemean(self) -> Vector | None:
+        """Mean of the last forward's batch, of the state's shape; None unless it trained."""
+        saved = self._pass.saved
+        return None if saved is None else self._shaped(saved.moments.mean.astype(np.float32))
+
+    @property
+    def saveinvvar(self) -> Vector | None:
+        """1 / sqrt(biased variance + epsilon) of the last forward's batch, like `savemean`."""
+        saved = self._pass.saved
+        if saved is None:
+            return None
+        return self._shaped((1.0 / np.sqrt(saved.moments.biased_var + self.epsilon)).astype(np.float32))
+
+    @property
+    def scalegrad(self) -> Vector | None:
+        """The last backward's own gradient of the scale, of the state's shape; None if not affine."""
+        grad = self._gradients.scale_grad
+        return None if grad is None else self._shaped(grad)
+
+    @property
+    def biasgrad(self) -> Vector | None:
+        """The last backward's own gradient of the bias, of the state's shape; None if not affine."""
+        grad = self._gradients.bias_grad
+        return None if grad is None else self._shaped(grad)

@@ -1,0 +1,113 @@
+"""The backend of a local layer: its state in this process."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+
+from sharednorm._seam import ForwardResult, Gradients, SavedForward
+from sharednorm.config import Array, LayerConfig
+from sharednorm.errors import InplaceInTraining
+from sharednorm.normalization import Arithmetic, arithmetic
+from sharednorm.state import (
+    LayerState,
+    StateUpdate,
+    accumulate_gradients,
+    require_initialized,
+    step,
+    update_params,
+    updated,
+)
+
+
+class LocalBackend:
+    """Keeps a layer's state in this process and computes with the processor.
+
+    The state is one immutable object, replaced under a lock: readers see one moment, and steps have one
+    order, that of their versions. Tensors are computed outside the lock. A step normalizes with the scale
+    and bias of the moment when it began, and its moments are averaged in when it ends.
+
+    Args:
+        config: The layer's configuration.
+        state: The state to begin with.
+        compute: The arithmetic; None for the default, see `sharednorm.normalization.arithmetic`.
+    """
+
+    def __init__(self, config: LayerConfig, state: LayerState, compute: Arithmetic | None = None) -> None:
+        self._config = config
+        self._state = state
+        self._compute = arithmetic() if compute is None else compute
+        self._lock = threading.Lock()
+
+    @property
+    def config(self) -> LayerConfig:
+        """The layer's configuration."""
+        return self._config
+
+    def read(self) -> LayerState:
+        """Return the state of one moment."""
+        return self._state
+
+    def default_train(self) -> bool:
+        """Return True: a local layer starts in train mode, as PuzzleLib's do."""
+        return True
+
+    def forward(self, x: Array, *, train: bool | None, release: str, out: Array | None) -> ForwardResult:
+        """Normalize a batch; in training, take its moments into the statistics."""
+        del release  # a local layer keeps no input but the handle's
+        if train is None:
+            train = self.default_train()
+            self._config.check_shape(x.shape, train=train)
+        state = self._state
+        require_initialized(state, "the layer")
+        if not train:
+            return ForwardResult(self._evaluate(state, x, out), None)
+        if out is not None:
+            raise InplaceInTraining("a training forward cannot replace its input, which backward needs")
+        data, moments = self._compute.forward(x, state.scale, state.bias, self._config.epsilon)
+        with self._lock:
+            self._state = step(self._state, self._config, moments)
+        return ForwardResult(data, SavedForward(x, moments, state.scale))
+
+    def backward(
+        self, saved: SavedForward, grad: Array, *, param_grads: bool, input_grad: bool, scale: float, momentum: float
+    ) -> Gradients:
+        """Differentiate a training forward, and accumulate the gradients of scale and bias if asked to."""
+        result, scale_grad, bias_grad = self._compute.backward(
+            saved.x, grad, saved.moments, saved.scale, self._config.epsilon, input_grad=input_grad
+        )
+        if not self._config.affine:
+            return Gradients(result, None, None)
+        if param_grads:
+            with self._lock:
+                self._state = accumulate_gradients(self._state, scale_grad, bias_grad, scale=scale, momentum=momentum)
+        return Gradients(result, scale_grad, bias_grad)
+
+    def update(self, update: StateUpdate) -> None:
+        """Replace the parts of the state that an update sets, all at once."""
+        with self._lock:
+            self._state = updated(self._state, self._config, update)
+
+    def update_params(self, learn_rate: float) -> None:
+        """Add `learn_rate` times the accumulated gradients to scale and bias."""
+        with self._lock:
+            require_initialized(self._state, "the layer")
+            self._state = update_params(self._state, self._config, learn_rate)
+
+    def _evaluate(self, state: LayerState, x: Array, out: Array | None) -> Array:
+        # The arithmetic writes contiguous arrays of the machine's byte order; any other `out` gets a copy.
+        direct = out is None or (out.flags.c_contiguous and out.dtype.isnative)
+        data = self._compute.normalize(
+            x,
+            state.mean.astype(np.float64),
+            state.var.astype(np.float64),
+            state.scale,
+            state.bias,
+            self._config.epsilon,
+            out if direct else None,
+        )
+        if out is None or direct:
+            return data
+        np.copyto(out, data)
+        return out

@@ -1,0 +1,236 @@
+"""The API of a layer as a type: what local and remote layers both are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+
+from sharednorm._variable import Variable
+from sharednorm.config import Array, Vector
+from sharednorm.files import Source, Target
+from sharednorm.state import LayerState
+
+
+@runtime_checkable
+class Layer(Protocol):
+    """A batch-normalization layer, wherever it lives. `BatchNormND` documents each member."""
+
+    name: str | None
+    inplace: bool
+
+    @property
+    def maps(self) -> int:
+        """Channels, C."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """Channels, C, as `BatchNorm` calls them."""
+        ...
+
+    @property
+    def epsilon(self) -> float:
+        """What is added to the variance before the square root."""
+        ...
+
+    @property
+    def initFactor(self) -> float:
+        """Numerator of the averaging factor f = max(initFactor / numOfProps, minFactor)."""
+        ...
+
+    @property
+    def minFactor(self) -> float:
+        """Lower bound of the averaging factor."""
+        ...
+
+    @property
+    def affine(self) -> bool:
+        """Whether scale and bias are parameters; otherwise they are fixed at 1 and 0."""
+        ...
+
+    @property
+    def averaging(self) -> str:
+        """How the running statistics take in a batch: "standard" or "printed"."""
+        ...
+
+    @property
+    def nonfinite(self) -> str:
+        """What a training batch with a NaN or an infinity does: "refuse" or "allow"."""
+        ...
+
+    @property
+    def calctype(self) -> np.dtype[Any] | None:
+        """The one element type that the handle takes; None for any of the three."""
+        ...
+
+    @property
+    def train(self) -> bool:
+        """The handle's mode; the layer's default while it has not chosen. Assigning is `trainMode` or `evalMode`."""
+        ...
+
+    @train.setter
+    def train(self, train: bool) -> None: ...
+
+    @property
+    def numOfProps(self) -> int:
+        """Steps that the running statistics have taken in; saved and restored. May be set."""
+        ...
+
+    @numOfProps.setter
+    def numOfProps(self, steps: int) -> None: ...
+
+    @property
+    def version(self) -> int:
+        """Steps that the layer has applied since it was created; never decreases."""
+        ...
+
+    @property
+    def scale(self) -> Vector:
+        """Multiplier of the normalized value. Raises LayerEmpty before an empty layer is loaded."""
+        ...
+
+    @scale.setter
+    def scale(self, values: npt.ArrayLike) -> None: ...
+
+    @property
+    def bias(self) -> Vector:
+        """Added after the multiplication. Raises LayerEmpty before an empty layer is loaded."""
+        ...
+
+    @bias.setter
+    def bias(self, values: npt.ArrayLike) -> None: ...
+
+    @property
+    def mean(self) -> Vector:
+        """Running mean. Raises LayerEmpty before an empty layer is loaded."""
+        ...
+
+    @mean.setter
+    def mean(self, values: npt.ArrayLike) -> None: ...
+
+    @property
+    def var(self) -> Vector:
+        """Running variance, unbiased. Raises LayerEmpty before an empty layer is loaded."""
+        ...
+
+    @var.setter
+    def var(self, values: npt.ArrayLike) -> None: ...
+
+    @property
+    def vars(self) -> Mapping[str, Variable]:
+        """The parameters, "scale" and "bias"; also of a layer that is not affine, where they are fixed."""
+        ...
+
+    @property
+    def attrs(self) -> Mapping[str, Vector]:
+        """The statistics, "mean" and "var", both of one moment."""
+        ...
+
+    @property
+    def inData(self) -> Array | None:
+        """The last forward's input itself; None before a forward and after `reset`."""
+        ...
+
+    @property
+    def data(self) -> Array | None:
+        """The last forward's output; None before a forward and after `reset`."""
+        ...
+
+    @property
+    def grad(self) -> Array | None:
+        """The last backward's gradient with respect to the input; None if it was not asked for."""
+        ...
+
+    @property
+    def savemean(self) -> Vector | None:
+        """Mean of the last forward's batch, of the state's shape; None unless it trained."""
+        ...
+
+    @property
+    def saveinvvar(self) -> Vector | None:
+        """1 / sqrt(biased variance + epsilon) of the last forward's batch, like `savemean`."""
+        ...
+
+    @property
+    def scalegrad(self) -> Vector | None:
+        """The last backward's own gradient of the scale, of the state's shape; None if not affine."""
+        ...
+
+    @property
+    def biasgrad(self) -> Vector | None:
+        """The last backward's own gradient of the bias, of the state's shape; None if not affine."""
+        ...
+
+    def __call__(self, data: Array) -> Array:
+        """Normalize a batch, and remember it for `backward`."""
+        ...
+
+    def backward(
+        self,
+        grad: Array,
+        updParamGrads: bool = True,
+        updGrad: bool = True,
+        scale: float = 1.0,
+        momentum: float = 0.0,
+    ) -> None:
+        """Differentiate the last forward, which must have trained, and leave the result in `grad`."""
+        ...
+
+    def zeroGradParams(self) -> None:
+        """Set the accumulated gradients of scale and bias to zero."""
+        ...
+
+    def updateParams(self, learnRate: float) -> None:
+        """Add `learnRate` times the accumulated gradients to scale and bias."""
+        ...
+
+    def trainMode(self) -> None:
+        """Set this handle to train mode and forget the last forward."""
+        ...
+
+    def evalMode(self) -> None:
+        """Set this handle to eval mode and forget the last forward."""
+        ...
+
+    def reset(self) -> None:
+        """Forget the last forward and its gradients; the mode and the layer stay as they are."""
+        ...
+
+    def calcMode(self, T: npt.DTypeLike) -> None:
+        """Take tensors of one element type only: float32, float16 or bfloat16."""
+        ...
+
+    def snapshot(self) -> LayerState:
+        """Return parameters, statistics, gradients and counters, all of one moment, as arrays of shape (C,)."""
+        ...
+
+    def getVar(self, name: str) -> Variable:
+        """Return `vars[name]`; the name is "scale" or "bias"."""
+        ...
+
+    def numOfParams(self) -> int:
+        """Return the number of values of scale and bias together."""
+        ...
+
+    def paramSize(self, unit: str | None = None) -> float:
+        """Return the size of scale and bias in bytes, or in units of 1024 ("kb") or 1024**2 bytes ("mb")."""
+        ...
+
+    def dataShapeFrom(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of the output for an input of that shape: the same."""
+        ...
+
+    def gradShapeFrom(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of the input's gradient for an output's gradient of that shape: the same."""
+        ...
+
+    def save(self, hdf: Target | None = None, *, name: str | None = None) -> bytes | None:
+        """Save scale, bias, mean, var and numOfProps. `sharednorm.files` describes the formats."""
+        ...
+
+    def load(self, hdf: Source, *, name: str | None = None) -> None:
+        """Load what `save` or PuzzleLib wrote, all at once."""
+        ...
