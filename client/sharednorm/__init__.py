@@ -5,6 +5,12 @@ hub = sharednorm.connect("gpu-box:50051")     # on a server
 bn = hub.BatchNorm2D(64, name="stem/bn")
 """
 
+import os
+
+# Before anything imports gRPC, which reads it once. gRPC's fork handlers are off: they complain on stderr
+# whenever a process forks during a call, and then do nothing. See `connect` for what a forked child may do.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+
 from sharednorm._version import __version__
 from sharednorm.errors import (
     BackwardInEval,
@@ -33,7 +39,7 @@ from sharednorm.errors import (
     TooFewValues,
     UnsupportedDType,
 )
-from sharednorm.hub import Hub, LayerInfo, connect
+from sharednorm.hub import Hub, LayerInfo, ServerInfo, connect
 from sharednorm.layers import BatchNorm, BatchNorm1D, BatchNorm2D, BatchNorm3D, Layer, Variable
 
 __all__ = [
@@ -65,6 +71,7 @@ __all__ = [
     "MalformedMessage",
     "ModuleError",
     "NonFiniteInput",
+    "ServerInfo",
     "ServerUnavailable",
     "SharedNormError",
     "TooFewValues",

@@ -162,7 +162,7 @@ class Connection:
         data = self._unary(method, request.SerializeToString(), self.timeout)
         try:
             return answer.FromString(data)
-        except DecodeError as error:
+        except (DecodeError, UnicodeDecodeError) as error:  # the latter by protobuf's pure Python runtime
             raise MalformedMessage(f"the answer of {self.address.text} to {method} cannot be parsed") from error
 
     def call_tensor(
@@ -197,7 +197,7 @@ class Connection:
         try:
             return call(request, timeout=timeout)
         except (grpc.RpcError, ValueError) as error:
-            raise self._typed(error) from error
+            raise self._typed(error) from _bare(error)
 
     def _stream(
         self, method: TensorMethod[R, T], request: R, payloads: Sequence[memoryview], answer_bytes: int, left: Deadline
@@ -212,7 +212,7 @@ class Connection:
         try:
             return _receive(method, call, answer_bytes)
         except grpc.RpcError as error:
-            raise self._typed(error) from error
+            raise self._typed(error) from _bare(error)
         finally:
             # Nothing if the call is over; otherwise something went wrong here, and the server should know.
             call.cancel()
@@ -228,7 +228,7 @@ class Connection:
         if os.getpid() != self._process:
             raise HubClosed(
                 f"the hub of {self.address.text} belongs to the process that this one was forked from, and its "
-                'connection did not survive that: use the start method "spawn", or connect in the child'
+                'connection did not survive that: use the start method "spawn", or fork before the first connect()'
             )
         if self._closed:
             raise HubClosed(f"the hub of {self.address.text} was closed: connect again")
@@ -245,6 +245,12 @@ class Connection:
 
 def _identity(data: bytes) -> bytes:
     return data
+
+
+def _bare(error: grpc.RpcError | ValueError) -> BaseException:
+    # A stream's error is the stream itself. With its traceback it would be in a cycle with the frame
+    # that holds it, and the tensor in that frame would stay until the garbage collector comes by.
+    return error.with_traceback(None)
 
 
 def _messages(header: Message, payloads: Sequence[memoryview], chunk_bytes: int) -> Iterator[bytes]:

@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 import os
 
-# gRPC reads this once, when it is first imported. Its fork handlers hold up every fork of the
-# process, and a channel does not survive one anyway (see `Connection`).
-os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
-
 import grpc
 
 from sharednorm import wire
 from sharednorm._address import Address
 from sharednorm.config import MAX_MAPS
+from sharednorm.errors import HubClosed
 from sharednorm.state import ARRAY_FIELDS
 
 SERVICE = "sharednorm.v1.BatchNormService"
+
+# gRPC's switch for its fork handlers, which the package turns off unless the environment has set it.
+FORK_SUPPORT = "GRPC_ENABLE_FORK_SUPPORT"
 
 # The largest messages that a server has reason to send: a whole state of the widest layer, or a
 # tensor in one message; and beside it names, shapes and tags.
@@ -28,10 +28,24 @@ _RETRIED = ("GetServerInfo", "GetLayer", "ListLayers", "GetStats")
 _PROXY_VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy")
 _NO_PROXY_VARIABLES = ("no_grpc_proxy", "no_proxy")
 
+# Processes, this one and those it was forked from, in which gRPC has been at work.
+_PROCESSES: set[int] = set()
+
 
 def open_channel(address: Address) -> grpc.Channel:
-    """Return a plaintext channel, which connects at its first call."""
-    return grpc.insecure_channel(address.target, options=_options(address))
+    """Return a plaintext channel, which connects at its first call.
+
+    Raises:
+        HubClosed: This process was forked from one that had a channel. gRPC's threads are not in the child,
+            and a call there would hang beyond its deadline.
+    """
+    if _PROCESSES and os.getpid() not in _PROCESSES and os.environ.get(FORK_SUPPORT) not in {"1", "true", "yes"}:
+        raise HubClosed(
+            "this process was forked from one that was connected to a server, and gRPC does not survive that: "
+            'use the start method "spawn", or fork before the first connect()'
+        )
+    _PROCESSES.add(os.getpid())
+    return grpc.insecure_channel(address.target, options=channel_options(address))
 
 
 def proxy_hint(address: Address) -> str:
@@ -48,7 +62,8 @@ def proxy_hint(address: Address) -> str:
     )
 
 
-def _options(address: Address) -> list[tuple[str, int | str]]:
+def channel_options(address: Address) -> list[tuple[str, int | str]]:
+    """Return the options of a channel to an address."""
     return [
         # A connection of its own: two hubs share neither a socket nor a back-off.
         ("grpc.use_local_subchannel_pool", 1),

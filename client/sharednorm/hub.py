@@ -22,6 +22,8 @@ from sharednorm.remote import RemoteBackend, RemoteBatchNorm, is_train
 from sharednorm.state import initial_state
 from sharednorm.v1 import layer_pb2, service_pb2
 
+__all__ = ["Hub", "LayerInfo", "ServerInfo", "connect"]
+
 
 @dataclass(frozen=True)
 class LayerInfo:
@@ -49,6 +51,10 @@ def connect(
 ) -> Hub:
     """Connect to a server.
 
+    Processes that use one are spawned, not forked: a child that is forked after the first `connect` can neither
+    use its parent's hubs nor connect anew, and is told so. (It can connect if GRPC_ENABLE_FORK_SUPPORT=1 was in
+    the environment when gRPC was imported, as far as gRPC's own support of that goes.)
+
     Args:
         address: Where it listens: "host:port", "[::1]:port" or "unix:/path/of/socket".
         namespace: Whose layers these are; two namespaces never see each other's.
@@ -62,6 +68,7 @@ def connect(
         ServerUnavailable: Nobody listens there.
         DeadlineExceeded: Whoever listens there did not answer in time.
         IncompatibleServer: It is not a sharednorm server, or one that speaks another protocol.
+        HubClosed: This process was forked from one that was connected.
     """
     where = parse_address(address)
     for name, value in (("token", token), ("tls", tls)):
@@ -86,7 +93,7 @@ def connect(
 class Hub:
     """One server, seen from one namespace. Made by `connect`; any number of threads may use it.
 
-    It belongs to the process that made it: a forked child connects anew. As a context manager it closes
+    It belongs to the process that made it; see `connect` about forks. As a context manager it closes
     itself. Handles of its layers stay usable as long as it is open.
 
     Every method raises ServerUnavailable, DeadlineExceeded or IncompatibleServer if the server does not

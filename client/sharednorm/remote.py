@@ -9,9 +9,10 @@ import numpy as np
 
 from sharednorm import convert, wire
 from sharednorm._calls import BACKWARD, FORWARD, Connection, Deadline
+from sharednorm._seam import ForwardResult, Gradients, SavedForward
 from sharednorm.config import Array, LayerConfig, NonFinitePolicy
 from sharednorm.errors import InplaceInTraining, InputEvicted, LayerNotFound, MalformedMessage
-from sharednorm.layers import BatchNormND, ForwardResult, Gradients, SavedForward
+from sharednorm.layers import BatchNormND
 from sharednorm.state import LayerState, StateUpdate
 from sharednorm.v1 import layer_pb2, service_pb2, tensor_pb2
 
