@@ -226,7 +226,7 @@ class Assembler:
     """Puts the chunks of one tensor together, in memory that belongs to nobody else.
 
     Args:
-        nbytes: Size of the whole, at least 1, already checked against the limits.
+        nbytes: Size of the whole, already checked against the limits.
     """
 
     def __init__(self, nbytes: int) -> None:
@@ -259,9 +259,9 @@ class Assembler:
         Raises:
             MalformedMessage: Bytes are missing.
         """
-        if self._received != self._nbytes or self._buffer is None:
+        if self._received != self._nbytes:
             raise MalformedMessage(f"the stream ended after {self._received} of {self._nbytes} bytes")
-        return self._buffer
+        return memoryview(bytearray()) if self._buffer is None else self._buffer
 
 
 def _allocate(nbytes: int) -> memoryview:
