@@ -68,7 +68,8 @@ class LocalBackend:
         data, moments = self._compute.forward(x, state.scale, state.bias, self._config.epsilon)
         with self._lock:
             self._state = step(self._state, self._config, moments)
-        return ForwardResult(data, SavedForward(x, moments, state.scale))
+            version = self._state.version
+        return ForwardResult(data, SavedForward(x, moments, state.scale, version))
 
     def backward(
         self, saved: SavedForward, grad: Array, *, param_grads: bool, input_grad: bool, scale: float, momentum: float

@@ -21,12 +21,14 @@ class SavedForward:
         x: The input, referenced and not copied.
         moments: The batch's moments.
         scale: The scale that the forward used, float32 (C,).
+        version: The layer's version with this step applied: the step's place in the order of all.
         token: The server's name for the input that it keeps; "" where there is none.
     """
 
     x: Array
     moments: Moments
     scale: Vector
+    version: int
     token: str = ""
 
 

@@ -134,7 +134,7 @@ class RemoteBackend:
             answer.moments, self._config.maps, allow_nonfinite=self._config.nonfinite is NonFinitePolicy.ALLOW
         )
         scale = convert.vector_from_proto(answer.scale, self._config.maps)
-        return SavedForward(x, moments, scale, answer.saved_input)
+        return SavedForward(x, moments, scale, answer.version, answer.saved_input)
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
