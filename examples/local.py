@@ -1,7 +1,4 @@
-"""A layer in this process: PuzzleLib's own example, and a step of training.
-
-python examples/local.py
-"""
+"""A layer in this process: PuzzleLib's own example, and a step of training: python examples/local.py."""
 
 from __future__ import annotations
 

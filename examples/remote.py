@@ -1,7 +1,6 @@
 """A layer on a server. Run it in two terminals at once, and both train one layer.
 
-sharednorm serve                                (in a third one, first)
-python examples/remote.py [ADDRESS] [STEPS]
+First, in a third one: sharednorm serve. Then: python examples/remote.py [ADDRESS] [STEPS].
 """
 
 from __future__ import annotations
