@@ -7,7 +7,20 @@ from dataclasses import dataclass
 
 from sharednorm.config import Array, Vector
 from sharednorm.state import Moments
-from sharednorm_server.store import LayerKey
+from sharednorm_server.store import LayerKey, LayerRecord
+
+__all__ = [
+    "BackwardAnswer",
+    "BackwardCall",
+    "ForwardAnswer",
+    "ForwardCall",
+    "ForwardFacts",
+    "LayerKey",
+    "LayerRecord",
+    "ServiceInfo",
+    "Wanted",
+    "always",
+]
 
 Wanted = Callable[[], bool]
 """Whether somebody still waits for the answer. Asked once, right before a change is made."""

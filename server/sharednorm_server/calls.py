@@ -1,0 +1,139 @@
+"""How every call is run: on which threads, how it fails, and how one knows that it has ended."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NoReturn, ParamSpec, TypeVar
+
+import grpc
+
+from sharednorm.convert import error_to_status
+from sharednorm.errors import CallCancelled, InternalError, LimitExceeded, SharedNormError
+from sharednorm_server.requests import Wanted
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+Unary = Callable[[bytes, Wanted], bytes]
+"""Makes an answer of a request; may ask whether somebody still waits for it."""
+
+Stream = Callable[[Iterator[bytes], Wanted], Iterator[bytes]]
+"""Makes answers of requests."""
+
+_log = logging.getLogger(__name__)
+
+
+class CallPool(ThreadPoolExecutor):
+    """The threads that run calls. Knows how many calls, waiting ones included, have not ended.
+
+    Args:
+        workers: Most calls that run at a time; others wait.
+    """
+
+    def __init__(self, workers: int) -> None:
+        super().__init__(workers, thread_name_prefix="call")
+        self._changed = threading.Condition()
+        self._unfinished = 0
+
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        """Run a function on one of the threads, and count it until it has returned."""
+        self._count(1)
+        try:
+            future = super().submit(fn, *args, **kwargs)
+        except BaseException:
+            self._count(-1)
+            raise
+        future.add_done_callback(lambda _: self._count(-1))
+        return future
+
+    def follow(self, context: grpc.ServicerContext) -> None:
+        """Count a call until its answer has left: longer than the function that makes the answer runs."""
+        self._count(1)
+        if not context.add_callback(lambda: self._count(-1)):
+            self._count(-1)
+
+    def wait_idle(self, timeout: float) -> bool:
+        """Wait until every call has ended; return False if that took longer than so many seconds."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._unfinished == 0, timeout)
+
+    def _count(self, difference: int) -> None:
+        with self._changed:
+            self._unfinished += difference
+            self._changed.notify_all()
+
+
+class UnaryCall:
+    """A method with one request and one answer, as gRPC calls it."""
+
+    def __init__(self, name: str, behaviour: Unary, pool: CallPool) -> None:
+        self._name = name
+        self._behaviour = behaviour
+        self.experimental_thread_pool = pool  # where gRPC runs this, instead of the server's own pool
+
+    def __call__(self, request: bytes, context: grpc.ServicerContext) -> bytes:
+        """Answer a request, or end the call with a typed error."""
+        self.experimental_thread_pool.follow(context)
+        try:
+            _require_active(context)
+            return self._behaviour(request, context.is_active)
+        except Exception as error:  # noqa: BLE001 - the edge: everything becomes a status
+            _refuse(self._name, error, context)
+
+
+class StreamCall:
+    """A method with any number of requests and answers, as gRPC calls it."""
+
+    def __init__(self, name: str, behaviour: Stream, pool: CallPool) -> None:
+        self._name = name
+        self._behaviour = behaviour
+        self.experimental_thread_pool = pool  # where gRPC runs this, instead of the server's own pool
+
+    def __call__(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+        """Answer requests, or end the call with a typed error."""
+        self.experimental_thread_pool.follow(context)
+        try:
+            _require_active(context)
+            for answer in self._behaviour(requests, context.is_active):
+                if not context.is_active():
+                    return
+                yield answer
+        except grpc.RpcError:
+            raise  # the client has gone while it was being listened to; gRPC raised this and knows it
+        except Exception as error:  # noqa: BLE001 - the edge: everything becomes a status
+            _refuse(self._name, error, context)
+
+
+def _require_active(context: grpc.ServicerContext) -> None:
+    # A call may have waited for a thread longer than its client did for the call.
+    if not context.is_active():
+        raise CallCancelled("the call was given up before it began")
+
+
+def _refuse(name: str, error: Exception, context: grpc.ServicerContext) -> NoReturn:
+    known = _known(name, error)
+    _log.debug("%s refused: %s: %s", name, known.reason, known.message)
+    code, text, metadata = error_to_status(known)
+    context.set_trailing_metadata(metadata)
+    context.abort(code, text)
+
+
+def _known(name: str, error: Exception) -> SharedNormError:
+    if isinstance(error, SharedNormError):
+        return error
+    identity = secrets.token_hex(4)
+    _log.error("defect %s in %s", identity, name, exc_info=error)
+    if isinstance(error, MemoryError):
+        return LimitExceeded("the server has not enough memory for this call", {"limit": "memory"})
+    return InternalError(f"the server failed; its log has the details under defect {identity}", {"id": identity})
+
+
+def method_handler(call: Any) -> grpc.RpcMethodHandler[bytes, bytes]:
+    """Return what gRPC registers. Requests and answers are bytes; parsing them is part of the call."""
+    if isinstance(call, StreamCall):
+        return grpc.stream_stream_rpc_method_handler(call)
+    return grpc.unary_unary_rpc_method_handler(call)

@@ -1,0 +1,140 @@
+"""The command line, `sharednorm`. Each command imports what it needs when it is run."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from sharednorm._version import __version__
+from sharednorm.errors import SharedNormError
+from sharednorm_server.config import DEFAULT_LISTEN, ServerConfig, StartError, parse_size
+
+if TYPE_CHECKING:
+    from sharednorm_server.server import RunningServer
+
+FAILED = 1
+UNUSABLE = 2
+
+_log = logging.getLogger(__name__)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code: 0 done, 1 failed, 2 not possible like this.
+
+    Args:
+        argv: The arguments; None for those of this process.
+    """
+    # Read by gRPC when it is imported. Its fork handlers would hold up every fork, and nothing here forks.
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+    arguments = _parser().parse_args(argv)
+    run: Callable[[argparse.Namespace], int] = arguments.run
+    try:
+        return run(arguments)
+    except StartError as error:
+        return _fail(error, UNUSABLE)
+    except SharedNormError as error:
+        return _fail(error, arguments.failure)
+
+
+def _fail(error: Exception, code: int) -> int:
+    print(f"sharednorm: {error}", file=sys.stderr)  # noqa: T201 - a command's way to speak
+    return code
+
+
+# --- serve ----------------------------------------------------------------------------------------------
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    config = ServerConfig(
+        listen=arguments.listen,
+        device=arguments.device,
+        state=arguments.state,
+        threads=arguments.threads,
+        workers=arguments.workers,
+        max_tensor_bytes=parse_size(arguments.max_tensor_bytes),
+        saved_input_bytes=parse_size(arguments.saved_input_bytes),
+        grace=arguments.grace,
+        insecure=arguments.insecure,
+    )
+    logging.basicConfig(
+        stream=sys.stderr, level=arguments.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    stop = _stop_on_signals()
+    server = _start(config)
+    print(server.banner, flush=True)  # noqa: T201 - what others wait for
+    stop.wait()
+    _log.info("stopping: no new calls, and %g s for those that are running", config.grace)
+    return 0 if server.stop(config.grace) else FAILED
+
+
+def _start(config: ServerConfig) -> RunningServer:
+    try:
+        from sharednorm_server import server  # noqa: PLC0415 - needs the extra
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] not in {"grpc_health", "grpc_reflection"}:
+            raise
+        raise StartError(f"the server needs {error.name}: pip install 'sharednorm[server]'") from error
+    return server.start(config)
+
+
+def _stop_on_signals() -> threading.Event:
+    stop = threading.Event()
+
+    def handle(_signal: int, _frame: FrameType | None) -> None:
+        # The next one ends the process as it stands.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handle)
+    return stop
+
+
+# --- Arguments ------------------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="sharednorm",
+        description="Batch-normalization layers that live on one server and behave like local ones in every process.",
+        epilog="example: sharednorm serve --listen 127.0.0.1:50051",
+    )
+    parser.add_argument("--version", action="version", version=f"sharednorm {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_serve(commands)
+    return parser
+
+
+def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    defaults = ServerConfig()
+    parser = commands.add_parser(
+        "serve",
+        help="run a server",
+        description="Run a server until it gets SIGTERM or SIGINT; then running calls end, and no new ones begin.",
+        epilog="example: sharednorm serve --listen unix:/run/sharednorm.sock --workers 64 --saved-input-bytes 4GiB",
+    )
+    parser.set_defaults(run=_serve, failure=UNUSABLE)
+    add = parser.add_argument
+    add("--listen", metavar="ADDRESS", default=DEFAULT_LISTEN,
+        help="HOST:PORT (port 0: any that is free) or unix:PATH; default %(default)s")  # fmt: skip
+    add("--device", default=defaults.device, help="what computes: cpu; default %(default)s")
+    add("--state", default=defaults.state, help="what remembers: memory: (until the server ends); default %(default)s")
+    add("--threads", type=int, metavar="N", help="threads of one computation; default: one a CPU")
+    add("--workers", type=int, metavar="N", default=defaults.workers,
+        help="calls that run at a time, others wait; default %(default)s")  # fmt: skip
+    add("--max-tensor-bytes", metavar="SIZE", default="8GiB", help="largest tensor; default %(default)s")
+    add("--saved-input-bytes", metavar="SIZE", default="1GiB",
+        help="inputs kept for backwards, in all; default %(default)s")  # fmt: skip
+    add("--grace", type=float, metavar="SECONDS", default=defaults.grace,
+        help="time that running calls are given at the end; default %(default)s")  # fmt: skip
+    add("--log-level", choices=("debug", "info", "warning", "error"), default="info", help="default %(default)s")
+    add("--insecure", action="store_true",
+        help="listen without encryption where other machines can reach it")  # fmt: skip

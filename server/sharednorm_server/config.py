@@ -1,0 +1,75 @@
+"""How a server is configured, and what its words mean. Imports nothing that has to be installed."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+from sharednorm.errors import InvalidConfiguration
+
+DEFAULT_LISTEN = "127.0.0.1:50051"
+MAX_WORKERS = 1024
+
+_UNITS = {"": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
+_SIZE = re.compile(r"([0-9]{1,18})\s*([a-z]*)", re.IGNORECASE | re.ASCII)
+
+
+class StartError(Exception):
+    """The server cannot start. The message, one line, says why and what to do."""
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """What a server is started with.
+
+    Attributes:
+        listen: "HOST:PORT", where port 0 picks a free one, or "unix:PATH".
+        device: What computes: "cpu".
+        state: What remembers: "memory:".
+        threads: Threads of one computation; None for one a CPU that the process may use.
+        workers: Most calls that run at a time; others wait. 1 to 1024.
+        max_tensor_bytes: Largest tensor that is accepted, at least 1.
+        saved_input_bytes: Most bytes of inputs that are kept for backwards; 0 keeps none.
+        grace: Seconds that running calls are given to end when the server stops, >= 0.
+        insecure: Whether it may listen without encryption where other machines can reach it.
+
+    Raises:
+        InvalidConfiguration: A number is out of its range.
+    """
+
+    listen: str = DEFAULT_LISTEN
+    device: str = "cpu"
+    state: str = "memory:"
+    threads: int | None = None
+    workers: int = 32
+    max_tensor_bytes: int = 8 << 30
+    saved_input_bytes: int = 1 << 30
+    grace: float = 60.0
+    insecure: bool = False
+
+    def __post_init__(self) -> None:
+        """Check every range once, where the object is made."""
+        _check(self.threads is None or self.threads >= 1, "threads", self.threads, "at least 1")
+        _check(1 <= self.workers <= MAX_WORKERS, "workers", self.workers, f"1 to {MAX_WORKERS}")
+        _check(self.max_tensor_bytes >= 1, "max-tensor-bytes", self.max_tensor_bytes, "at least 1")
+        _check(self.saved_input_bytes >= 0, "saved-input-bytes", self.saved_input_bytes, "at least 0")
+        _check(math.isfinite(self.grace) and self.grace >= 0, "grace", self.grace, "a number of seconds, at least 0")
+
+
+def parse_size(text: str) -> int:
+    """Return the bytes that a text means: "1000", "64MiB", "2 GiB".
+
+    Raises:
+        InvalidConfiguration: It is not a whole number with a unit of KiB, MiB, GiB, TiB or none.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    unit = match[2].upper() if match else "?"
+    if match is None or unit not in _UNITS:
+        raise InvalidConfiguration(f"{ascii(text)[:60]} is not a size (expected: for example 1000, 64MiB or 2GiB)")
+    return int(match[1]) * _UNITS[unit]
+
+
+def _check(fine: bool, name: str, value: object, expected: str) -> None:
+    if not fine:
+        raise InvalidConfiguration(f"{name} is {value} (expected: {expected})")

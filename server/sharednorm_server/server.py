@@ -1,0 +1,141 @@
+"""Puts the rooms together and opens the door."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from sharednorm import wire
+from sharednorm_server.calls import CallPool
+from sharednorm_server.config import ServerConfig, StartError
+from sharednorm_server.device import Device
+from sharednorm_server.device.cpu import CpuDevice
+from sharednorm_server.listen import parse_endpoint
+from sharednorm_server.requests import ServiceInfo
+from sharednorm_server.service import LayerService
+from sharednorm_server.servicer import SERVICE_NAME, Limits, Servicer
+from sharednorm_server.store import Store
+from sharednorm_server.store.memory import MemoryStore
+
+# A message beside its tensor: names, shapes, and moments and scales of layers with up to 50,000 maps.
+_HEADER_ROOM = 1 << 20
+
+# Health and reflection have threads of their own, and answer also when every worker is busy.
+_SIDE_WORKERS = 4
+
+# What is left when all calls have ended: watchers of the health service, which never end by themselves.
+_WATCHERS_GRACE = 0.25
+
+_log = logging.getLogger(__name__)
+
+
+class RunningServer:
+    """A server that listens. Made by `start`.
+
+    Attributes:
+        address: Where: "HOST:PORT" with the real port, or "unix:PATH" with an absolute path.
+        banner: One line that says release, address, device and state.
+    """
+
+    def __init__(
+        self, address: str, info: ServiceInfo, grpc_server: grpc.Server, pool: CallPool, status: health.HealthServicer
+    ) -> None:
+        self.address = address
+        self.banner = f"sharednorm {info.version} listening on {address}, device {info.device}, state {info.store}"
+        self._grpc_server = grpc_server
+        self._pool = pool
+        self._status = status
+        self._stopping = threading.Lock()
+        self._result: bool | None = None
+
+    def stop(self, grace: float) -> bool:
+        """Take no more calls, let the running ones end, and close. Again: nothing, and the same result.
+
+        Args:
+            grace: Seconds that the running calls are given; what is left then is cut off.
+
+        Returns:
+            Whether every call ended by itself.
+        """
+        with self._stopping:
+            if self._result is None:
+                self._result = self._stop(grace)
+            return self._result
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until the server has stopped; return False if that took longer than so many seconds."""
+        return not self._grpc_server.wait_for_termination(timeout)
+
+    def _stop(self, grace: float) -> bool:
+        end = time.monotonic() + grace
+        self._status.enter_graceful_shutdown()
+        self._grpc_server.stop(grace)  # from here on new calls are refused
+        ended = self._pool.wait_idle(grace)
+        if not ended:
+            _log.warning("calls were still running after %g s and have been cut off", grace)
+        self._grpc_server.stop(min(_WATCHERS_GRACE, max(0.0, end - time.monotonic()))).wait()
+        self._pool.shutdown(wait=False)
+        return ended
+
+
+def start(config: ServerConfig) -> RunningServer:
+    """Start a server in this process, on threads of its own.
+
+    Raises:
+        InvalidConfiguration: The address is not one, or the arithmetic that the environment names is not there.
+        StartError: The address cannot be listened on, or the device or store is not part of this release.
+    """
+    endpoint = parse_endpoint(config.listen)
+    if not (endpoint.private or config.insecure):
+        raise StartError(
+            f"{config.listen} can be reached by other machines, and this release has no encryption: listen on "
+            "127.0.0.1 or a unix socket, or pass --insecure if the network is trusted"
+        )
+    service = LayerService(_open_store(config), _open_device(config), config.saved_input_bytes)
+    pool = CallPool(config.workers)
+    grpc_server = grpc.server(ThreadPoolExecutor(_SIDE_WORKERS, thread_name_prefix="side"), options=_options())
+    grpc_server.add_generic_rpc_handlers([Servicer(service, Limits(config.max_tensor_bytes)).handlers(pool)])
+    status = health.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(status, grpc_server)
+    reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), grpc_server)
+    address = endpoint.bind(grpc_server.add_insecure_port)
+    grpc_server.start()
+    for name in ("", SERVICE_NAME):
+        status.set(name, health_pb2.HealthCheckResponse.SERVING)
+    return RunningServer(address, service.info, grpc_server, pool, status)
+
+
+def _open_device(config: ServerConfig) -> Device:
+    if config.device != "cpu":
+        raise StartError(f"there is no device {config.device!r} in this release (available: cpu)")
+    return CpuDevice(threads=config.threads)
+
+
+def _open_store(config: ServerConfig) -> Store:
+    if config.state != "memory:":
+        raise StartError(f"there is no state {config.state!r} in this release (available: memory:)")
+    return MemoryStore()
+
+
+def _options() -> Sequence[tuple[str, int]]:
+    return (
+        ("grpc.so_reuseport", 0),  # two servers on one port would share its calls, silently
+        ("grpc.max_receive_message_length", wire.MAX_UNARY_BYTES + _HEADER_ROOM),
+        ("grpc.max_send_message_length", -1),
+        # Only "identity": a small compressed message can be a huge one.
+        ("grpc.compression_enabled_algorithms_bitset", 1),
+        ("grpc.server_handshake_timeout_ms", 20_000),
+        # A client that has vanished is found out within 80 seconds, and its call ended.
+        ("grpc.keepalive_time_ms", 60_000),
+        ("grpc.keepalive_timeout_ms", 20_000),
+        # Clients may ask as often whether the server is there, also between calls.
+        ("grpc.http2.min_ping_interval_without_data_ms", 30_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+    )
