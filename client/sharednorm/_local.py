@@ -97,18 +97,12 @@ class LocalBackend:
             self._state = update_params(self._state, self._config, learn_rate)
 
     def _evaluate(self, state: LayerState, x: Array, out: Array | None) -> Array:
-        # The arithmetic writes contiguous arrays of the machine's byte order; any other `out` gets a copy.
-        direct = out is None or (out.flags.c_contiguous and out.dtype.isnative)
-        data = self._compute.normalize(
+        return self._compute.normalize(
             x,
             state.mean.astype(np.float64),
             state.var.astype(np.float64),
             state.scale,
             state.bias,
             self._config.epsilon,
-            out if direct else None,
+            out,
         )
-        if out is None or direct:
-            return data
-        np.copyto(out, data)
-        return out

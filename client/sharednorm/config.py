@@ -212,7 +212,8 @@ def dtype_of(name: str) -> np.dtype[Any]:
             raise UnsupportedDType(
                 "bfloat16 needs the package ml_dtypes: pip install 'sharednorm[bfloat16]'"
             ) from error
-        return np.dtype(ml_dtypes.bfloat16)
+        bfloat16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+        return bfloat16
     if name not in DTYPE_NAMES:
         raise UnsupportedDType(f"Unsupported dtype {name!r} (expected: {', '.join(DTYPE_NAMES)})")
     return np.dtype(name)
