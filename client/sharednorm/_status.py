@@ -90,24 +90,30 @@ def error_from_call(error: grpc.RpcError, target: str, timeout: float) -> Shared
         return InternalError(f"the call to {target} failed: {error}")
     code, text = error.code(), error.details() or "no details"
     detail = _detail(error)
-    if detail is not None:
-        known = error_from_detail(detail)
-        if known is not None:
-            return known
-        text = detail.message
-    cls = _FALLBACKS.get(code, InternalError)
-    metadata = dict(detail.metadata) | {"reason": detail.reason} if detail is not None else {}
-    return cls(_advice(code, text, target, timeout) if detail is None else text, metadata)
+    if detail is None:
+        return _class_of(code)(_advice(code, text, target, timeout))
+    known = error_from_detail(detail)
+    if known is not None:
+        return known
+    return _class_of(code)(detail.message or text, {**detail.metadata, "reason": detail.reason})
+
+
+def _class_of(code: grpc.StatusCode) -> type[SharedNormError]:
+    return _FALLBACKS.get(code, InternalError)
 
 
 def _detail(call: grpc.Call) -> service_pb2.ErrorDetail | None:
+    """Return the detail of a failed call, or None if it has none that can be read and names a reason.
+
+    Then it comes from something else than a sharednorm server, and the status itself says what happened.
+    """
     for key, value in call.trailing_metadata() or ():
         if key == ERROR_KEY and isinstance(value, bytes):
             try:
-                return service_pb2.ErrorDetail.FromString(value)
-            except (DecodeError, UnicodeDecodeError):
-                # Not from this server's code; the status itself still says what happened.
+                detail = service_pb2.ErrorDetail.FromString(value)
+            except (DecodeError, UnicodeDecodeError):  # the latter by protobuf's pure Python runtime
                 return None
+            return detail if detail.reason else None
     return None
 
 
@@ -129,7 +135,10 @@ def _advice(code: grpc.StatusCode, text: str, target: str, timeout: float) -> st
     if code is grpc.StatusCode.CANCELLED:
         return f"the call to {target} was given up: {text}"
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
-        return f"the call to {target} is beyond a limit of gRPC or of the server: {text}"
+        return (
+            f"the call to {target} is beyond a limit of gRPC or of the server: {text} (send a smaller tensor, or "
+            "try again when the server is less busy)"
+        )
     return f"the call to {target} failed with {code.name}: {text}"
 
 
