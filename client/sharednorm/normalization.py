@@ -16,6 +16,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from sharednorm._threads import Threads
 from sharednorm.config import Array, Vector
 from sharednorm.errors import InvalidConfiguration
 from sharednorm.state import Moments
@@ -24,6 +25,9 @@ Wide = npt.NDArray[np.float64]
 
 ARITHMETIC_VARIABLE = "SHAREDNORM_ARITHMETIC"
 INSTALL_NUMBA = "pip install 'sharednorm[fast]'"
+
+threads = Threads()
+"""The one team of this process; what NumPy computes does not use it."""
 
 
 class Arithmetic(Protocol):
@@ -79,7 +83,7 @@ def arithmetic(name: str | None = None) -> Arithmetic:
     """
     chosen = name or os.environ.get(ARITHMETIC_VARIABLE)
     if not chosen:
-        chosen = "numpy"
+        chosen = "numba" if importlib.util.find_spec("numba") else "numpy"
     if chosen == "numpy":
         from sharednorm._numpy_arithmetic import NumpyArithmetic  # noqa: PLC0415 - the modules need each other
 
@@ -91,6 +95,27 @@ def arithmetic(name: str | None = None) -> Arithmetic:
     from sharednorm._numba_arithmetic import NumbaArithmetic  # noqa: PLC0415 - importing numba takes a moment
 
     return NumbaArithmetic()
+
+
+def num_threads() -> int:
+    """Return how many threads one call of the compiled arithmetic uses.
+
+    By default as many as this process may use processors; the environment variable SHAREDNORM_NUM_THREADS
+    sets another number. No result depends on it.
+
+    Raises:
+        InvalidConfiguration: SHAREDNORM_NUM_THREADS is not an integer of at least 1.
+    """
+    return threads.count
+
+
+def set_num_threads(count: int) -> None:
+    """Set how many threads one call of the compiled arithmetic uses, the caller's included.
+
+    Raises:
+        InvalidConfiguration: It is not an integer of at least 1.
+    """
+    threads.resize(count)
 
 
 def merge(parts: Sequence[Moments]) -> Moments:

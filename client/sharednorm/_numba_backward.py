@@ -1,0 +1,245 @@
+"""Compiled kernels of the backward: two sums of tiles, their merge, and the gradient of the input."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from sharednorm._numba_common import (
+    APPLY,
+    FINISH,
+    SPREAD_SPACE,
+    STRIP,
+    SUMS,
+    UNIT,
+    channels_of,
+    clip,
+    column_tile,
+    fetch,
+    first_channel,
+    inlined,
+    put,
+    row_tile,
+    spread_out,
+    unaligned,
+)
+from sharednorm._numba_vector import (
+    LANES,
+    add,
+    fence,
+    keep,
+    load,
+    load_part,
+    load_wide,
+    mul,
+    spread,
+    store_part,
+    store_wide,
+    stream,
+    sub,
+    take_ticket,
+    total,
+    widen,
+)
+
+
+@inlined
+def _row_sums(tag: Any, x: int, g: int, start: int, length: int, mean: float) -> tuple[float, float]:
+    # The sums of g and of g * (x - mean) over consecutive elements.
+    centre = spread(mean)
+    s1 = spread(0.0)
+    s2 = spread(0.0)
+    end = start + length
+    i = start
+    while i + LANES <= end:
+        a = widen(load(tag, g, i))
+        s1 = add(s1, a)
+        s2 = add(s2, mul(a, sub(widen(load(tag, x, i)), centre)))
+        i += LANES
+    if i < end:
+        # Behind the end both are 0, g too: 0 * (0 - mean) adds nothing, but 0 * (0 - infinity) would.
+        a = widen(load_part(tag, g, i, end - i))
+        s1 = add(s1, a)
+        s2 = add(s2, keep(mul(a, sub(widen(load_part(tag, x, i, end - i)), centre)), end - i))
+    return total(s1), total(s2)
+
+
+@inlined
+def _column_sums(tag: Any, x: int, g: int, start: int, rows: int, size: int, columns: int, centre: Any,
+                 s1: Any, s2: Any) -> None:  # fmt: skip
+    # The same two sums of each column of a block, rows `size` elements apart.
+    for left in range(0, columns, STRIP):
+        right = min(columns, left + STRIP)
+        for j in range(left, right, LANES):
+            store_wide(s1, j, spread(0.0))
+            store_wide(s2, j, spread(0.0))
+        row = 0
+        while row + 2 <= rows:
+            i, k = start + row * size, start + (row + 1) * size
+            for j in range(left, right, LANES):
+                mean = load_wide(centre, j)
+                a = widen(fetch(tag, g, i + j, i + right))
+                b = widen(fetch(tag, g, k + j, k + right))
+                c = mul(a, sub(widen(fetch(tag, x, i + j, i + right)), mean))
+                d = mul(b, sub(widen(fetch(tag, x, k + j, k + right)), mean))
+                store_wide(s1, j, add(load_wide(s1, j), add(a, b)))
+                store_wide(s2, j, add(load_wide(s2, j), add(c, d)))
+            row += 2
+        if row < rows:
+            i = start + row * size
+            for j in range(left, right, LANES):
+                a = widen(fetch(tag, g, i + j, i + right))
+                c = mul(a, sub(widen(fetch(tag, x, i + j, i + right)), load_wide(centre, j)))
+                store_wide(s1, j, add(load_wide(s1, j), a))
+                store_wide(s2, j, add(load_wide(s2, j), c))
+
+
+@inlined
+def _sum_of(values: Any, channel: int, space: int, channels: int, fold: int) -> float:
+    # Over the columns of one channel, and its folds.
+    if space == 1 and fold == 1:
+        return values[channel]
+    s = spread(0.0)
+    for k in range(fold):
+        start = (k * channels + channel) * space
+        for j in range(0, space, LANES):
+            s = add(s, keep(load_wide(values, start + j), space - j))
+    return total(s)
+
+
+@inlined
+def _tile_sums(tag: Any, plan: Any, unit: int, tile: int, x: int, g: int, mean: Any, slots: Any, wide: Any) -> None:
+    channel = first_channel(plan, unit)
+    if not plan.columns:
+        start, length = row_tile(plan, unit, tile)
+        slots[channel, tile, 0], slots[channel, tile, 1] = _row_sums(tag, x, g, start, length, mean[channel])
+        return
+    start, rows, fold = column_tile(plan, unit, tile)
+    channels = channels_of(plan, unit)
+    centre, s1, s2 = wide[0], wide[1], wide[2]
+    spread_out(mean, channel, channels, plan.space, fold, centre)
+    size = plan.fold * plan.channels * plan.space
+    _column_sums(tag, x, g, start, rows, size, fold * channels * plan.space, centre, s1, s2)
+    for c in range(channels):
+        slots[channel + c, tile, 0] = _sum_of(s1, c, plan.space, channels, fold)
+        slots[channel + c, tile, 1] = _sum_of(s2, c, plan.space, channels, fold)
+
+
+@inlined
+def _finish(plan: Any, unit: int, slots: Any, mean: Any, m2: Any, scale: Any, epsilon: float, sums: Any,
+            coefficients: Any) -> None:  # fmt: skip
+    # A unit's slots added in their order, and `normalization.input_gradient`.
+    channel = first_channel(plan, unit)
+    count = plan.samples * plan.space
+    for c in range(channel, channel + channels_of(plan, unit)):
+        a, b = 0.0, 0.0
+        for tile in range(plan.tiles):
+            a += slots[c, tile, 0]
+            b += slots[c, tile, 1]
+        sums[0, c], sums[1, c] = a, b
+        inv_std = 1.0 / np.sqrt(m2[c] / count + epsilon)
+        factor = scale[c] * inv_std
+        hi = np.float32(mean[c])
+        slope = clip(-factor * inv_std * inv_std * (b / count))
+        coefficients[0, c], coefficients[1, c], coefficients[2, c] = hi, clip(factor), slope
+        coefficients[3, c] = clip(-factor * (a / count) - (mean[c] - hi) * np.float64(slope))
+
+
+@inlined
+def _apply_run(tag: Any, x: int, g: int, y: int, start: int, length: int, coefficients: Any, channel: int,
+               streaming: bool) -> None:  # fmt: skip
+    # Consecutive elements of one channel: g * factor + (x - hi) * slope + offset.
+    h, f = spread(coefficients[0, channel]), spread(coefficients[1, channel])
+    s, o = spread(coefficients[2, channel]), spread(coefficients[3, channel])
+    end = start + length
+    i = start
+    if streaming:
+        head = min(length, unaligned(tag, y, start))
+        a = mul(sub(load_part(tag, x, i, head), h), s)
+        store_part(tag, y, i, head, add(add(a, mul(load_part(tag, g, i, head), f)), o))
+        i += head
+        while i + LANES <= end:
+            a = mul(sub(load(tag, x, i), h), s)
+            stream(tag, y, i, add(add(a, mul(load(tag, g, i), f)), o))
+            i += LANES
+    while i < end:
+        a = mul(sub(fetch(tag, x, i, end), h), s)
+        put(tag, y, i, end, add(add(a, mul(fetch(tag, g, i, end), f)), o))
+        i += LANES
+
+
+@inlined
+def _apply_tile(tag: Any, plan: Any, unit: int, tile: int, x: int, g: int, y: int, coefficients: Any, spare: Any,
+                streaming: bool) -> None:  # fmt: skip
+    channel = first_channel(plan, unit)
+    if not plan.columns:
+        start, length = row_tile(plan, unit, tile)
+        _apply_run(tag, x, g, y, start, length, coefficients, channel, streaming)
+        return
+    start, rows, fold = column_tile(plan, unit, tile)
+    channels = channels_of(plan, unit)
+    size = plan.fold * plan.channels * plan.space
+    if plan.space >= SPREAD_SPACE:
+        for row in range(rows):
+            i = start + row * size
+            for _ in range(fold):
+                for c in range(channel, channel + channels):
+                    _apply_run(tag, x, g, y, i, plan.space, coefficients, c, streaming)
+                    i += plan.space
+        return
+    for k in range(4):
+        spread_out(coefficients[k], channel, channels, plan.space, fold, spare[k])
+    columns = fold * channels * plan.space
+    h, f, s, o = (spare[0].ctypes.data, spare[1].ctypes.data, spare[2].ctypes.data, spare[3].ctypes.data)
+    one = np.float32(0)
+    for row in range(rows):
+        i = start + row * size
+        end = i + columns
+        for j in range(0, columns, LANES):
+            a = mul(sub(fetch(tag, x, i + j, end), load(one, h, j)), load(one, s, j))
+            put(tag, y, i + j, end, add(add(a, mul(fetch(tag, g, i + j, end), load(one, f, j))), load(one, o, j)))
+
+
+@njit(nogil=True, cache=True)
+def backward(tag: Any, plan: Any, task: int, items: int, ticket: Any, x: int, g: int, y: int, slots: Any, mean: Any,
+             m2: Any, scale: Any, epsilon: float, sums: Any, coefficients: Any, streaming: bool) -> None:  # fmt: skip
+    """Take tickets and do what they stand for until none is left. Any number of threads may do so at once.
+
+    Args:
+        tag: Says the element type, see `_numba_vector`.
+        plan: The cut of the shape.
+        task: What a ticket stands for.
+        items: Number of tickets.
+        ticket: The next one; int64 (1,).
+        x: Address of the forward's input.
+        g: Address of the gradient of its output.
+        y: Address of the gradient of its input, which overlaps neither.
+        slots: Partial sums of each channel and tile; float64 (C, tiles, 2).
+        mean: Mean of each channel; float64 (C,).
+        m2: Sum of squared deviations of each channel; float64 (C,).
+        scale: Multiplier of the forward; float32 (C,).
+        epsilon: Added to the variance.
+        sums: Sums of g and of g * (x - mean); float64 (2, C).
+        coefficients: hi, factor, slope and offset of `normalization.InputGradient`; float32 (4, C).
+        streaming: Whether the output goes past the caches.
+    """
+    wide = np.empty((3, plan.width + LANES), np.float64)
+    spare = np.empty((4, plan.width + LANES), np.float32)
+    item = take_ticket(ticket)
+    while item < items:
+        if task == UNIT:
+            for tile in range(plan.tiles):
+                _tile_sums(tag, plan, item, tile, x, g, mean, slots, wide)
+            _finish(plan, item, slots, mean, m2, scale, epsilon, sums, coefficients)
+            for tile in range(plan.tiles - 1, -1, -1):
+                _apply_tile(tag, plan, item, tile, x, g, y, coefficients, spare, streaming)
+        elif task == SUMS:
+            _tile_sums(tag, plan, item // plan.tiles, item % plan.tiles, x, g, mean, slots, wide)
+        elif task == FINISH:
+            _finish(plan, item, slots, mean, m2, scale, epsilon, sums, coefficients)
+        elif task == APPLY:
+            _apply_tile(tag, plan, item // plan.tiles, item % plan.tiles, x, g, y, coefficients, spare, streaming)
+        item = take_ticket(ticket)
+    fence()
