@@ -42,15 +42,16 @@ def main() -> int:
     with server() as (address, pid, line):
         print(f"a server (pid {pid}): {line}", flush=True)
         total = sum(len(shard.schedule()) for shard in shards)
-        with tqdm(total=total, unit=" steps", desc="4 workers", smoothing=0.1) as progress:
+        with tqdm(total=total, unit=" steps", desc="4 workers", disable=None) as progress:
             training = Training(address, shards, held_out, progress)
             training.run()
         outcomes = _outcomes(address, shards)
     print("the server has stopped\n")
+    print("Averages over the batches; the variance is that within a batch, as batch normalization keeps it.\n")
     for outcome in outcomes:
         print(table(outcome) + "\n")
     draw(outcomes, shards, training.readings, training.killed_at, PICTURE)
-    matched = all(_verdict(outcome) for outcome in outcomes)
+    matched = all([_verdict(outcome) for outcome in outcomes])
     print(f"picture: {PICTURE.resolve()}\n{time.monotonic() - begin:.1f} seconds")
     return 0 if matched else 1
 

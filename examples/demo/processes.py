@@ -50,15 +50,13 @@ class Reading:
         layer: The layer.
         number: Steps that its statistics had taken in.
         mean: Its running mean, float32 (C,).
-        out_mean: Mean of its held-out batch, normalized by them: 0 if they fit it.
-        out_std: Standard deviation of the same: 1 if they fit it.
+        out_mean: Mean of its held-out batch, normalized by the layer: near 0 if the statistics fit it.
     """
 
     layer: str
     number: int
     mean: npt.NDArray[np.float32]
     out_mean: float
-    out_std: float
 
 
 Report: TypeAlias = "Step | Reading | None"
@@ -78,6 +76,7 @@ class Child:
 def server() -> Iterator[tuple[str, int, str]]:
     """Run a server on a free port of the loopback; give its address, its process id and its start-up line."""
     command = [str(Path(sys.executable).with_name("sharednorm")), "serve", "--listen", "127.0.0.1:0"]
+    command += ["--log-level", "warning"]
     # A session of its own: Ctrl-C reaches the demo alone, which then stops the others in their order.
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
     try:
@@ -142,7 +141,7 @@ def _evaluate(address: str, held_out: dict[str, Images], demo: Connection) -> No
         while _await_word(demo):
             for name, bn in layers.items():
                 state, out = bn.snapshot(), bn(held_out[name])
-                demo.send(Reading(name, state.num_of_props, state.mean, float(out.mean()), float(out.std())))
+                demo.send(Reading(name, state.num_of_props, state.mean, float(out.mean())))
     demo.send(None)
 
 

@@ -104,8 +104,8 @@ class Training:
         child.process.join(PATIENCE)
         self.killed_at = dict(self._steps)
         del self._workers[child.connection]
-        self._say(f"{child.name} (pid {child.process.pid}) is killed with SIGKILL after {self._taken[index]} of its "
-                  f"{len(self._schedules[index])} steps")  # fmt: skip
+        self._say(f"{child.name} (pid {child.process.pid}) is killed (SIGKILL) between two steps, after "
+                  f"{self._taken[index]} of its {len(self._schedules[index])}")  # fmt: skip
         self._start(index)
         self._say(f"{child.name} starts again as a new process, attaches to the layers by their names, goes on")
 
@@ -125,8 +125,8 @@ class Training:
             raise RuntimeError(f"the evaluator said {message} while the workers were still training")  # noqa: TRY004
         self.readings.append(message)
         if len(self.readings) % 20 in {1, 2}:
-            self._say(f"evaluator: {message.layer} after {message.number:3} steps normalizes held-out data to "
-                      f"{message.out_mean:+.3f} +- {message.out_std:.3f}")  # fmt: skip
+            self._say(f"evaluator: {message.layer} after {message.number:3} steps; its held-out batch, normalized, "
+                      f"has mean {message.out_mean:+.3f}")  # fmt: skip
 
     def _last_reading(self) -> None:
         assert self._evaluator is not None
