@@ -1,0 +1,7 @@
+"""`python -m sharednorm_server` is the command line, as `sharednorm` is."""
+
+import sys
+
+from sharednorm_server.cli import main
+
+sys.exit(main())

@@ -1,0 +1,117 @@
+"""The memory store keeps what it is given, in the order of names."""
+
+from __future__ import annotations
+
+import random
+import threading
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from sharednorm.config import LayerConfig, LayerKind
+from sharednorm.state import initial_state
+from sharednorm_server.store import LayerKey, LayerRecord
+from sharednorm_server.store.memory import MemoryStore
+
+CONFIG = LayerConfig(LayerKind.BATCH_NORM_2D, 2)
+
+
+def record(name: str, namespace: str = "default") -> LayerRecord:
+    state = initial_state(CONFIG, 0.0, np.random.default_rng(0))
+    return LayerRecord(LayerKey(namespace, name), CONFIG, state)
+
+
+@pytest.fixture
+def store() -> MemoryStore:
+    return MemoryStore()
+
+
+def test_it_says_what_it_is(store: MemoryStore) -> None:
+    assert store.description == "memory:"
+
+
+def test_a_record_that_was_created_is_found(store: MemoryStore) -> None:
+    first = record("a")
+    assert store.create(first)
+    assert store.get(first.key) is first
+
+
+def test_creating_twice_changes_nothing(store: MemoryStore) -> None:
+    first = record("a")
+    store.create(first)
+    assert not store.create(replace(first, train=False))
+    assert store.get(first.key) is first
+
+
+def test_put_replaces(store: MemoryStore) -> None:
+    first = record("a")
+    store.create(first)
+    second = replace(first, train=False)
+    assert store.put(second)
+    assert store.get(first.key) is second
+
+
+def test_put_makes_no_new_record(store: MemoryStore) -> None:
+    assert not store.put(record("a"))
+    assert store.get(LayerKey("default", "a")) is None
+    assert store.page("default", "", 10) == []
+
+
+def test_delete_forgets_and_says_whether_there_was_anything(store: MemoryStore) -> None:
+    store.create(record("a"))
+    assert store.delete(LayerKey("default", "a"))
+    assert not store.delete(LayerKey("default", "a"))
+    assert store.get(LayerKey("default", "a")) is None
+    assert store.page("default", "", 10) == []
+
+
+def test_a_name_may_be_used_again_after_delete(store: MemoryStore) -> None:
+    store.create(record("a"))
+    store.delete(LayerKey("default", "a"))
+    assert store.create(record("a"))
+    assert [found.key.name for found in store.page("default", "", 10)] == ["a"]
+
+
+def test_pages_follow_the_code_points_of_the_names(store: MemoryStore) -> None:
+    names = ["b", "a/b", "a", "Z", "é", "e\u0301", "中", "a b", "😀", "\uffff"]
+    for name in random.Random(1).sample(names, len(names)):
+        store.create(record(name))
+    expected = sorted(names, key=lambda name: [ord(character) for character in name])
+    collected: list[str] = []
+    while page := store.page("default", collected[-1] if collected else "", 3):
+        assert len(page) <= 3
+        collected += [found.key.name for found in page]
+    assert collected == expected
+
+
+def test_a_page_may_begin_behind_a_name_that_is_gone(store: MemoryStore) -> None:
+    for name in "abc":
+        store.create(record(name))
+    store.delete(LayerKey("default", "b"))
+    assert [found.key.name for found in store.page("default", "b", 10)] == ["c"]
+
+
+def test_namespaces_never_see_each_other(store: MemoryStore) -> None:
+    store.create(record("a", "one"))
+    store.create(record("a", "two"))
+    store.delete(LayerKey("one", "a"))
+    assert store.page("one", "", 10) == []
+    assert [found.key for found in store.page("two", "", 10)] == [LayerKey("two", "a")]
+
+
+def test_racing_creators_make_one_record(store: MemoryStore) -> None:
+    barrier = threading.Barrier(8)
+    created: list[bool] = []
+
+    def create() -> None:
+        barrier.wait(10)
+        created.append(store.create(record("a")))
+
+    threads = [threading.Thread(target=create) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert sorted(created) == [False] * 7 + [True]
+    assert len(store.page("default", "", 10)) == 1
