@@ -51,9 +51,9 @@ def main() -> int:
     for outcome in outcomes:
         print(table(outcome) + "\n")
     draw(outcomes, shards, training.readings, training.killed_at, PICTURE)
-    matched = all([_verdict(outcome) for outcome in outcomes])
+    verdicts = [_verdict(outcome) for outcome in outcomes]
     print(f"picture: {PICTURE.resolve()}\n{time.monotonic() - begin:.1f} seconds")
-    return 0 if matched else 1
+    return 0 if all(verdicts) else 1
 
 
 def _outcomes(address: str, shards: list[Shard]) -> list[Outcome]:
