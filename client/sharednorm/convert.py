@@ -23,8 +23,8 @@ from sharednorm.config import (
     check_name,
     check_namespace,
 )
-from sharednorm.errors import InvalidConfiguration, InvalidShape, MalformedMessage
-from sharednorm.state import ARRAY_FIELDS, SAVED_FIELDS, LayerState, Moments, StateUpdate
+from sharednorm.errors import InvalidConfiguration, MalformedMessage
+from sharednorm.state import ARRAY_FIELDS, SAVED_FIELDS, LayerState, Moments, StateUpdate, check_steps, one_axis
 from sharednorm.v1 import layer_pb2, tensor_pb2
 
 __all__ = [
@@ -90,10 +90,10 @@ def config_to_proto(config: LayerConfig) -> layer_pb2.LayerConfig:
     """Return a configuration as a message."""
     return layer_pb2.LayerConfig(
         kind=_KINDS[config.kind],
-        maps=int(config.maps),
-        epsilon=float(config.epsilon),
-        init_factor=float(config.init_factor),
-        min_factor=float(config.min_factor),
+        maps=config.maps,
+        epsilon=config.epsilon,
+        init_factor=config.init_factor,
+        min_factor=config.min_factor,
         affine=config.affine,
         averaging=_AVERAGING[config.averaging],
         nonfinite=_NONFINITE[config.nonfinite],
@@ -256,17 +256,16 @@ def update_to_proto(update: StateUpdate) -> layer_pb2.LayerState:
 
     Raises:
         InvalidShape: An array has more than one axis that is longer than 1.
-        InvalidConfiguration: `num_of_props` does not fit 64 bits, or is negative.
+        UnsupportedDType: An array does not hold real numbers.
+        InvalidConfiguration: `num_of_props` is not an integer from 0 to 2**53.
     """
     message = layer_pb2.LayerState()
     if update.num_of_props is not None:
-        if not 0 <= update.num_of_props < 1 << 64:
-            raise InvalidConfiguration(f"numOfProps is {update.num_of_props} (expected: 0 to 2**64 - 1)")
-        message.num_of_props = int(update.num_of_props)
+        message.num_of_props = check_steps(update.num_of_props)
     for name in ARRAY_FIELDS:
         values = getattr(update, name)
         if values is not None:
-            getattr(message, name).CopyFrom(vector_to_proto(_one_axis(name, values)))
+            getattr(message, name).CopyFrom(vector_to_proto(one_axis(name, values)))
     return message
 
 
@@ -279,10 +278,3 @@ def update_from_proto(message: layer_pb2.LayerState) -> StateUpdate:
 
 def _present(message: layer_pb2.LayerState) -> dict[str, Any]:
     return {field.name: value for field, value in message.ListFields()}
-
-
-def _one_axis(name: str, values: npt.ArrayLike) -> npt.NDArray[Any]:
-    array = np.asarray(values)
-    if array.ndim > 0 and max(array.shape) != array.size:
-        raise InvalidShape(f"{name} has shape {array.shape} (expected: one value a map, on one axis)")
-    return array

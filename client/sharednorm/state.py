@@ -215,14 +215,42 @@ def updated(state: LayerState, config: LayerConfig, update: StateUpdate) -> Laye
     ):
         raise InvalidConfiguration("the layer is not affine: its scale is 1 and its bias 0, fixed")
     number = update.num_of_props
-    if number is not None and not (is_integer(number) and 0 <= number <= MAX_STEPS):
-        raise InvalidConfiguration(f"numOfProps is {number!r} (expected: an integer, 0 to 2**53)")
     return LayerState(
         **{name: arrays.get(name, getattr(state, name)) for name in ARRAY_FIELDS},
-        num_of_props=state.num_of_props if number is None else int(number),
+        num_of_props=state.num_of_props if number is None else check_steps(number),
         version=state.version,
         initialized=True,
     )
+
+
+def one_axis(name: str, value: npt.ArrayLike) -> npt.NDArray[Any]:
+    """Return new values of a vector as an array of real numbers, of which at most one axis is longer than 1.
+
+    Raises:
+        InvalidShape: It is no array, or has two such axes.
+        UnsupportedDType: It does not hold real numbers.
+    """
+    try:
+        array = np.asarray(value)
+    except (TypeError, ValueError) as error:
+        raise InvalidShape(f"{name} is not an array: {error} (expected: one value a map)") from error
+    # bfloat16 is a void type to NumPy.
+    if array.dtype.kind not in "fiu" and array.dtype.name != "bfloat16":
+        raise UnsupportedDType(f"{name} holds {array.dtype} (expected: real numbers, one a map)")
+    if array.ndim > 0 and max(array.shape) != array.size:
+        raise InvalidShape(f"{name} has shape {array.shape} (expected: one value a map, on one axis)")
+    return array
+
+
+def check_steps(number: int) -> int:
+    """Check a new number of steps and return it.
+
+    Raises:
+        InvalidConfiguration: It is not an integer from 0 to 2**53.
+    """
+    if not (is_integer(number) and 0 <= number <= MAX_STEPS):
+        raise InvalidConfiguration(f"numOfProps is {number!r} (expected: an integer, 0 to 2**53)")
+    return int(number)
 
 
 def _average(running: Vector, batch: npt.NDArray[np.float64], weight: float) -> Vector:
@@ -249,15 +277,8 @@ def _refuse_nonfinite(batch: Moments) -> None:
 
 
 def _vector(name: str, value: npt.ArrayLike, maps: int) -> Vector:
-    try:
-        array = np.asarray(value)
-        # bfloat16 is a void type to NumPy.
-        real = array.dtype.kind in "fiu" or array.dtype.name == "bfloat16"
-    except (TypeError, ValueError) as error:
-        raise InvalidShape(f"{name} is not an array: {error} (expected: {maps} values, one a map)") from error
-    if not real:
-        raise UnsupportedDType(f"{name} holds {array.dtype} (expected: {maps} real numbers)")
-    if array.size != maps or (array.ndim > 0 and max(array.shape) != maps):
+    array = one_axis(name, value)
+    if array.size != maps:
         raise InvalidShape(f"{name} has shape {array.shape} (expected: {maps} values, one a map)")
     return _frozen(array.reshape(maps))
 
