@@ -212,7 +212,7 @@ class LayerState(_message.Message):
     BIAS_GRAD_FIELD_NUMBER: _builtins.int
     NUM_OF_PROPS_FIELD_NUMBER: _builtins.int
     num_of_props: _builtins.int
-    """Steps that the running statistics have taken in: the n of the averaging factor. Saved and restored."""
+    """Steps that the running statistics have taken in: the n of the averaging factor, at most 2^53. Saved and restored."""
     @_builtins.property
     def scale(self) -> _tensor_pb2.FloatVector:
         """Multiplier of the normalized value. C values."""

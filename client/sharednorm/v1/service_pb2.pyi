@@ -59,7 +59,7 @@ class ErrorDetail(_message.Message):
     """For people: what was wrong, what was expected, what to do. At most 4 KiB."""
     @_builtins.property
     def metadata(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """Values that a program may want, such as the names of the fields that differ."""
+        """Values that a program may want, such as the names of the fields that differ. At most 1 KiB."""
 
     def __init__(
         self,
@@ -480,7 +480,7 @@ class ForwardStreamRequest(_message.Message):
     otherwise INVALID_ARGUMENT, MALFORMED_MESSAGE.
     """
     chunk: _builtins.bytes
-    """Bytes of the tensor."""
+    """Bytes of the tensor, at least 1."""
     @_builtins.property
     def header(self) -> Global___ForwardRequest:
         """The call, without data."""
@@ -514,7 +514,7 @@ class ForwardStreamResponse(_message.Message):
     offset: _builtins.int
     """Place of the chunk's first byte in the tensor."""
     chunk: _builtins.bytes
-    """Bytes of the tensor."""
+    """Bytes of the tensor, at least 1."""
     @_builtins.property
     def header(self) -> Global___ForwardResponse:
         """The answer, without data."""
@@ -701,7 +701,7 @@ class BackwardStreamRequest(_message.Message):
     otherwise INVALID_ARGUMENT, MALFORMED_MESSAGE.
     """
     chunk: _builtins.bytes
-    """Bytes of the data."""
+    """Bytes of the data, at least 1."""
     @_builtins.property
     def header(self) -> Global___BackwardRequest:
         """The call, without data."""
@@ -733,7 +733,7 @@ class BackwardStreamResponse(_message.Message):
     offset: _builtins.int
     """Place of the chunk's first byte in the gradient."""
     chunk: _builtins.bytes
-    """Bytes of the gradient."""
+    """Bytes of the gradient, at least 1."""
     @_builtins.property
     def header(self) -> Global___BackwardResponse:
         """The answer, without data."""
