@@ -1,0 +1,60 @@
+"""A `LayerService` for tests, with devices that let a test act in the middle of a computation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from sharednorm.config import Array, LayerConfig, LayerKind
+from sharednorm.normalization import arithmetic
+from sharednorm.state import LayerState, Moments, StateUpdate
+from sharednorm_server.device import DeviceTensor
+from sharednorm_server.device.cpu import CpuDevice
+from sharednorm_server.requests import LayerKey
+from sharednorm_server.service import LayerService
+from sharednorm_server.store.memory import MemoryStore
+
+KEY = LayerKey("default", "bn")
+MAPS = 3
+CONFIG = LayerConfig(LayerKind.BATCH_NORM_2D, MAPS)
+SHAPE = (4, MAPS, 5, 2)
+
+
+class InterruptedDevice(CpuDevice):
+    """The CPU device; after each computation of an output it lets the test do something, before it returns.
+
+    Attributes:
+        forwards: How often moments were taken.
+        renormalized: How often an output was made again from known moments.
+        interrupt: What to do; it gets the number of outputs that have been made so far.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(arithmetic("numpy"))
+        self.forwards = 0
+        self.renormalized = 0
+        self.interrupt: Callable[[int], None] = lambda _: None
+
+    def forward(self, x: DeviceTensor, state: LayerState, config: LayerConfig) -> tuple[Array, Moments]:
+        """Normalize a batch by its own statistics."""
+        result = super().forward(x, state, config)
+        self.forwards += 1
+        self.interrupt(self.forwards + self.renormalized)
+        return result
+
+    def normalize_batch(self, x: DeviceTensor, batch: Moments, state: LayerState, config: LayerConfig) -> Array:
+        """Normalize a batch whose moments are known."""
+        result = super().normalize_batch(x, batch, state, config)
+        self.renormalized += 1
+        self.interrupt(self.forwards + self.renormalized)
+        return result
+
+
+def new_service(device: CpuDevice | None = None, saved_input_bytes: int = 1 << 20) -> LayerService:
+    """Return a service without layers."""
+    return LayerService(MemoryStore(), device or CpuDevice(arithmetic("numpy")), saved_input_bytes)
+
+
+def create(service: LayerService, key: LayerKey = KEY, config: LayerConfig = CONFIG, **state: object) -> None:
+    """Create a layer whose scale is 1, or what the keywords say."""
+    update = StateUpdate(**state)  # type: ignore[arg-type]  # a test's shorthand
+    service.create_layer(key, config, update, sscale=0.0, empty=False)
