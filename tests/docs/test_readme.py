@@ -1,0 +1,143 @@
+"""What the documents say is so: their examples run and print what they say, and their commands are there.
+
+A fenced block of Python is run; the block of text behind it is its output. All blocks of one document share their
+variables, as if a reader typed them one after the other, and talk to a server that knows nothing yet.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from sharednorm.errors import error_classes
+from tests.support.server import server_process
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = sorted(path.relative_to(ROOT) for path in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+BUILTIN = (ValueError, TypeError, LookupError, ConnectionError, TimeoutError)
+ADDRESS = "127.0.0.1:50051"  # of the documents, and a server's default
+
+_BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_LINK = re.compile(r"\[[^\]]*\]\((?!https?://)([^)#\s]+)")
+
+
+def _blocks(document: Path, *languages: str) -> list[tuple[str, str]]:
+    found = _BLOCK.findall((ROOT / document).read_text(encoding="utf-8"))
+    return [(language, text) for language, text in found if language in languages]
+
+
+def _examples(document: Path) -> Iterator[tuple[str, str | None]]:
+    """Yield each block of Python with the output that it should have, or None if none is given."""
+    blocks = _blocks(document, "python", "text")
+    for index, (language, text) in enumerate(blocks):
+        if language == "python":
+            following = blocks[index + 1] if index + 1 < len(blocks) else ("", "")
+            yield text, following[1] if following[0] == "text" else None
+
+
+def _commands() -> list[str]:
+    lines = [line for document in DOCUMENTS for _, text in _blocks(document, "sh") for line in text.splitlines()]
+    return list(dict.fromkeys(line.partition(" #")[0].strip() for line in lines if line.strip()))
+
+
+@pytest.mark.parametrize("document", [d for d in DOCUMENTS if _blocks(d, "python")], ids=str)
+def test_examples_print_what_the_document_says(document: Path, tmp_path: Path) -> None:
+    variables: dict[str, Any] = {"__name__": "__main__"}
+    with server_process() as server:
+        for code, expected in _examples(document):
+            printed = io.StringIO()
+            local = code.replace(ADDRESS, server.address).replace("/tmp/", f"{tmp_path}/")
+            with contextlib.redirect_stdout(printed):
+                exec(compile(local, str(document), "exec"), variables)
+            assert printed.getvalue() == (expected or ""), code
+
+
+def test_the_readme_has_examples() -> None:
+    assert len(list(_examples(Path("README.md")))) >= 8
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=str)
+def test_links_into_the_repository_lead_somewhere(document: Path) -> None:
+    links = _LINK.findall((ROOT / document).read_text(encoding="utf-8"))
+    assert [link for link in links if not (ROOT / document).parent.joinpath(link).exists()] == []
+
+
+@pytest.mark.parametrize("command", _commands())
+def test_commands_are_there(command: str) -> None:
+    program = next((name for name in CHECKS if command.startswith(name)), None)
+    assert program is not None, f"no test knows how to check the command {command!r}"
+    CHECKS[program](command)
+
+
+def _check_make(command: str) -> None:
+    result = subprocess.run(
+        [*shlex.split(command), "--dry-run"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def _check_pip(command: str) -> None:
+    declared = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
+    asked = [name for names in re.findall(r"\[([\w,]+)\]", command) for name in names.split(",")]
+    assert set(asked) <= set(declared)
+
+
+def _check_serve(command: str) -> None:
+    arguments = shlex.split(command)[2:]
+    if "--listen" in arguments:
+        place = arguments.index("--listen")
+        del arguments[place : place + 2]
+    if "--help" in arguments:
+        help_text = subprocess.run(
+            [sys.executable, "-m", "sharednorm_server", *shlex.split(command)[1:]],
+            capture_output=True, text=True, timeout=60, check=True,
+        ).stdout  # fmt: skip
+        assert "--listen" in help_text
+        return
+    with server_process(*arguments) as server:
+        assert server.stop() == 0
+
+
+def _check_script(command: str) -> None:
+    script, *arguments = shlex.split(command)[1:]
+    with server_process() as server:
+        given = arguments or ([server.address, "2"] if "remote" in script else [])
+        result = subprocess.run(
+            [sys.executable, str(ROOT / script), *given], capture_output=True, text=True, timeout=60, check=False
+        )
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout
+
+
+CHECKS: dict[str, Callable[[str], None]] = {
+    "make ": _check_make,
+    "pip install ": _check_pip,
+    "sharednorm serve": _check_serve,
+    ".venv/bin/python examples/": _check_script,
+}
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: str(path.name))
+def test_examples_run(script: Path) -> None:
+    _check_script(f"python {script.relative_to(ROOT)}")
+
+
+def test_the_readme_lists_every_error_as_it_is() -> None:
+    rows = re.findall(
+        r"^\| `(\w+)` \| `(\w+)` \| (\w+) \| (?:`(\w+)`)? ?\|", (ROOT / "README.md").read_text(), re.MULTILINE
+    )
+    codes = {number: code.name for code in grpc.StatusCode for number, _ in [code.value]}
+    assert rows == [
+        (cls.__name__, cls.reason, codes[cls.code], next((b.__name__ for b in cls.__bases__ if b in BUILTIN), ""))
+        for cls in error_classes()
+    ]
