@@ -7,6 +7,10 @@ from sharednorm.errors import LimitExceeded
 # protobuf refuses a field that is longer.
 _MAX_FIELD_BYTES = (1 << 31) - 1
 
+# More fields than any message of the contract has. A message of a million tiny ones is read by the runtime in
+# milliseconds, and would keep Python busy for a second.
+_MAX_FIELDS = 64
+
 # Wire types.
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
@@ -52,16 +56,19 @@ def find_field(buffer: bytes, number: int) -> tuple[bytes, int, int] | None:
 
     Returns:
         All other fields, and where the field's bytes start and end (both 0 if it is absent). None where it is not
-        certain where a field ends (groups, over-long or missing bytes, unknown wire types): then a real parser must
-        decide what the message means. The other fields are not looked into: whether they are allowed is for the
-        parser that gets them.
+        certain where a field ends (groups, over-long or missing bytes, unknown wire types), or where there are very
+        many: then a real parser must decide what the message means. The other fields are not looked into: whether
+        they are allowed is for the parser that gets them.
     """
     wanted = (number << 3) | _BYTES
     others: list[bytes] = []
     kept = position = start = end = 0
     size = len(buffer)
     try:
-        while position < size:
+        for _ in range(_MAX_FIELDS):
+            if position == size:
+                others.append(buffer[kept:])
+                return b"".join(others), start, end
             begin = position
             tag, position = _read_tag(buffer, position)
             if tag & 7 == _BYTES:
@@ -74,12 +81,9 @@ def find_field(buffer: bytes, number: int) -> tuple[bytes, int, int] | None:
                     kept, start, end = position, position - length, position
             else:
                 position = _skip(buffer, position, tag & 7)
-            if position > size:
-                return None
     except (IndexError, OverflowError):
         return None
-    others.append(buffer[kept:])
-    return b"".join(others), start, end
+    return None
 
 
 def _skip(buffer: bytes, position: int, wire_type: int) -> int:

@@ -178,6 +178,15 @@ def test_every_pair_of_odd_fields(cls: MessageClass) -> None:
         agree(cls, b"".join(pair))
 
 
+@pytest.mark.parametrize("count", [60, 63, 64, 65, 70_000])
+@every_class
+def test_very_many_fields(cls: MessageClass, count: int) -> None:
+    buffer = (field_of_bytes(15, b"a") + tag(2, 0) + b"\x07") * (count // 2) + field_of_bytes(15, b"last")
+    assert agree(cls, buffer)
+    # A reader in Python would be busy for long with so many; the runtime is not.
+    assert (decode(cls, buffer)[1].obj is buffer) is (count < 64)
+
+
 # --- Mutations --------------------------------------------------------------------------------------
 
 
