@@ -24,9 +24,9 @@ from sharednorm.state import (
 class LocalBackend:
     """Keeps a layer's state in this process and computes with the processor.
 
-    The state is one immutable object, replaced under a lock: readers see one moment, and steps have one
-    order, that of their versions. Tensors are computed outside the lock. A step normalizes with the scale
-    and bias of the moment when it began, and its moments are averaged in when it ends.
+    The state is one immutable object, replaced under a lock: readers see one moment, and all changes have one
+    order. Tensors are computed outside the lock, except for a step whose scale or bias another thread has
+    replaced meanwhile: its output is made again with those that it is ordered behind.
 
     Args:
         config: The layer's configuration.
@@ -65,11 +65,7 @@ class LocalBackend:
             return ForwardResult(self._evaluate(state, x, out), None)
         if out is not None:
             raise InplaceInTraining("a training forward cannot replace its input, which backward needs")
-        data, moments = self._compute.forward(x, state.scale, state.bias, self._config.epsilon)
-        with self._lock:
-            self._state = step(self._state, self._config, moments)
-            version = self._state.version
-        return ForwardResult(data, SavedForward(x, moments, state.scale, version))
+        return self._step(state, x)
 
     def backward(
         self, saved: SavedForward, grad: Array, *, param_grads: bool, input_grad: bool, scale: float, momentum: float
@@ -95,6 +91,17 @@ class LocalBackend:
         with self._lock:
             require_initialized(self._state, "the layer")
             self._state = update_params(self._state, self._config, learn_rate)
+
+    def _step(self, began: LayerState, x: Array) -> ForwardResult:
+        epsilon = self._config.epsilon
+        data, batch = self._compute.forward(x, began.scale, began.bias, epsilon)
+        with self._lock:
+            now = self._state
+            after = step(now, self._config, batch)
+            if now.scale is not began.scale or now.bias is not began.bias:
+                data = self._compute.normalize(x, batch.mean, batch.biased_var, now.scale, now.bias, epsilon)
+            self._state = after
+        return ForwardResult(data, SavedForward(x, batch, now.scale, after.version))
 
     def _evaluate(self, state: LayerState, x: Array, out: Array | None) -> Array:
         return self._compute.normalize(

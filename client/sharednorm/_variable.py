@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from sharednorm._seam import LayerBackend
 from sharednorm.config import Vector
-from sharednorm.state import StateUpdate, require_initialized
+from sharednorm.state import StateUpdate, given, require_initialized
 
 
 class Variable:
@@ -35,8 +35,8 @@ class Variable:
 
     @data.setter
     def data(self, values: npt.ArrayLike) -> None:
-        scale = self.name == "scale"
-        self._backend.update(StateUpdate(scale=values) if scale else StateUpdate(bias=values))
+        new = given(self.name, values)
+        self._backend.update(StateUpdate(scale=new) if self.name == "scale" else StateUpdate(bias=new))
 
     @property
     def grad(self) -> Vector:
@@ -51,8 +51,8 @@ class Variable:
 
     @grad.setter
     def grad(self, values: npt.ArrayLike) -> None:
-        scale = self.name == "scale"
-        self._backend.update(StateUpdate(scale_grad=values) if scale else StateUpdate(bias_grad=values))
+        new = given(f"{self.name}_grad", values)
+        self._backend.update(StateUpdate(scale_grad=new) if self.name == "scale" else StateUpdate(bias_grad=new))
 
     def __repr__(self) -> str:
         """For people; reads nothing from the layer."""

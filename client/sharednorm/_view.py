@@ -13,7 +13,7 @@ from sharednorm._seam import LayerBackend
 from sharednorm._variable import Variable
 from sharednorm.config import Vector
 from sharednorm.errors import InvalidConfiguration
-from sharednorm.state import LayerState, StateUpdate, require_initialized
+from sharednorm.state import LayerState, StateUpdate, checked_steps, given, require_initialized
 
 
 class LayerView:
@@ -84,7 +84,7 @@ class LayerView:
 
     @scale.setter
     def scale(self, values: npt.ArrayLike) -> None:
-        self._backend.update(StateUpdate(scale=values))
+        self._backend.update(StateUpdate(scale=given("scale", values)))
 
     @property
     def bias(self) -> Vector:
@@ -93,7 +93,7 @@ class LayerView:
 
     @bias.setter
     def bias(self, values: npt.ArrayLike) -> None:
-        self._backend.update(StateUpdate(bias=values))
+        self._backend.update(StateUpdate(bias=given("bias", values)))
 
     @property
     def mean(self) -> Vector:
@@ -102,7 +102,7 @@ class LayerView:
 
     @mean.setter
     def mean(self, values: npt.ArrayLike) -> None:
-        self._backend.update(StateUpdate(mean=values))
+        self._backend.update(StateUpdate(mean=given("mean", values)))
 
     @property
     def var(self) -> Vector:
@@ -111,7 +111,7 @@ class LayerView:
 
     @var.setter
     def var(self, values: npt.ArrayLike) -> None:
-        self._backend.update(StateUpdate(var=values))
+        self._backend.update(StateUpdate(var=given("var", values)))
 
     @property
     def numOfProps(self) -> int:
@@ -120,7 +120,7 @@ class LayerView:
 
     @numOfProps.setter
     def numOfProps(self, steps: int) -> None:
-        self._backend.update(StateUpdate(num_of_props=steps))
+        self._backend.update(StateUpdate(num_of_props=checked_steps(steps)))
 
     @property
     def version(self) -> int:

@@ -14,7 +14,6 @@ from sharednorm._protocol import Layer
 from sharednorm._seam import ForwardResult, Gradients, LayerBackend, SavedForward
 from sharednorm._variable import Variable
 from sharednorm.config import LayerConfig, LayerKind, check_name
-from sharednorm.errors import InvalidConfiguration
 from sharednorm.state import initial_state
 
 __all__ = [
@@ -37,8 +36,6 @@ class _LocalBatchNorm(BatchNormND):
     # The constructor's parameters, which the four members share.
 
     def __init__(self, config: LayerConfig, sscale: float, name: str | None, empty: bool, inplace: bool) -> None:
-        if not isinstance(empty, bool):
-            raise InvalidConfiguration(f"empty is {empty!r} (expected: True or False)")
         if name is not None and name != "":
             check_name(name)
         # The global generator, as PuzzleLib: numpy.random.seed decides what a layer begins with.

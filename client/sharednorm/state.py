@@ -107,8 +107,10 @@ def initial_state(config: LayerConfig, sscale: float, sampler: NormalSampler, *,
         empty: Whether the layer waits for `load`.
 
     Raises:
-        InvalidConfiguration: `sscale` is negative or not finite.
+        InvalidConfiguration: `sscale` is negative or not finite, or `empty` neither True nor False.
     """
+    if not isinstance(empty, bool):
+        raise InvalidConfiguration(f"empty is {empty!r} (expected: True or False)")
     if not (is_finite(sscale) and sscale >= 0):
         raise InvalidConfiguration(f"sscale is {sscale!r} (expected: a finite number >= 0)")
     blank = blank_state(config)
@@ -244,6 +246,28 @@ def one_axis(name: str, value: npt.ArrayLike) -> npt.NDArray[Any]:
 
 def check_steps(number: int) -> int:
     """Check a new number of steps and return it.
+
+    Raises:
+        InvalidConfiguration: It is not an integer from 0 to 2**53.
+    """
+    if not (is_integer(number) and 0 <= number <= MAX_STEPS):
+        raise InvalidConfiguration(f"numOfProps is {number!r} (expected: an integer, 0 to 2**53)")
+    return int(number)
+
+
+def given(name: str, values: npt.ArrayLike | None) -> npt.ArrayLike:
+    """Return what is to be assigned to a part of a state, which in a `StateUpdate` must not be None.
+
+    Raises:
+        InvalidShape: It is None.
+    """
+    if values is None:
+        raise InvalidShape(f"{name} is None (expected: one value a map)")
+    return values
+
+
+def checked_steps(number: object) -> int:
+    """Return a number of steps.
 
     Raises:
         InvalidConfiguration: It is not an integer from 0 to 2**53.

@@ -27,7 +27,8 @@ def dtype(name: str) -> np.dtype[Any]:
         return np.dtype(name)
     import ml_dtypes
 
-    return np.dtype(ml_dtypes.bfloat16)
+    bfloat16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+    return bfloat16
 
 
 def rounding(name: str) -> float:
@@ -59,10 +60,12 @@ def batch_moments(x: Array) -> tuple[int, Wide, Wide]:
     return wide.shape[1], mean, ((wide - mean[:, None]) ** 2).sum(axis=1)
 
 
-def normalized(x: Array, mean: Wide, var: Wide, scale: Wide, bias: Wide, epsilon: float) -> Wide:
+def normalized(
+    x: Array, mean: npt.ArrayLike, var: npt.ArrayLike, scale: npt.ArrayLike, bias: npt.ArrayLike, epsilon: float
+) -> Wide:
     """Return (x - mean) / sqrt(var + epsilon) * scale + bias."""
-    mean, var, scale, bias = (per_channel(each, x.ndim) for each in (mean, var, scale, bias))
-    return (np.asarray(x).astype(np.float64) - mean) / np.sqrt(var + epsilon) * scale + bias
+    centre, spread, factor, offset = (per_channel(each, x.ndim) for each in (mean, var, scale, bias))
+    return (np.asarray(x).astype(np.float64) - centre) / np.sqrt(spread + epsilon) * factor + offset
 
 
 def gradients(x: Array, grad: Array, scale: Wide, epsilon: float) -> tuple[Wide, Wide, Wide]:

@@ -175,7 +175,7 @@ def test_either_byte_order_of_the_three_types_is_accepted(name: str) -> None:
 
 @pytest.mark.parametrize("given", ["float64", "int32", "complex64", "bool", "O", "U3", "V4", "M8[s]", "f4,f4"])
 def test_other_types_are_not(given: str) -> None:
-    with pytest.raises(UnsupportedDType, match="Unsupported dtype .*expected: float32, float16, bfloat16"):
+    with pytest.raises(UnsupportedDType, match=r"Unsupported dtype .*expected: float32, float16, bfloat16"):
         check_dtype(np.dtype(given))
     with pytest.raises(UnsupportedDType, match="Expected dtype float16, got"):
         check_dtype(np.dtype(given), np.dtype("float16"))
@@ -188,7 +188,9 @@ def test_a_chosen_type_excludes_the_other_two() -> None:
         check_dtype(np.dtype("float16"), np.dtype("float32"))
 
 
-@pytest.mark.parametrize("name", ["a", "stem/bn", "/absolute", "слой-1", "層", "a b", "\N{SNOWMAN}", "x" * 512, "é" * 256])
+@pytest.mark.parametrize(
+    "name", ["a", "stem/bn", "/absolute", "слой-1", "層", "a b", "\N{SNOWMAN}", "x" * 512, "é" * 256]
+)
 def test_good_names(name: str) -> None:
     assert check_name(name) == name
 

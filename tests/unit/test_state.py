@@ -1,5 +1,6 @@
 """What a layer remembers, and how it changes."""
 
+# ruff: noqa: NPY002 - a layer draws from the global generator, as the original
 from __future__ import annotations
 
 import pickle
@@ -119,7 +120,9 @@ def test_thirty_steps_are_those_of_torch(momentum: float | None) -> None:
 
     peer = torch.nn.BatchNorm2d(3, momentum=momentum)
     # torch's momentum=None is the cumulative average; a fixed one is the floor without a beginning.
-    layer = config(init_factor=1.0, min_factor=0.0) if momentum is None else config(init_factor=0.0, min_factor=momentum)
+    layer = (
+        config(init_factor=1.0, min_factor=0.0) if momentum is None else config(init_factor=0.0, min_factor=momentum)
+    )
     state = blank_state(layer)
     for number in range(1, 31):
         x = random_tensor(number, (4, 3, 5, 2))
@@ -160,7 +163,9 @@ def test_many_poisoned_maps_are_named_briefly() -> None:
 
 def test_where_allowed_a_poisoned_batch_poisons_its_own_maps_only() -> None:
     layer = config(nonfinite=NonFinitePolicy.ALLOW)
-    state = step(blank_state(layer), layer, Moments(2, np.array([np.nan, 1.0, np.inf]), np.array([np.nan, 1.0, np.nan])))
+    state = step(
+        blank_state(layer), layer, Moments(2, np.array([np.nan, 1.0, np.inf]), np.array([np.nan, 1.0, np.nan]))
+    )
     np.testing.assert_array_equal(state.mean, np.array([np.nan, 1.0, np.inf], np.float32))
     np.testing.assert_array_equal(state.var, np.array([np.nan, 1.0, np.nan], np.float32))
     # The first batch has the weight 1, so what was there before does not come through.
@@ -233,7 +238,9 @@ def test_an_update_copies() -> None:
     np.testing.assert_array_equal(state.mean, VALUES)
 
 
-@pytest.mark.parametrize("given", [[1, 2, 3], (1.0, 2.0, 3.0), np.array([1, 2, 3], np.int8), np.array([1, 2, 3], ">f8")])
+@pytest.mark.parametrize(
+    "given", [[1, 2, 3], (1.0, 2.0, 3.0), np.array([1, 2, 3], np.int8), np.array([1, 2, 3], ">f8")]
+)
 def test_an_update_takes_whatever_holds_real_numbers(given: Any) -> None:
     assert updated(blank_state(CONFIG), CONFIG, StateUpdate(bias=given)).bias.tolist() == [1.0, 2.0, 3.0]
 
