@@ -157,7 +157,9 @@ class Servicer:
     def _forward(self, buffer: bytes, wanted: Wanted) -> bytes:
         request, data = wire.decode(service_pb2.ForwardRequest, buffer)
         layout = wire.layout_of(request.input, self._limits.max_unary_bytes, limit="max_unary_bytes")
-        answer = self._service.forward(_forward_call(request), wire.as_array(layout, data), wanted)
+        call = _forward_call(request)
+        self._service.check_forward(call, layout.shape)
+        answer = self._service.forward(call, wire.as_array(layout, data), wanted)
         return wire.encode(_forward_response(answer), wire.payload(answer.output))
 
     def _forward_stream(self, messages: Iterator[bytes], wanted: Wanted) -> Iterator[bytes]:
@@ -175,6 +177,7 @@ class Servicer:
     def _backward(self, buffer: bytes, wanted: Wanted) -> bytes:
         request, data = wire.decode(service_pb2.BackwardRequest, buffer)
         plan = self._backward_plan(request, self._limits.max_unary_bytes, "max_unary_bytes")
+        self._service.check_backward(plan.call, plan.grad.shape, plan.grad.dtype_name)
         grad, x = plan.tensors(data)
         answer = self._service.backward(plan.call, grad, x, wanted)
         payloads = [] if answer.grad is None else [wire.payload(answer.grad)]

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
+import numpy.typing as npt
+
 from sharednorm.config import Array, LayerConfig, LayerKind
 from sharednorm.normalization import arithmetic
 from sharednorm.state import LayerState, Moments, StateUpdate
@@ -32,7 +35,7 @@ class InterruptedDevice(CpuDevice):
         super().__init__(arithmetic("numpy"))
         self.forwards = 0
         self.renormalized = 0
-        self.interrupt: Callable[[int], None] = lambda _: None
+        self.interrupt: Callable[[int], object] = lambda _: None
 
     def forward(self, x: DeviceTensor, state: LayerState, config: LayerConfig) -> tuple[Array, Moments]:
         """Normalize a batch by its own statistics."""
@@ -58,3 +61,9 @@ def create(service: LayerService, key: LayerKey = KEY, config: LayerConfig = CON
     """Create a layer whose scale is 1, or what the keywords say."""
     update = StateUpdate(**state)  # type: ignore[arg-type]  # a test's shorthand
     service.create_layer(key, config, update, sscale=0.0, empty=False)
+
+
+def close(actual: Array | None, expected: npt.NDArray[np.float64], *, rtol: float = 2e-6, atol: float = 2e-5) -> None:
+    """Check that an array is there and has the expected values."""
+    assert actual is not None
+    np.testing.assert_allclose(actual.astype(np.float64), expected, rtol=rtol, atol=atol)

@@ -19,7 +19,7 @@ from sharednorm_server.device.cpu import CpuDevice
 from sharednorm_server.requests import BackwardCall, ForwardAnswer, ForwardCall, LayerKey
 from sharednorm_server.service import LayerService
 from tests.support import oracle
-from tests.support.service import CONFIG, KEY, MAPS, SHAPE, InterruptedDevice, create, new_service
+from tests.support.service import CONFIG, KEY, MAPS, SHAPE, InterruptedDevice, close, create, new_service
 
 TRAIN = ForwardCall(KEY, train=True)
 THREADS = 8
@@ -225,7 +225,7 @@ def test_inputs_that_are_evicted_all_the_time_are_either_right_or_evicted() -> N
                 evicted += 1
             else:
                 expected = oracle.gradients(mine, grad, np.ones(MAPS), 1e-5)[0]
-                np.testing.assert_allclose(answer.grad, expected, rtol=2e-6, atol=2e-5)
+                close(answer.grad, expected)
         return evicted
 
     assert sum(at_once(work)) < 30 * THREADS

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from sharednorm.config import LayerConfig, LayerKind, NonFinitePolicy
+from sharednorm.config import Array, LayerConfig, LayerKind, NonFinitePolicy
 from sharednorm.errors import (
     CallCancelled,
     InvalidShape,
@@ -18,7 +18,7 @@ from sharednorm.errors import (
 from sharednorm_server.requests import ForwardCall
 from sharednorm_server.service import LayerService
 from tests.support import oracle
-from tests.support.service import CONFIG, KEY, MAPS, SHAPE, create, new_service
+from tests.support.service import CONFIG, KEY, MAPS, SHAPE, close, create, new_service
 
 KIND_OF = dict(zip(oracle.KINDS, LayerKind, strict=True))
 TRAIN, EVAL = ForwardCall(KEY, train=True), ForwardCall(KEY, train=False)
@@ -35,11 +35,11 @@ def test_steps_and_evaluation_follow_the_model(service: LayerService, kind: str,
     config = LayerConfig(KIND_OF[kind], MAPS)
     create(service, config=config)
     model = oracle.Model(MAPS)
-    tolerance = {"rtol": oracle.rounding(name), "atol": 4e-6}
+    rtol = oracle.rounding(name)
     for number in range(1, 13):
         x = oracle.random_tensor(number, oracle.shape_of(kind, MAPS), name)
         answer = service.forward(TRAIN, x)
-        np.testing.assert_allclose(answer.output.astype(np.float64), model.train(x), **tolerance)
+        close(answer.output, model.train(x), rtol=rtol, atol=4e-6)
         assert (answer.output.dtype, answer.train, answer.version, answer.num_of_props) == (
             x.dtype,
             True,
@@ -52,7 +52,7 @@ def test_steps_and_evaluation_follow_the_model(service: LayerService, kind: str,
         np.testing.assert_allclose(answer.moments.mean, mean, rtol=1e-6)
         np.testing.assert_allclose(answer.moments.m2, m2, rtol=1e-6)
         evaluated = service.forward(EVAL, x)
-        np.testing.assert_allclose(evaluated.output.astype(np.float64), model.evaluate(x), **tolerance)
+        close(evaluated.output, model.evaluate(x), rtol=rtol, atol=4e-6)
         assert (evaluated.train, evaluated.version, evaluated.moments, evaluated.scale) == (False, number, None, None)
     state = service.get_layer(KEY).state
     np.testing.assert_allclose(state.mean, model.mean, rtol=1e-6)
@@ -73,7 +73,7 @@ def test_evaluation_takes_one_value_a_map(service: LayerService) -> None:
     np.testing.assert_allclose(service.forward(EVAL, x).output.reshape(MAPS), expected, rtol=1e-6)
 
 
-BAD_INPUTS = {
+BAD_INPUTS: dict[str, tuple[Array, type[Exception], str]] = {
     "rank 3": (np.zeros((4, MAPS, 5), np.float32), InvalidShape, "4d tensor"),
     "rank 5": (np.zeros((4, MAPS, 5, 2, 1), np.float32), InvalidShape, "4d tensor"),
     "maps": (np.zeros((4, 2, 5, 2), np.float32), InvalidShape, "2 maps \\(expected: 3\\)"),

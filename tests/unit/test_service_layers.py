@@ -215,7 +215,9 @@ def test_the_default_mode_is_that_of_calls_that_choose_none(service: LayerServic
 
 def test_set_state_replaces_what_it_names(service: LayerService) -> None:
     create(service, bias=[1, 2, 3])
-    record = service.set_state(KEY, StateUpdate(mean=np.float32([4, 5, 6]).reshape(1, 3, 1, 1), num_of_props=2))
+    record = service.set_state(
+        KEY, StateUpdate(mean=np.array([4.0, 5, 6], np.float32).reshape(1, 3, 1, 1), num_of_props=2)
+    )
     np.testing.assert_array_equal(record.state.mean, [4, 5, 6])
     np.testing.assert_array_equal(record.state.bias, [1, 2, 3])
     assert (record.state.num_of_props, record.state.version) == (2, 0)
