@@ -6,6 +6,7 @@ raises InvalidFile for anything that is not as it should be.
 
 from __future__ import annotations
 
+import ast
 import io
 import sys
 import zipfile
@@ -27,7 +28,9 @@ Entries: TypeAlias = dict[str, npt.NDArray[Any]]
 
 _LINKED = ("scale", "bias")
 _ATTRIBUTES = ("mean", "var", "numOfProps")
-_REQUIRED = SAVED_FIELDS
+
+# More than the header of any array with a handful of axes.
+_NPY_HEADER_BYTES = 1 << 12
 _NAMES = (*SAVED_FIELDS, "numOfProps")
 
 # What the libraries raise on files that are damaged or made to harm.
@@ -186,6 +189,8 @@ def read_group(group: h5py.Group, layer: str, maps: int) -> Entries:
 
 
 def _values(dataset: h5py.Dataset, what: str, most: int) -> npt.NDArray[Any]:
+    if not isinstance(dataset, _h5py().Dataset) or dataset.external or dataset.is_virtual:
+        raise InvalidFile(f"{what} is not an array inside the file")
     # The declared size is checked before anything of that size is allocated.
     if dataset.size > most:
         raise InvalidFile(f"{what} has {dataset.size} values (expected: {most})")
@@ -193,22 +198,24 @@ def _values(dataset: h5py.Dataset, what: str, most: int) -> npt.NDArray[Any]:
 
 
 def _npy(archive: zipfile.ZipFile, member: str, maps: int) -> npt.NDArray[Any]:
-    # np.load would allocate whatever the header declares.
-    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    # np.load would allocate whatever the header declares. The format: numpy.org/neps/nep-0001-npy-format.html
+    if archive.getinfo(member).compress_type not in {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}:
+        raise InvalidFile(f"{member} is compressed in a way that NumPy does not use")
+    most = _NPY_HEADER_BYTES + 8 * maps
     with archive.open(member) as stream:
-        shape, _, dtype = readers[np.lib.format.read_magic(stream)](stream)
-        size = int(np.prod(shape, dtype=object))
-        if dtype.hasobject or size > maps:
-            raise InvalidFile(f"{member} is {dtype} of shape {shape} (expected: {maps} floats, one a map)")
-        content = stream.read(size * dtype.itemsize + 1)
-    if len(content) != size * dtype.itemsize:
-        raise InvalidFile(f"{member} is damaged: its header declares {size * dtype.itemsize} bytes")
-    return np.frombuffer(content, dtype).reshape(shape)
+        content = stream.read(most + 1)
+    if len(content) > most or not content.startswith(b"\x93NUMPY"):
+        raise InvalidFile(f"{member} is not an array of {maps} floats")
+    start = 10 if content[6] == 1 else 12
+    end = start + int.from_bytes(content[8:start], "little")
+    header = ast.literal_eval(content[start:end].decode("latin-1"))
+    array: npt.NDArray[Any] = np.frombuffer(content[end:], np.dtype(header["descr"])).reshape(header["shape"])
+    return array
 
 
 def _require(layer: str, present: Iterable[str]) -> None:
     names = set(present)
-    missing = [f"{layer}.{name}" for name in _REQUIRED if f"{layer}.{name}" not in names]
+    missing = [f"{layer}.{name}" for name in SAVED_FIELDS if f"{layer}.{name}" not in names]
     if missing:
         layers = sorted(name.removesuffix(".scale") for name in names if name.endswith(".scale"))
         listed = ", ".join(map(repr, layers[:8])) + (", ..." if len(layers) > 8 else "")

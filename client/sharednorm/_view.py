@@ -13,6 +13,7 @@ from sharednorm._seam import LayerBackend
 from sharednorm._variable import Variable
 from sharednorm.config import Vector
 from sharednorm.errors import InvalidConfiguration
+from sharednorm.files import Source, Target
 from sharednorm.state import LayerState, StateUpdate, checked_steps, given, require_initialized
 
 
@@ -160,7 +161,7 @@ class LayerView:
             raise InvalidConfiguration(f"unit is {unit!r} (expected: None, 'kb' or 'mb')")
         return size / divisors[unit]
 
-    def save(self, hdf: files.Target | None = None, *, name: str | None = None) -> bytes | None:
+    def save(self, hdf: Target | None = None, *, name: str | None = None) -> bytes | None:
         """Save scale, bias, mean, var and numOfProps. `sharednorm.files` describes the formats.
 
         Args:
@@ -179,7 +180,7 @@ class LayerView:
         """
         return files.save(hdf, self._name_in_file(name), self._backend.config, self._initialized())
 
-    def load(self, hdf: files.Source, *, name: str | None = None) -> None:
+    def load(self, hdf: Source, *, name: str | None = None) -> None:
         """Load what `save` or PuzzleLib wrote, all at once.
 
         Args:

@@ -138,12 +138,11 @@ def non_contiguous(x: Array) -> Array:
 
 
 def negative_strides(x: Array) -> Array:
-    return np.ascontiguousarray(x[::-1, ::-1, ::-1, ::-1])[::-1, ::-1, ::-1, ::-1]
+    return np.flip(np.ascontiguousarray(np.flip(x)))
 
 
 def channels_last(x: Array) -> Array:
-    moved: Array = np.ascontiguousarray(np.moveaxis(x, 1, -1))
-    return moved.transpose(0, 3, 1, 2)
+    return np.moveaxis(np.ascontiguousarray(np.moveaxis(x, 1, -1)), -1, 1)
 
 
 def big_endian(x: Array) -> Array:
@@ -159,7 +158,7 @@ def read_only(x: Array) -> Array:
 
 def misaligned(x: Array) -> Array:
     memory = np.zeros(x.nbytes + 1, np.uint8)
-    view = memory[1:].view(x.dtype).reshape(x.shape)
+    view: Array = memory[1:].view(x.dtype).reshape(x.shape)
     view[...] = x
     assert not view.flags.aligned
     return view

@@ -1,0 +1,56 @@
+"""The names that users rely on, and what importing them brings along."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+from types import ModuleType
+
+import pytest
+
+import sharednorm
+import sharednorm.errors
+
+PUBLIC = {
+    "BatchNorm", "BatchNorm1D", "BatchNorm2D", "BatchNorm3D", "Layer", "Variable",
+    "Hub", "LayerInfo", "ServerInfo", "connect", "__version__",
+}  # fmt: skip
+
+
+def test_the_public_names() -> None:
+    errors = {name for name, value in vars(sharednorm.errors).items() if inspect.isclass(value)} - {"ClassVar"}
+    assert set(sharednorm.__all__) == PUBLIC | errors
+    assert sharednorm.__all__ == sorted(sharednorm.__all__)
+
+
+def test_every_public_name_is_there_and_documented() -> None:
+    for name in sharednorm.__all__:
+        value = getattr(sharednorm, name)
+        assert isinstance(value, str) or (value.__doc__ or "").strip(), name
+
+
+def test_nothing_else_is_public_but_modules() -> None:
+    others = {name for name in vars(sharednorm) if not name.startswith("_")} - set(sharednorm.__all__)
+    assert {name for name in others if not isinstance(getattr(sharednorm, name), ModuleType)} == set()
+
+
+@pytest.mark.parametrize("package", ["numba", "h5py", "ml_dtypes", "safetensors", "torch", "sharednorm_server"])
+def test_importing_it_does_not_import(package: str) -> None:
+    code = f"import sys, sharednorm; raise SystemExit({package!r} in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
+
+
+def test_the_arguments_are_the_originals_and_our_own_by_keyword() -> None:
+    original = ["epsilon", "initFactor", "minFactor", "sscale", "affine", "name", "empty", "inplace"]
+    defaults = [1e-5, 1.0, 0.1, 0.01, True, None, False, False]
+    for kind in (sharednorm.BatchNorm, sharednorm.BatchNorm1D, sharednorm.BatchNorm2D, sharednorm.BatchNorm3D):
+        parameters = list(inspect.signature(kind).parameters.values())
+        assert parameters[0].name == ("size" if kind is sharednorm.BatchNorm else "maps")
+        assert [(p.name, p.default) for p in parameters[1:9]] == list(zip(original, defaults, strict=True))
+        assert all(p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters[:9])
+        keywords = [(p.name, p.default) for p in parameters if p.kind is p.KEYWORD_ONLY]
+        assert keywords == [("averaging", "standard"), ("nonfinite", "refuse")]
+        assert inspect.signature(getattr(sharednorm.Hub, kind.__name__)).parameters.keys() - {"self"} == {
+            p.name for p in parameters
+        }
