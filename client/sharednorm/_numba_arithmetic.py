@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sharednorm import _numba_backward, _numba_forward
-from sharednorm._numba_common import APPLY, FINISH, SUMS, UNIT
+from sharednorm._numba_common import APPLY, FINISH, SUMS, UNIT, items_of
 from sharednorm._numba_plan import Plan, plan_of
 from sharednorm._tensors import contiguous, output
 from sharednorm.config import Array, Vector
@@ -19,7 +19,7 @@ from sharednorm.state import Moments
 TAGS: dict[str, Any] = {"float32": np.float32(0), "float16": np.uint16(0), "bfloat16": np.int16(0)}
 
 # Below this many values, one thread is done before another has woken up.
-INLINE_VALUES = 1 << 16
+INLINE_VALUES = 1 << 18
 # From this size on, an output is written past the caches: it would not stay in them anyway, and a write through
 # them first reads what it overwrites.
 STREAM_BYTES = 1 << 25
@@ -100,7 +100,7 @@ class _Forward:
     def run(self, task: int) -> None:
         """Do a task for all of its items."""
         plan, ticket = self.plan, np.zeros(1, np.int64)
-        items = plan.units if task in {UNIT, FINISH} else plan.units * plan.tiles
+        items = items_of(plan, task)
         tag, x, y = TAGS[self._x.dtype.name], _address(self._x), _address(self._y)
         streaming = _streams(self._x, self._y)
 
@@ -127,7 +127,7 @@ class _Backward:
     def run(self, task: int) -> None:
         """Do a task for all of its items."""
         plan, ticket = self.plan, np.zeros(1, np.int64)
-        items = plan.units if task in {UNIT, FINISH} else plan.units * plan.tiles
+        items = items_of(plan, task)
         tag, x, grad, y = TAGS[self._x.dtype.name], _address(self._x), _address(self._grad), _address(self._y)
         streaming = _streams(self._x, self._y)
 

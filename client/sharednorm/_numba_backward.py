@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 from sharednorm._numba_common import (
-    APPLY,
+    CHUNK,
     FINISH,
     SPREAD_SPACE,
     STRIP,
@@ -20,7 +19,9 @@ from sharednorm._numba_common import (
     fetch,
     first_channel,
     inlined,
+    kernel,
     put,
+    row_length,
     row_tile,
     spread_out,
     unaligned,
@@ -28,6 +29,7 @@ from sharednorm._numba_common import (
 from sharednorm._numba_vector import (
     LANES,
     add,
+    expect_load,
     fence,
     keep,
     load,
@@ -79,6 +81,10 @@ def _column_sums(tag: Any, x: int, g: int, start: int, rows: int, size: int, col
         while row + 2 <= rows:
             i, k = start + row * size, start + (row + 1) * size
             for j in range(left, right, LANES):
+                expect_load(tag, g, k + size + j)
+                expect_load(tag, x, k + size + j)
+                expect_load(tag, g, k + 2 * size + j)
+                expect_load(tag, x, k + 2 * size + j)
                 mean = load_wide(centre, j)
                 a = widen(fetch(tag, g, i + j, i + right))
                 b = widen(fetch(tag, g, k + j, k + right))
@@ -120,7 +126,7 @@ def _tile_sums(tag: Any, plan: Any, unit: int, tile: int, x: int, g: int, mean: 
     channels = channels_of(plan, unit)
     centre, s1, s2 = wide[0], wide[1], wide[2]
     spread_out(mean, channel, channels, plan.space, fold, centre)
-    size = plan.fold * plan.channels * plan.space
+    size = row_length(plan)
     _column_sums(tag, x, g, start, rows, size, fold * channels * plan.space, centre, s1, s2)
     for c in range(channels):
         slots[channel + c, tile, 0] = _sum_of(s1, c, plan.space, channels, fold)
@@ -180,7 +186,7 @@ def _apply_tile(tag: Any, plan: Any, unit: int, tile: int, x: int, g: int, y: in
         return
     start, rows, fold = column_tile(plan, unit, tile)
     channels = channels_of(plan, unit)
-    size = plan.fold * plan.channels * plan.space
+    size = row_length(plan)
     if plan.space >= SPREAD_SPACE:
         for row in range(rows):
             i = start + row * size
@@ -202,7 +208,20 @@ def _apply_tile(tag: Any, plan: Any, unit: int, tile: int, x: int, g: int, y: in
             put(tag, y, i + j, end, add(add(a, mul(fetch(tag, g, i + j, end), load(one, f, j))), load(one, o, j)))
 
 
-@njit(nogil=True, cache=True)
+@inlined
+def _apply_chunk(tag: Any, plan: Any, item: int, x: int, g: int, y: int, coefficients: Any,
+                 streaming: bool) -> None:  # fmt: skip
+    i = item * CHUNK
+    end = min(i + CHUNK, plan.samples * plan.channels * plan.space)
+    while i < end:
+        row = i // plan.space
+        channel = row % plan.channels
+        stop = min((row + 1) * plan.space, end)
+        _apply_run(tag, x, g, y, i, stop - i, coefficients, channel, streaming)
+        i = stop
+
+
+@kernel
 def backward(tag: Any, plan: Any, task: int, items: int, ticket: Any, x: int, g: int, y: int, slots: Any, mean: Any,
              m2: Any, scale: Any, epsilon: float, sums: Any, coefficients: Any, streaming: bool) -> None:  # fmt: skip
     """Take tickets and do what they stand for until none is left. Any number of threads may do so at once.
@@ -239,7 +258,9 @@ def backward(tag: Any, plan: Any, task: int, items: int, ticket: Any, x: int, g:
             _tile_sums(tag, plan, item // plan.tiles, item % plan.tiles, x, g, mean, slots, wide)
         elif task == FINISH:
             _finish(plan, item, slots, mean, m2, scale, epsilon, sums, coefficients)
-        elif task == APPLY:
+        elif plan.space >= SPREAD_SPACE:
+            _apply_chunk(tag, plan, item, x, g, y, coefficients, streaming)
+        else:
             _apply_tile(tag, plan, item // plan.tiles, item % plan.tiles, x, g, y, coefficients, spare, streaming)
         item = take_ticket(ticket)
     fence()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import numpy as np
 from numba import njit
 
+from sharednorm._numba_plan import Plan
 from sharednorm._numba_vector import LANES, load, load_part, store, store_part, width
 
 # Tasks of a kernel: what one ticket stands for.
@@ -15,17 +17,38 @@ SUMS = 0
 FINISH = 1
 """A unit: its slots merged, and the coefficients of its channels."""
 APPLY = 2
-"""A tile: its output from its channels' coefficients."""
+"""A piece of the output, from the coefficients: a tile where S is below SPREAD_SPACE, else a chunk."""
 UNIT = 3
 """A unit: all three, while its values are in a core's cache."""
 
-# Below this S a row of output is computed with one coefficient per column, from it on with one per channel.
 SPREAD_SPACE = 32
-
-# Columns summed at a time, so that their sums stay in the first cache.
+"""Below this S, an output is computed with one coefficient per column; from it on, with one per channel."""
+CHUNK = 1 << 16
+"""Consecutive values in a chunk."""
 STRIP = 512
-
+"""Columns summed at a time, so that their sums stay in the first cache."""
 LARGEST = float(np.finfo(np.float32).max)
+
+_log = logging.getLogger(__name__)
+
+
+def items_of(plan: Plan, task: int) -> int:
+    """Return the number of tickets of a task."""
+    if task in {UNIT, FINISH}:
+        return plan.units
+    if task == APPLY and plan.space >= SPREAD_SPACE:
+        return -(-plan.samples * plan.channels * plan.space // CHUNK)
+    return plan.units * plan.tiles
+
+
+def kernel(function: Any) -> Any:
+    """Compile a function that Python calls, without the GIL; kept on disk, so that the next process need not."""
+    try:
+        return njit(nogil=True, cache=True)(function)
+    except RuntimeError:
+        # numba found no folder for it: neither the package's nor the user's cache can be written.
+        _log.warning("compiled kernels cannot be kept on disk; set NUMBA_CACHE_DIR to a folder that can be written")
+        return njit(nogil=True)(function)
 
 
 def inlined(function: Any) -> Any:
@@ -60,6 +83,12 @@ def first_channel(plan: Any, unit: int) -> int:
 def channels_of(plan: Any, unit: int) -> int:
     """Return the number of channels of a unit."""
     return min(plan.group, plan.channels - unit * plan.group)
+
+
+@inlined
+def row_length(plan: Any) -> int:
+    """Return the values from one row of a block of columns to the next."""
+    return plan.fold * plan.channels * plan.space
 
 
 @inlined
@@ -99,8 +128,18 @@ def unaligned(tag: Any, address: int, index: int) -> int:
 
 @inlined
 def clip(value: float) -> np.float32:
-    """Return a number as a finite float32, or NaN."""
-    return np.float32(min(max(value, -LARGEST), LARGEST)) if value == value else np.float32(value)
+    """Return a number as float32, the largest finite one instead of one beyond it, and NaN as NaN."""
+    if value > LARGEST:
+        return np.float32(LARGEST)
+    if value < -LARGEST:
+        return np.float32(-LARGEST)
+    return np.float32(value)
+
+
+@inlined
+def at_least_zero(value: float) -> float:
+    """Return a number, or 0 instead of a negative one; NaN stays NaN."""
+    return 0.0 if value < 0.0 else value  # noqa: FURB136 - what max makes of NaN depends on its order
 
 
 @inlined

@@ -5,22 +5,24 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 from sharednorm._numba_common import (
-    APPLY,
+    CHUNK,
     FINISH,
     SPREAD_SPACE,
     STRIP,
     SUMS,
     UNIT,
+    at_least_zero,
     channels_of,
     clip,
     column_tile,
     fetch,
     first_channel,
     inlined,
+    kernel,
     put,
+    row_length,
     row_tile,
     spread_out,
     tile_count,
@@ -29,6 +31,7 @@ from sharednorm._numba_common import (
 from sharednorm._numba_vector import (
     LANES,
     add,
+    expect_load,
     fence,
     first,
     keep,
@@ -68,7 +71,7 @@ def _row_moments(tag: Any, x: int, start: int, length: int) -> tuple[float, floa
         s2 = add(s2, mul(d, d))
     t1 = total(s1)
     m2 = total(s2) - t1 * (t1 / length)
-    return first(origin) + t1 / length, 0.0 if m2 < 0.0 else m2
+    return first(origin) + t1 / length, at_least_zero(m2)
 
 
 @inlined
@@ -87,6 +90,10 @@ def _column_moments(tag: Any, x: int, start: int, rows: int, size: int, columns:
                 i = start + j
                 origin = widen(fetch(tag, x, i, end))
                 skip = row * size
+                expect_load(tag, x, i + skip + 4 * size)
+                expect_load(tag, x, i + skip + 5 * size)
+                expect_load(tag, x, i + skip + 6 * size)
+                expect_load(tag, x, i + skip + 7 * size)
                 a = sub(widen(fetch(tag, x, i + skip, end + skip)), origin)
                 skip += size
                 b = sub(widen(fetch(tag, x, i + skip, end + skip)), origin)
@@ -161,14 +168,14 @@ def _tile_moments(tag: Any, plan: Any, unit: int, tile: int, x: int, slots: Any,
     start, rows, fold = column_tile(plan, unit, tile)
     channels = channels_of(plan, unit)
     columns = channels * plan.space
-    _column_moments(tag, x, start, rows, plan.fold * plan.channels * plan.space, fold * columns, mean, m2)
+    _column_moments(tag, x, start, rows, row_length(plan), fold * columns, mean, m2)
     if fold > 1:
         _merge_folds(mean, m2, fold, columns, rows)
     for c in range(channels):
         a, b = mean[c], m2[c]
         if plan.space > 1:
             a, b = _merge_space(mean, m2, c * plan.space, plan.space, rows * fold)
-        slots[channel + c, tile, 0], slots[channel + c, tile, 1] = a, 0.0 if b < 0.0 else b
+        slots[channel + c, tile, 0], slots[channel + c, tile, 1] = a, at_least_zero(b)
 
 
 @inlined
@@ -222,7 +229,7 @@ def _apply_tile(tag: Any, plan: Any, unit: int, tile: int, x: int, y: int, hi: A
         return
     start, rows, fold = column_tile(plan, unit, tile)
     channels = channels_of(plan, unit)
-    size = plan.fold * plan.channels * plan.space
+    size = row_length(plan)
     if plan.space >= SPREAD_SPACE:
         for row in range(rows):
             i = start + row * size
@@ -244,9 +251,23 @@ def _apply_tile(tag: Any, plan: Any, unit: int, tile: int, x: int, y: int, hi: A
             put(tag, y, i + j, i + columns, add(mul(d, load(one, f, j)), load(one, o, j)))
 
 
-@njit(nogil=True, cache=True)
+@inlined
+def _apply_chunk(tag: Any, plan: Any, item: int, x: int, y: int, hi: Any, factor: Any, offset: Any,
+                streaming: bool) -> None:  # fmt: skip
+    i = item * CHUNK
+    end = min(i + CHUNK, plan.samples * plan.channels * plan.space)
+    while i < end:
+        row = i // plan.space
+        channel = row % plan.channels
+        stop = min((row + 1) * plan.space, end)
+        _apply_run(tag, x, y, i, stop - i, hi[channel], factor[channel], offset[channel], streaming)
+        i = stop
+
+
+@kernel
 def forward(tag: Any, plan: Any, task: int, items: int, ticket: Any, x: int, y: int, slots: Any, mean: Any, m2: Any,
-            scale: Any, bias: Any, epsilon: float, hi: Any, factor: Any, offset: Any, streaming: bool) -> None:  # fmt: skip
+            scale: Any, bias: Any, epsilon: float, hi: Any, factor: Any, offset: Any,
+            streaming: bool) -> None:  # fmt: skip
     """Take tickets and do what they stand for until none is left. Any number of threads may do so at once.
 
     Args:
@@ -284,7 +305,9 @@ def forward(tag: Any, plan: Any, task: int, items: int, ticket: Any, x: int, y: 
             _tile_moments(tag, plan, item // plan.tiles, item % plan.tiles, x, slots, columns_mean, columns_m2)
         elif task == FINISH:
             _finish(plan, item, slots, mean, m2, scale, bias, epsilon, hi, factor, offset)
-        elif task == APPLY:
+        elif plan.space >= SPREAD_SPACE:
+            _apply_chunk(tag, plan, item, x, y, hi, factor, offset, streaming)
+        else:
             _apply_tile(tag, plan, item // plan.tiles, item % plan.tiles, x, y, hi, factor, offset, spare, streaming)
         item = take_ticket(ticket)
     fence()

@@ -20,7 +20,7 @@ ROW_SPACE = 1024
 """From this S on, rows."""
 PIECE = 16384
 """Values in a tile of a row, at most. Its origin is one of them, which keeps float64 sums good to 16384 * 2**-53."""
-COLUMNS = 512
+COLUMNS = 1024
 """Columns of a unit, at least, where there are as many; more if S is not a multiple of 16."""
 BLOCK = 65536
 """Values in a tile of columns, about."""

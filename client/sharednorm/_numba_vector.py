@@ -67,9 +67,7 @@ def load_part(_typing: Any, tag: Any, address: Any, index: Any, count: Any) -> A
         element, name, _ = STORED[tag]
         kind = ir.VectorType(element, LANES)
         shape = ir.FunctionType(kind, [kind.as_pointer(), I32, V_MASK, kind])
-        function = builder.module.globals.get(f"llvm.masked.load.v16{name}.p0v16{name}") or ir.Function(
-            builder.module, shape, f"llvm.masked.load.v16{name}.p0v16{name}"
-        )
+        function = _declared(builder, f"llvm.masked.load.v16{name}.p0v16{name}", shape)
         zeros = ir.Constant(kind, [0] * LANES)
         pointer = _pointer(builder, tag, args[1], args[2])
         raw = builder.call(function, [pointer, ir.Constant(I32, 1), _mask(builder, args[3]), zeros])
@@ -112,9 +110,7 @@ def store_part(_typing: Any, tag: Any, address: Any, index: Any, count: Any, val
         element, name, _ = STORED[tag]
         kind = ir.VectorType(element, LANES)
         shape = ir.FunctionType(ir.VoidType(), [kind, kind.as_pointer(), I32, V_MASK])
-        function = builder.module.globals.get(f"llvm.masked.store.v16{name}.p0v16{name}") or ir.Function(
-            builder.module, shape, f"llvm.masked.store.v16{name}.p0v16{name}"
-        )
+        function = _declared(builder, f"llvm.masked.store.v16{name}.p0v16{name}", shape)
         raw = from_float(context, builder, tag, args[4])
         pointer = _pointer(builder, tag, args[1], args[2])
         builder.call(function, [raw, pointer, ir.Constant(I32, 1), _mask(builder, args[3])])
@@ -250,6 +246,26 @@ def take_ticket(_typing: Any, counter: Any) -> Any:
     return types.int64(counter), generate
 
 
+def _prefetch(write: int, meaning: str) -> Any:
+    def typer(_typing: Any, tag: Any, address: Any, index: Any) -> Any:
+        def generate(context: Any, builder: ir.IRBuilder, _signature: Any, args: Any) -> ir.Value:
+            byte = ir.IntType(8).as_pointer()
+            shape = ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32])
+            function = _declared(builder, "llvm.prefetch.p0i8", shape)
+            pointer = builder.bitcast(_pointer(builder, tag, args[1], args[2]), byte)
+            builder.call(function, [pointer, *(ir.Constant(I32, value) for value in (write, 3, 1))])
+            return context.get_dummy_value()
+
+        return types.none(tag, address, index), generate
+
+    typer.__doc__ = meaning
+    return intrinsic(typer)
+
+
+expect_load = _prefetch(0, "Begin to bring an element into the caches; harmless at any address.")
+expect_store = _prefetch(1, "Begin to bring an element into the caches, to be written; harmless at any address.")
+
+
 @intrinsic  # type: ignore[untyped-decorator]
 def fence(_typing: Any) -> Any:
     """Make all that this thread has stored, past the caches too, visible to others before what follows."""
@@ -277,3 +293,8 @@ def _mask(builder: ir.IRBuilder, count: ir.Value) -> ir.Value:
     narrow = builder.insert_element(undefined, builder.trunc(count, I32), ir.Constant(I32, 0))
     counts = builder.shuffle_vector(narrow, undefined, ir.Constant(V_I32, [0] * LANES))
     return builder.icmp_signed("<", ir.Constant(V_I32, list(range(LANES))), counts)
+
+
+def _declared(builder: ir.IRBuilder, name: str, kind: ir.FunctionType) -> ir.Function:
+    known = builder.module.globals.get(name)
+    return ir.Function(builder.module, kind, name) if known is None else known
