@@ -3,79 +3,33 @@
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import pytest
 
 import sharednorm
-from sharednorm_server.config import ServerConfig
-from sharednorm_server.server import start
+from tests.support.making import MakeLayer
+from tests.support.server import in_process, server_process
 
 BACKENDS = ("local-numpy", "local-numba", "remote-in-process", "remote-process")
-START_SECONDS = 60
 
-
-class MakeLayer(Protocol):
-    """Makes a layer."""
-
-    def __call__(self, kind: str, maps: int, **options: Any) -> sharednorm.Layer:
-        """Return a layer of a kind, "BatchNorm" to "BatchNorm3D", by the constructor of that name."""
-        ...
-
-
-@contextmanager
-def server_process(folder: Path) -> Iterator[str]:
-    """Run `sharednorm serve` on a unix socket in a folder; give its address."""
-    address = f"unix:{folder / 'socket'}"
-    command = [sys.executable, "-c", "from sharednorm_server.cli import main; raise SystemExit(main())"]
-    with (folder / "stderr").open("wb") as errors:
-        process = subprocess.Popen(
-            [*command, "serve", "--listen", address], stdout=subprocess.PIPE, stderr=errors, env=dict(os.environ)
-        )
-        assert process.stdout is not None
-        watchdog = threading.Timer(START_SECONDS, process.kill)
-        watchdog.start()
-        try:
-            line = process.stdout.readline().decode()
-            assert address in line, (line, (folder / "stderr").read_text())
-            yield address
-        finally:
-            watchdog.cancel()
-            process.terminate()
-            try:
-                process.wait(timeout=30)
-            finally:
-                process.kill()
-                process.stdout.close()
-                process.wait()
+names = itertools.count()
 
 
 @pytest.fixture(scope="session")
 def in_process_hub() -> Iterator[sharednorm.Hub]:
     """Give a connection over TCP to a server in this process."""
-    server = start(ServerConfig(listen="127.0.0.1:0"))
-    try:
-        with sharednorm.connect(server.address) as hub:
-            yield hub
-    finally:
-        server.stop(grace=5)
+    with in_process() as server, sharednorm.connect(server.address) as hub:
+        yield hub
 
 
 @pytest.fixture(scope="session")
 def process_hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[sharednorm.Hub]:
     """Give a connection over a unix socket to a server in a process of its own."""
-    with server_process(tmp_path_factory.mktemp("server")) as address, sharednorm.connect(address) as hub:
+    socket = tmp_path_factory.mktemp("server") / "socket"
+    with server_process(listen=f"unix:{socket}") as server, sharednorm.connect(server.address) as hub:
         yield hub
-
-
-names = itertools.count()
 
 
 @pytest.fixture(params=BACKENDS)

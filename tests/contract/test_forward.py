@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.contract.conftest import MakeLayer
+from tests.support.making import MakeLayer
 from tests.support.oracle import (
     DTYPES,
     KINDS,

@@ -20,7 +20,7 @@ from sharednorm import (
     TooFewValues,
     UnsupportedDType,
 )
-from tests.contract.conftest import MakeLayer
+from tests.support.making import MakeLayer
 from tests.support.oracle import KINDS, SPATIAL, random_tensor, shape_of
 from tests.support.unchanged import unchanged
 

@@ -17,7 +17,7 @@ from sharednorm import (
     LayerEmpty,
     UnsupportedDType,
 )
-from tests.contract.conftest import MakeLayer
+from tests.support.making import MakeLayer
 from tests.support.oracle import DTYPES, Model, dtype, random_tensor, rounding
 from tests.support.unchanged import unchanged
 

@@ -11,7 +11,7 @@ import pytest
 import sharednorm
 from sharednorm.layers import BatchNormND, LayerBackend, LocalBackend
 from sharednorm.remote import RemoteBackend, RemoteBatchNorm
-from tests.contract.conftest import MakeLayer
+from tests.support.making import MakeLayer
 from tests.support.oracle import KINDS, random_tensor, shape_of
 
 IMPLEMENTATIONS = [

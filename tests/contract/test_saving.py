@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from sharednorm import InvalidFile, Layer
-from tests.contract.conftest import MakeLayer
+from tests.support.making import MakeLayer
 from tests.support.oracle import KINDS, random_tensor, shape_of
 from tests.support.unchanged import unchanged
 

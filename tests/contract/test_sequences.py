@@ -16,7 +16,7 @@ from hypothesis.stateful import (
 )
 
 from sharednorm import BackwardInEval, BackwardWithoutForward, Layer, NonFiniteInput, TooFewValues
-from tests.contract.conftest import MakeLayer
+from tests.support.making import MakeLayer
 from tests.support.oracle import KINDS, SPATIAL, Model, random_tensor
 from tests.support.unchanged import unchanged
 
