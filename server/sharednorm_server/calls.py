@@ -12,7 +12,7 @@ from typing import Any, NoReturn, ParamSpec, TypeVar
 import grpc
 
 from sharednorm.convert import error_to_status
-from sharednorm.errors import CallCancelled, InternalError, LimitExceeded, SharedNormError
+from sharednorm.errors import CallCancelled, InternalError, LimitExceeded, ServerUnavailable, SharedNormError
 from sharednorm_server.requests import Wanted
 
 P = ParamSpec("P")
@@ -38,23 +38,44 @@ class CallPool(ThreadPoolExecutor):
         super().__init__(workers, thread_name_prefix="call")
         self._changed = threading.Condition()
         self._unfinished = 0
+        self._closed = False
+        self._late = threading.local()
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """Run a function on one of the threads, and count it until it has returned."""
+        late = self._closed
+
+        def run() -> T:
+            self._late.value = late
+            return fn(*args, **kwargs)
+
         self._count(1)
         try:
-            future = super().submit(fn, *args, **kwargs)
+            future = super().submit(run)
         except BaseException:
             self._count(-1)
             raise
         future.add_done_callback(lambda _: self._count(-1))
         return future
 
-    def follow(self, context: grpc.ServicerContext) -> None:
-        """Count a call until its answer has left: longer than the function that makes the answer runs."""
+    def close(self) -> None:
+        """Refuse the calls that arrive from now on; those that have arrived are run."""
+        self._closed = True
+
+    def begin(self, context: grpc.ServicerContext) -> None:
+        """Count a call until its answer has left: longer than the function that makes the answer runs.
+
+        Raises:
+            ServerUnavailable: It arrived after `close`.
+            CallCancelled: It waited for a thread longer than its client did for the call.
+        """
         self._count(1)
         if not context.add_callback(lambda: self._count(-1)):
             self._count(-1)
+        if self._late.value:
+            raise ServerUnavailable("the server is stopping: try again when it, or another one, has been started")
+        if not context.is_active():
+            raise CallCancelled("the call was given up before it began")
 
     def wait_idle(self, timeout: float) -> bool:
         """Wait until every call has ended; return False if that took longer than so many seconds."""
@@ -77,9 +98,8 @@ class UnaryCall:
 
     def __call__(self, request: bytes, context: grpc.ServicerContext) -> bytes:
         """Answer a request, or end the call with a typed error."""
-        self.experimental_thread_pool.follow(context)
         try:
-            _require_active(context)
+            self.experimental_thread_pool.begin(context)
             return self._behaviour(request, context.is_active)
         except Exception as error:  # noqa: BLE001 - the edge: everything becomes a status
             _refuse(self._name, error, context)
@@ -95,9 +115,8 @@ class StreamCall:
 
     def __call__(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         """Answer requests, or end the call with a typed error."""
-        self.experimental_thread_pool.follow(context)
         try:
-            _require_active(context)
+            self.experimental_thread_pool.begin(context)
             for answer in self._behaviour(requests, context.is_active):
                 if not context.is_active():
                     return
@@ -106,12 +125,6 @@ class StreamCall:
             raise  # the client has gone while it was being listened to; gRPC raised this and knows it
         except Exception as error:  # noqa: BLE001 - the edge: everything becomes a status
             _refuse(self._name, error, context)
-
-
-def _require_active(context: grpc.ServicerContext) -> None:
-    # A call may have waited for a thread longer than its client did for the call.
-    if not context.is_active():
-        raise CallCancelled("the call was given up before it began")
 
 
 def _refuse(name: str, error: Exception, context: grpc.ServicerContext) -> NoReturn:

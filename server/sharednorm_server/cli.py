@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import signal
 import sys
 import threading
@@ -31,8 +30,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: The arguments; None for those of this process.
     """
-    # Read by gRPC when it is imported. Its fork handlers would hold up every fork, and nothing here forks.
-    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     arguments = _parser().parse_args(argv)
     run: Callable[[argparse.Namespace], int] = arguments.run
     try:

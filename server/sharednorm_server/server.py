@@ -30,6 +30,9 @@ _HEADER_ROOM = 1 << 20
 # Health and reflection have threads of their own, and answer also when every worker is busy.
 _SIDE_WORKERS = 4
 
+# How long new calls are refused with a typed error before gRPC closes its connections.
+_CLOSING_SECONDS = 0.2
+
 # What is left when all calls have ended: watchers of the health service, which never end by themselves.
 _WATCHERS_GRACE = 0.25
 
@@ -76,8 +79,12 @@ class RunningServer:
     def _stop(self, grace: float) -> bool:
         end = time.monotonic() + grace
         self._status.enter_graceful_shutdown()
-        self._grpc_server.stop(grace)  # from here on new calls are refused
-        ended = self._pool.wait_idle(grace)
+        # New calls are refused with a typed error first. What arrives while gRPC closes its connections
+        # ends as "cancelled", without a reason, so that clients get a moment to hear of it before that.
+        self._pool.close()
+        time.sleep(min(_CLOSING_SECONDS, grace))
+        self._grpc_server.stop(grace)
+        ended = self._pool.wait_idle(end - time.monotonic())
         if not ended:
             _log.warning("calls were still running after %g s and have been cut off", grace)
         self._grpc_server.stop(min(_WATCHERS_GRACE, max(0.0, end - time.monotonic()))).wait()
@@ -86,30 +93,43 @@ class RunningServer:
 
 
 def start(config: ServerConfig) -> RunningServer:
-    """Start a server in this process, on threads of its own.
+    """Start a server in this process, on threads of its own, with the device and the store that are configured.
 
     Raises:
         InvalidConfiguration: The address is not one, or the arithmetic that the environment names is not there.
         StartError: The address cannot be listened on, or the device or store is not part of this release.
     """
-    endpoint = parse_endpoint(config.listen)
-    if not (endpoint.private or config.insecure):
-        raise StartError(
-            f"{config.listen} can be reached by other machines, and this release has no encryption: listen on "
-            "127.0.0.1 or a unix socket, or pass --insecure if the network is trusted"
-        )
-    service = LayerService(_open_store(config), _open_device(config), config.saved_input_bytes)
+    _require_private(config)
+    return serve(config, LayerService(_open_store(config), _open_device(config), config.saved_input_bytes))
+
+
+def serve(config: ServerConfig, service: LayerService) -> RunningServer:
+    """Start a server for a service that is there already.
+
+    Raises:
+        InvalidConfiguration: The address is not one.
+        StartError: The address cannot be listened on.
+    """
+    _require_private(config)
     pool = CallPool(config.workers)
     grpc_server = grpc.server(ThreadPoolExecutor(_SIDE_WORKERS, thread_name_prefix="side"), options=_options())
     grpc_server.add_generic_rpc_handlers([Servicer(service, Limits(config.max_tensor_bytes)).handlers(pool)])
     status = health.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(status, grpc_server)
     reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), grpc_server)
-    address = endpoint.bind(grpc_server.add_insecure_port)
+    address = parse_endpoint(config.listen).bind(grpc_server.add_insecure_port)
     grpc_server.start()
     for name in ("", SERVICE_NAME):
         status.set(name, health_pb2.HealthCheckResponse.SERVING)
     return RunningServer(address, service.info, grpc_server, pool, status)
+
+
+def _require_private(config: ServerConfig) -> None:
+    if not (config.insecure or parse_endpoint(config.listen).private):
+        raise StartError(
+            f"{config.listen} can be reached by other machines, and this release has no encryption: listen on "
+            "127.0.0.1 or a unix socket, or pass --insecure if the network is trusted"
+        )
 
 
 def _open_device(config: ServerConfig) -> Device:

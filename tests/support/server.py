@@ -16,7 +16,8 @@ from dataclasses import dataclass, replace
 from typing import IO
 
 from sharednorm_server.config import ServerConfig
-from sharednorm_server.server import RunningServer, start
+from sharednorm_server.server import RunningServer, serve, start
+from sharednorm_server.service import LayerService
 
 START_SECONDS = 60.0
 STOP_SECONDS = 30.0
@@ -27,12 +28,12 @@ _BANNER = re.compile(
 
 
 @contextmanager
-def in_process(config: ServerConfig | None = None) -> Iterator[RunningServer]:
+def in_process(config: ServerConfig | None = None, service: LayerService | None = None) -> Iterator[RunningServer]:
     """Run a server in this process; it listens on a free port unless the configuration says another place."""
     config = config or ServerConfig()
     if config.listen == ServerConfig().listen:
         config = replace(config, listen="127.0.0.1:0")
-    server = start(config)
+    server = start(config) if service is None else serve(config, service)
     try:
         yield server
     finally:

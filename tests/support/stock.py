@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -120,6 +121,48 @@ class StockClient:
 
         answers = list(self.stub.BackwardStream(messages(), timeout=SECONDS))
         return answers[0].header, joined(answers[1:])
+
+
+class SlowForward:
+    """A training forward in chunks that stops half way, until it is told to go on.
+
+    The first half is larger than what fits between a client and a server that does not read, so that the
+    server is known to be in the middle of the call.
+    """
+
+    SHAPE = (16, MAPS, 512, 512)
+    CHUNK_BYTES = 1 << 20
+
+    def __init__(self, client: StockClient, name: str, seconds: float = SECONDS) -> None:
+        self.x = np.random.default_rng(0).random(self.SHAPE, np.float32)
+        self._half_way, self._go_on = threading.Event(), threading.Event()
+        self._header = service_pb2.ForwardRequest(ref=ref(name), mode=layer_pb2.MODE_TRAIN, input=spec(self.SHAPE))
+        self.call = client.stub.ForwardStream(self._messages(), timeout=seconds)
+        assert self._half_way.wait(SECONDS)
+
+    def go_on(self) -> None:
+        """Send the second half."""
+        self._go_on.set()
+
+    def answer(self) -> tuple[service_pb2.ForwardResponse, bytes]:
+        """Send what is left, and return the answer's header and its data."""
+        self.go_on()
+        answers = list(self.call)
+        return answers[0].header, joined(answers[1:])
+
+    def cancel(self) -> None:
+        """Give the call up."""
+        self.call.cancel()
+        self._go_on.set()
+
+    def _messages(self) -> Iterator[service_pb2.ForwardStreamRequest]:
+        yield service_pb2.ForwardStreamRequest(header=self._header)
+        data = memoryview(self.x).cast("B")
+        for offset in range(0, data.nbytes, self.CHUNK_BYTES):
+            if offset * 2 == data.nbytes:
+                self._half_way.set()
+                self._go_on.wait(SECONDS)
+            yield service_pb2.ForwardStreamRequest(offset=offset, chunk=bytes(data[offset : offset + self.CHUNK_BYTES]))
 
 
 def joined(

@@ -1,0 +1,137 @@
+"""The command line: what it prints, where, and with which exit code; never a traceback."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import grpc
+import pytest
+
+from sharednorm import __version__
+from tests.support import server
+from tests.support.stock import StockClient, channel_to
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    result = server.run(arguments)
+    assert "Traceback" not in result.stdout + result.stderr
+    return result
+
+
+def test_version() -> None:
+    result = run("--version")
+    assert (result.returncode, result.stdout) == (0, f"sharednorm {__version__}\n")
+
+
+def test_help_names_the_commands_and_gives_an_example() -> None:
+    result = run("--help")
+    assert result.returncode == 0
+    assert "serve" in result.stdout
+    assert "example: sharednorm serve --listen" in result.stdout
+
+
+def test_help_of_serve_explains_every_option() -> None:
+    text = run("serve", "--help").stdout
+    for option in ("--listen", "--device", "--state", "--threads", "--workers", "--max-tensor-bytes",
+                   "--saved-input-bytes", "--grace", "--log-level", "--insecure"):  # fmt: skip
+        assert re.search(rf"^  {option}\b", text, re.MULTILINE), option
+    assert "example: sharednorm serve" in text
+
+
+@pytest.mark.parametrize("arguments", [(), ("frobnicate",), ("serve", "--workers", "many"), ("serve", "--frobnicate")])
+def test_a_wrong_use_is_explained(arguments: tuple[str, ...]) -> None:
+    result = run(*arguments)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "usage: sharednorm" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--listen", "nonsense"), "'nonsense' is not an address to listen on"),
+        (("--listen", "0.0.0.0:0"), "pass --insecure if the network is trusted"),
+        (("--device", "cuda"), "there is no device 'cuda' in this release (available: cpu)"),
+        (("--state", "sqlite:///x.db"), "there is no state 'sqlite:///x.db' in this release (available: memory:)"),
+        (("--workers", "0"), "workers is 0 (expected: 1 to 1024)"),
+        (("--threads", "0"), "threads is 0 (expected: at least 1)"),
+        (("--grace", "-1"), "grace is -1.0"),
+        (("--max-tensor-bytes", "much"), "'much' is not a size"),
+        (("--saved-input-bytes", "1GB"), "'1GB' is not a size"),
+    ],
+)
+def test_a_server_that_cannot_start_says_why_in_one_line(arguments: tuple[str, ...], message: str) -> None:
+    result = run("serve", *arguments)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("sharednorm: ")
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_the_start_up_line() -> None:
+    with server.server_process("--threads", "2") as process:
+        assert re.fullmatch(
+            rf"sharednorm {re.escape(__version__)} listening on 127\.0\.0\.1:[1-9][0-9]*, "
+            r"device cpu \(numba, 2 threads\), state memory:",
+            process.banner,
+        )
+        assert process.stop() == 0
+        assert process.process.stdout is not None
+        assert process.process.stdout.read() == ""  # exactly one line
+
+
+def test_the_start_up_line_of_a_socket(tmp_path: Path) -> None:
+    with server.server_process("--threads", "1", listen=f"unix:{tmp_path / 's'}") as process:
+        assert f" listening on unix:{tmp_path / 's'}, device cpu (numba, 1 thread), state memory:" in process.banner
+
+
+def test_the_arithmetic_is_the_one_that_was_asked_for() -> None:
+    with server.server_process(env={"SHAREDNORM_ARITHMETIC": "numpy"}) as process:
+        assert "device cpu (numpy, " in process.banner
+
+
+def test_an_arithmetic_that_is_not_there() -> None:
+    result = server.run(["serve", "--listen", "127.0.0.1:0"], env={"SHAREDNORM_ARITHMETIC": "abacus"})
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("sharednorm: ")
+    assert "abacus" in result.stderr
+
+
+@pytest.mark.parametrize("missing", ["grpc_health", "grpc_reflection"])
+def test_a_missing_extra_says_what_installs_it(missing: str, tmp_path: Path) -> None:
+    # A module of that name that says it is not there, in front of the installed one.
+    (tmp_path / f"{missing}.py").write_text(f"raise ModuleNotFoundError('gone', name={missing!r})\n")
+    result = server.run(["serve", "--listen", "127.0.0.1:0"], env={"PYTHONPATH": str(tmp_path)})
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == f"sharednorm: the server needs {missing}: pip install 'sharednorm[server]'\n"
+
+
+def python(code: str, **env: str) -> str:
+    """Run code in a fresh interpreter and return what it prints."""
+    environment = {key: value for key, value in os.environ.items() if key != "GRPC_ENABLE_FORK_SUPPORT"} | env
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True, env=environment).stdout
+
+
+def test_grpc_does_not_hook_into_forks() -> None:
+    code = "import sharednorm_server.server; from grpc._cython import cygrpc; print(cygrpc.is_fork_support_enabled())"
+    assert python(code) == "False\n"
+
+
+def test_the_command_is_there_without_the_extra() -> None:
+    code = (
+        "import sys; sys.modules.update(grpc_health=None, grpc_reflection=None, numba=None, ml_dtypes=None); "
+        "from sharednorm_server.cli import main; sys.stderr = sys.stdout; print(main(['serve']))"
+    )
+    assert python(code) == "sharednorm: the server needs grpc_health: pip install 'sharednorm[server]'\n2\n"
+
+
+def test_log_level_debug_tells_about_refused_calls() -> None:
+    with server.server_process("--log-level", "debug") as process, channel_to(process.address) as channel:
+        with pytest.raises(grpc.RpcError, match="does not exist"):
+            StockClient.on(channel).stats("nobody")
+        assert process.stop() == 0
+        assert "GetStats refused: LAYER_NOT_FOUND" in process.log()

@@ -1,0 +1,204 @@
+"""What a server may be told, and what it says to what it may not."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from sharednorm.errors import InvalidConfiguration
+from sharednorm_server.config import ServerConfig, StartError, parse_size
+from sharednorm_server.listen import TcpEndpoint, UnixEndpoint, parse_endpoint
+from sharednorm_server.server import start
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("0", 0),
+        ("1000", 1000),
+        ("1KiB", 1024),
+        ("64MiB", 64 << 20),
+        ("64mib", 64 << 20),
+        ("2 GiB", 2 << 30),
+        (" 1TiB ", 1 << 40),
+    ],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "-1", "1.5GiB", "1GB", "1 G", "1e9", "٣", "9" * 30, "1GiB1"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(InvalidConfiguration, match="for example 1000, 64MiB or 2GiB"):
+        parse_size(text)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"threads": 0},
+        {"workers": 0},
+        {"workers": 1025},
+        {"max_tensor_bytes": 0},
+        {"saved_input_bytes": -1},
+        {"grace": -1.0},
+        {"grace": float("nan")},
+        {"grace": float("inf")},
+    ],
+    ids=str,
+)
+def test_numbers_out_of_their_range(changes: dict[str, int]) -> None:
+    name = next(iter(changes)).replace("_", "-")
+    with pytest.raises(InvalidConfiguration, match=name):
+        replace(ServerConfig(), **changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("text", "host", "port", "private"),
+    [
+        ("127.0.0.1:50051", "127.0.0.1", 50051, True),
+        ("127.9.9.9:0", "127.9.9.9", 0, True),
+        ("localhost:1", "localhost", 1, True),
+        ("[::1]:65535", "[::1]", 65535, True),
+        ("0.0.0.0:50051", "0.0.0.0", 50051, False),
+        ("[::]:50051", "[::]", 50051, False),
+        ("192.168.0.7:1", "192.168.0.7", 1, False),
+        ("gpu-box.example:1", "gpu-box.example", 1, False),
+        ("localhost.evil.example:1", "localhost.evil.example", 1, False),
+    ],
+)
+def test_tcp_addresses(text: str, host: str, port: int, private: bool) -> None:
+    endpoint = parse_endpoint(text)
+    assert endpoint == TcpEndpoint(host, port)
+    assert endpoint.private is private
+
+
+def test_unix_addresses_are_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert parse_endpoint("unix:s") == UnixEndpoint(tmp_path / "s")
+    assert parse_endpoint("unix:/run/s") == UnixEndpoint(Path("/run/s"))
+    assert parse_endpoint("unix:s").private
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "50051", ":50051", "localhost", "localhost:", "localhost:65536", "localhost:-1", "localhost:x", "::1:1",
+     "http://localhost:1", "a b:1", "localhost:1 ", "unix:", "unix:a\0b", "unix:/" + "a" * 107],
+)  # fmt: skip
+def test_what_is_no_address(text: str) -> None:
+    with pytest.raises(InvalidConfiguration):
+        parse_endpoint(text)
+    with pytest.raises(InvalidConfiguration):
+        start(ServerConfig(listen=text))
+
+
+def test_a_socket_path_of_the_longest_length_works(tmp_path: Path) -> None:
+    path = tmp_path / ("s" * (107 - len(os.fsencode(tmp_path)) - 1))
+    assert len(os.fsencode(path)) == 107
+    server = start(ServerConfig(listen=f"unix:{path}"))
+    assert path.is_socket()
+    server.stop(1.0)
+
+
+@pytest.mark.parametrize("name", ["a b", "100%", "%41", "é層", "a?b#c", "a:b"])
+def test_a_socket_stands_where_it_was_asked_for(tmp_path: Path, name: str) -> None:
+    server = start(ServerConfig(listen=f"unix:{tmp_path / name}"))
+    try:
+        assert [path.name for path in tmp_path.iterdir()] == [name]
+        assert server.address == f"unix:{tmp_path / name}"
+    finally:
+        server.stop(1.0)
+
+
+@pytest.mark.parametrize("listen", ["0.0.0.0:0", "[::]:0", "gpu-box.example:0"])
+def test_no_plaintext_where_others_can_listen(listen: str) -> None:
+    with pytest.raises(StartError, match="--insecure"):
+        start(ServerConfig(listen=listen))
+
+
+def test_plaintext_elsewhere_for_those_who_insist() -> None:
+    server = start(ServerConfig(listen="0.0.0.0:0", insecure=True))
+    try:
+        assert server.address.startswith("0.0.0.0:")
+        assert not server.address.endswith(":0")
+    finally:
+        server.stop(1.0)
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:0", "gpu", ""])
+def test_a_device_that_is_not_there_has_no_substitute(device: str) -> None:
+    with pytest.raises(StartError, match=r"available: cpu\)"):
+        start(ServerConfig(listen="127.0.0.1:0", device=device))
+
+
+@pytest.mark.parametrize("state", ["sqlite:///x", "redis://x", "memory", ""])
+def test_a_store_that_is_not_there_has_no_substitute(state: str) -> None:
+    with pytest.raises(StartError, match=r"available: memory:\)"):
+        start(ServerConfig(listen="127.0.0.1:0", state=state))
+
+
+def test_an_address_of_another_machine() -> None:
+    with pytest.raises(StartError, match=r"192\.0\.2\.1:0"):
+        start(ServerConfig(listen="192.0.2.1:0", insecure=True))
+
+
+def test_a_host_that_does_not_exist() -> None:
+    with pytest.raises(StartError, match=r"nowhere\.invalid:0"):
+        start(ServerConfig(listen="nowhere.invalid:0", insecure=True))
+
+
+def test_a_taken_port() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(StartError, match=f"127.0.0.1:{port}: another program does already"):
+            start(ServerConfig(listen=f"127.0.0.1:{port}"))
+
+
+def test_a_socket_in_a_directory_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(StartError, match="no directory"):
+        start(ServerConfig(listen=f"unix:{tmp_path}/nowhere/s"))
+
+
+@pytest.mark.parametrize("kind", ["file", "directory", "link"])
+def test_what_is_no_socket_is_left_alone(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "s"
+    if kind == "file":
+        path.write_text("precious")
+    elif kind == "directory":
+        path.mkdir()
+    else:
+        (tmp_path / "target").write_text("precious")
+        path.symlink_to(tmp_path / "target")
+    with pytest.raises(StartError, match="not a socket"):
+        start(ServerConfig(listen=f"unix:{path}"))
+    assert path.exists()
+
+
+def test_a_stale_socket_is_replaced_and_a_living_one_is_not(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        with pytest.raises(StartError, match="another server does already"):
+            start(ServerConfig(listen=f"unix:{path}"))
+    assert path.is_socket()  # nobody listens any more
+    server = start(ServerConfig(listen=f"unix:{path}"))
+    try:
+        assert path.stat().st_mode & 0o777 == 0o600
+        with pytest.raises(StartError, match="another server does already"):
+            start(ServerConfig(listen=f"unix:{path}"))
+    finally:
+        server.stop(1.0)
+
+
+def test_the_mask_for_new_files_is_what_it_was(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        start(ServerConfig(listen=f"unix:{tmp_path / 's'}")).stop(1.0)
+        assert os.umask(0o022) == 0o022
+    finally:
+        os.umask(before)
