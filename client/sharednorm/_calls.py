@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from sharednorm.errors import HubClosed, IncompatibleServer, MalformedMessage, S
 from sharednorm.v1 import service_pb2
 
 _MAX_CHUNK_BYTES = 16 << 20
+_CLOSE_SECONDS = 1.0
 
 A = TypeVar("A", bound=Message)
 R = TypeVar("R", service_pb2.ForwardRequest, service_pb2.BackwardRequest)
@@ -127,7 +129,7 @@ class Connection:
             return
         self._closed = True
         if os.getpid() == self._process:
-            self._channel.close()
+            _close_bounded(self._channel)
 
     def greet(self) -> ServerInfo:
         """Ask the server what it is, and remember the answer in `info`.
@@ -241,6 +243,17 @@ class Connection:
         typed = convert.error_from_call(error, self.address.text, self.timeout)
         hint = proxy_hint(self.address) if isinstance(typed, ServerUnavailable) else ""
         return ServerUnavailable(typed.message + hint, typed.metadata) if hint else typed
+
+
+def _close_bounded(channel: grpc.Channel) -> None:
+    # grpcio's close cancels all calls at once, and then waits until the socket has taken the message that
+    # was on its way: with a server that hangs, until the keepalive gives it up. Nobody has to wait for that.
+    closing = threading.Thread(target=channel.close, name="sharednorm-close", daemon=True)
+    try:
+        closing.start()
+    except RuntimeError:  # the interpreter is ending, and starts no threads any more
+        return
+    closing.join(_CLOSE_SECONDS)
 
 
 def _identity(data: bytes) -> bytes:

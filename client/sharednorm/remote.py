@@ -172,12 +172,11 @@ def is_train(number: layer_pb2.Mode.ValueType) -> bool:
     """Return whether an answer's mode is train.
 
     Raises:
-        MalformedMessage: It says no mode.
+        MalformedMessage: It is neither train nor eval.
     """
-    train = convert.mode_from_proto(number)
-    if train is None:
-        raise MalformedMessage("the answer says no mode (expected: train or eval)")
-    return train
+    if number not in {layer_pb2.MODE_TRAIN, layer_pb2.MODE_EVAL}:
+        raise MalformedMessage(f"the answer's mode is {int(number)} (expected: train or eval)")
+    return number == layer_pb2.MODE_TRAIN
 
 
 def _tensor(

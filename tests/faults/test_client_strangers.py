@@ -15,6 +15,7 @@ from pathlib import Path
 import grpc
 import pytest
 
+from sharednorm._channel import SERVICE
 from sharednorm.errors import (
     DeadlineExceeded,
     IncompatibleServer,
@@ -23,7 +24,7 @@ from sharednorm.errors import (
     SharedNormError,
 )
 from sharednorm.hub import connect
-from sharednorm.v1 import service_pb2, service_pb2_grpc
+from sharednorm.v1 import service_pb2
 
 
 def seconds(function: Callable[[], object]) -> float:
@@ -62,36 +63,19 @@ def silent_listener() -> Iterator[str]:
 
 
 @contextmanager
-def grpc_server(servicer: service_pb2_grpc.BatchNormServiceServicer | None) -> Iterator[str]:
+def grpc_server(**methods: Callable[[bytes, grpc.ServicerContext], bytes]) -> Iterator[str]:
+    """A real gRPC server with some methods under our service's name, which take and give bytes."""
     server = grpc.server(futures.ThreadPoolExecutor(1))
-    if servicer is not None:
-        service_pb2_grpc.add_BatchNormServiceServicer_to_server(servicer, server)
+    handlers: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {
+        name: grpc.unary_unary_rpc_method_handler(method) for name, method in methods.items()
+    }
+    server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(SERVICE, handlers)])
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     try:
         yield f"127.0.0.1:{port}"
     finally:
         server.stop(0).wait(5)
-
-
-class Protocol99(service_pb2_grpc.BatchNormServiceServicer):
-    """A server of a later protocol."""
-
-    def GetServerInfo(  # noqa: N802 - the contract's
-        self,
-        request: service_pb2.GetServerInfoRequest,
-        context: grpc.ServicerContext,
-    ) -> service_pb2.GetServerInfoResponse:
-        del request, context
-        return service_pb2.GetServerInfoResponse(version="42.0.0", protocol=99)
-
-
-class Babbler(grpc.GenericRpcHandler):
-    """Answers every call with bytes that are no message."""
-
-    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[bytes, bytes]:
-        del handler_call_details
-        return grpc.unary_unary_rpc_method_handler(lambda *_: b"\xff\xff\xff")
 
 
 def test_nobody_listens() -> None:
@@ -142,9 +126,15 @@ def test_a_listener_that_says_nothing() -> None:
         assert 0.9 < seconds(attempt) < 2.0
 
 
+class QuietHandler(http.server.BaseHTTPRequestHandler):
+    """Knows no method, and keeps no log."""
+
+    def log_message(self, *_: object) -> None:
+        """Keep silent."""
+
+
 def test_a_web_server() -> None:
-    server = http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler)
-    server.RequestHandlerClass.log_message = lambda *_: None  # type: ignore[method-assign,assignment]
+    server = http.server.HTTPServer(("127.0.0.1", 0), QuietHandler)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:
@@ -161,32 +151,30 @@ def test_a_web_server() -> None:
 
 
 def test_a_server_of_another_protocol() -> None:
+    answer = service_pb2.GetServerInfoResponse(version="42.0.0", protocol=99).SerializeToString()
     with (
-        grpc_server(Protocol99()) as address,
+        grpc_server(GetServerInfo=lambda *_: answer) as address,
         pytest.raises(IncompatibleServer, match=r"release 42\.0\.0\) speaks protocol 99.*speaks protocol 1: install"),
     ):
         connect(address)
 
 
-def test_a_grpc_server_without_our_service() -> None:
-    with grpc_server(None) as address, pytest.raises(IncompatibleServer, match="is it a sharednorm server"):
+def test_a_server_from_before_there_were_protocols() -> None:
+    with grpc_server(GetServerInfo=lambda *_: b"") as address, pytest.raises(IncompatibleServer, match="protocol 0"):
         connect(address)
 
 
-def test_a_server_that_knows_the_service_and_none_of_its_calls() -> None:
-    with grpc_server(service_pb2_grpc.BatchNormServiceServicer()) as address, pytest.raises(IncompatibleServer):
+def test_a_grpc_server_without_our_service() -> None:
+    with grpc_server() as address, pytest.raises(IncompatibleServer, match="is it a sharednorm server"):
         connect(address)
 
 
 def test_a_server_that_answers_with_bytes_that_are_no_message() -> None:
-    server = grpc.server(futures.ThreadPoolExecutor(1), handlers=[Babbler()])
-    port = server.add_insecure_port("127.0.0.1:0")
-    server.start()
-    try:
-        with pytest.raises(MalformedMessage, match="cannot be parsed"):
-            connect(f"127.0.0.1:{port}")
-    finally:
-        server.stop(0).wait(5)
+    with (
+        grpc_server(GetServerInfo=lambda *_: b"\xff\xff\xff") as address,
+        pytest.raises(MalformedMessage, match="cannot be parsed"),
+    ):
+        connect(address)
 
 
 def test_a_failed_connect_leaves_no_thread_behind() -> None:
