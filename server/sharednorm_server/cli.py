@@ -75,9 +75,10 @@ def _start(config: ServerConfig) -> RunningServer:
     try:
         from sharednorm_server import server  # noqa: PLC0415 - needs the extra
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] not in {"grpc_health", "grpc_reflection"}:
+        package = (error.name or "").partition(".")[0]
+        if package not in {"grpc_health", "grpc_reflection"}:
             raise
-        raise StartError(f"the server needs {error.name}: pip install 'sharednorm[server]'") from error
+        raise StartError(f"the server needs {package}: pip install 'sharednorm[server]'") from error
     return server.start(config)
 
 

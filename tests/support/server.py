@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import IO
 
 from sharednorm_server.config import ServerConfig
@@ -76,10 +77,11 @@ class ServerProcess:
         self._log.seek(0)
         return self._log.read()
 
-    def resident_bytes(self) -> int:
-        """Return the memory that it occupies now."""
-        with open(f"/proc/{self.pid}/statm") as file:  # noqa: PTH123
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    def resident_bytes(self, what: str = "VmRSS") -> int:
+        """Return the memory that it occupies now, or with VmHWM the most that it has occupied."""
+        status = Path(f"/proc/{self.pid}/status").read_text(encoding="ascii")
+        fields = dict(line.split(":", 1) for line in status.splitlines())
+        return int(fields[what].split()[0]) << 10
 
 
 @contextmanager

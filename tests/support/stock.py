@@ -157,7 +157,7 @@ class SlowForward:
 
     def _messages(self) -> Iterator[service_pb2.ForwardStreamRequest]:
         yield service_pb2.ForwardStreamRequest(header=self._header)
-        data = memoryview(self.x).cast("B")
+        data = self.x.data.cast("B")
         for offset in range(0, data.nbytes, self.CHUNK_BYTES):
             if offset * 2 == data.nbytes:
                 self._half_way.set()
@@ -183,10 +183,12 @@ def raw(channel: grpc.Channel, method: str, request: bytes) -> bytes:
     return call(request, timeout=SECONDS)
 
 
-def raw_stream(channel: grpc.Channel, method: str, requests: Iterator[bytes]) -> Iterator[bytes]:
+def raw_stream(
+    channel: grpc.Channel, method: str, requests: Iterator[bytes], seconds: float = SECONDS
+) -> Iterator[bytes]:
     """Send a stream any bytes and give those of its answers."""
     call: grpc.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(f"/{SERVICE}/{method}", _same, _same)
-    return iter(call(requests, timeout=SECONDS))
+    return iter(call(requests, timeout=seconds))
 
 
 def _same(data: bytes) -> bytes:
