@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import signal
 import sys
 import threading
@@ -13,13 +14,14 @@ from typing import TYPE_CHECKING
 
 from sharednorm._version import __version__
 from sharednorm.errors import SharedNormError
+from sharednorm_server.commands import FAILED, add_ls, add_stats
 from sharednorm_server.config import DEFAULT_LISTEN, ServerConfig, StartError, parse_size
 
 if TYPE_CHECKING:
     from sharednorm_server.server import RunningServer
 
-FAILED = 1
 UNUSABLE = 2
+INTERRUPTED = 130
 
 _log = logging.getLogger(__name__)
 
@@ -33,11 +35,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     run: Callable[[argparse.Namespace], int] = arguments.run
     try:
-        return run(arguments)
+        code = run(arguments)
+        sys.stdout.flush()
+        return code
     except StartError as error:
         return _fail(error, UNUSABLE)
     except SharedNormError as error:
         return _fail(error, arguments.failure)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read this, `head` perhaps, has seen enough; nothing may be written any more, at exit neither.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
 
 
 def _fail(error: Exception, code: int) -> int:
@@ -108,6 +118,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"sharednorm {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_serve(commands)
+    add_ls(commands)
+    add_stats(commands)
     return parser
 
 

@@ -1,0 +1,140 @@
+"""The commands that ask a server: they are clients like any other, and print plain tables."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import sharednorm
+from sharednorm_server.config import DEFAULT_LISTEN
+
+if TYPE_CHECKING:
+    from sharednorm import Hub, Layer
+
+FAILED = 1
+
+_VECTORS = ("scale", "bias", "mean", "var")
+
+Commands = argparse._SubParsersAction  # the type that argparse gives to what add_subparsers returns
+
+
+def add_ls(commands: Commands[argparse.ArgumentParser]) -> None:
+    """Add `sharednorm ls`."""
+    parser = commands.add_parser(
+        "ls",
+        help="list the layers of a server",
+        description="List the layers of a namespace: kind, maps, default mode, steps, steps in the statistics.",
+        epilog="example: sharednorm ls --server gpu-box:50051 --namespace experiment-7",
+    )
+    parser.set_defaults(run=_ls, failure=FAILED)
+    _add_server(parser)
+
+
+def add_stats(commands: Commands[argparse.ArgumentParser]) -> None:
+    """Add `sharednorm stats`."""
+    parser = commands.add_parser(
+        "stats",
+        help="show what a layer has learned",
+        description="Show a layer's configuration and counters, a summary of its vectors, and its first maps.",
+        epilog="example: sharednorm stats stem/bn --maps 64",
+    )
+    parser.set_defaults(run=_stats, failure=FAILED)
+    parser.add_argument("name", metavar="NAME", help="the layer's name")
+    parser.add_argument("--maps", type=int, default=8, metavar="N", help="maps to show one by one; default %(default)s")
+    _add_server(parser)
+
+
+def _add_server(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--server",
+        metavar="ADDRESS",
+        default=DEFAULT_LISTEN,
+        help="HOST:PORT or unix:PATH of the server; default %(default)s",
+    )
+    parser.add_argument("--namespace", default="default", help="whose layers; default %(default)s")
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=10.0,
+        metavar="SECONDS",
+        help="longest wait for the server; default %(default)s",
+    )
+
+
+def _connect(arguments: argparse.Namespace) -> Hub:
+    return sharednorm.connect(arguments.server, namespace=arguments.namespace, timeout=arguments.timeout)
+
+
+def _ls(arguments: argparse.Namespace) -> int:
+    with _connect(arguments) as hub:
+        layers = hub.layers()
+    head = ("NAME", "KIND", "MAPS", "MODE", "STEPS", "NUMOFPROPS")
+    rows = [
+        (
+            _shown(layer.name),
+            layer.config.kind.label,
+            str(layer.config.maps),
+            _mode(layer.train) if layer.initialized else "empty",
+            str(layer.version),
+            str(layer.num_of_props),
+        )
+        for layer in layers
+    ]
+    _print_table([head, *rows])
+    return 0
+
+
+def _stats(arguments: argparse.Namespace) -> int:
+    with _connect(arguments) as hub:
+        layer = hub.layer(arguments.name)
+        state = layer.snapshot()
+        _print_table(_facts(layer, hub, state.version, state.num_of_props, state.initialized))
+    vectors = [getattr(state, name) for name in _VECTORS]
+    print()  # noqa: T201
+    summary = [
+        (name, *(f"{value:.6g}" for value in (vector.min(), vector.mean(dtype=float), vector.max())))
+        for name, vector in zip(_VECTORS, vectors, strict=True)
+    ]
+    _print_table([("", "MIN", "MEAN", "MAX"), *summary])
+    shown = max(0, min(arguments.maps, layer.maps))
+    if shown:
+        print()  # noqa: T201
+        rows = [(str(index), *(f"{vector[index]:.6g}" for vector in vectors)) for index in range(shown)]
+        _print_table([("MAP", *(name.upper() for name in _VECTORS)), *rows])
+    if shown < layer.maps:
+        print(f"({layer.maps - shown} more; --maps {layer.maps} shows all)")  # noqa: T201
+    return 0
+
+
+def _facts(layer: Layer, hub: Hub, version: int, num_of_props: int, initialized: bool) -> Iterable[tuple[str, str]]:
+    return (
+        ("layer", f"{_shown(str(layer.name))} of namespace {_shown(hub.namespace)} on {hub.address}"),
+        ("maps", str(layer.maps)),
+        ("mode", _mode(layer.train) if initialized else "empty: waits for its state"),
+        ("steps", f"{version}, {num_of_props} of them in the running statistics (numOfProps)"),
+        ("epsilon", f"{layer.epsilon:g}"),
+        ("averaging", f"{layer.averaging}, f = max({layer.initFactor:g} / n, {layer.minFactor:g})"),
+        ("affine", "yes" if layer.affine else "no: scale 1 and bias 0, fixed"),
+        ("NaN, infinity", {"refuse": "refused", "allow": "allowed"}[layer.nonfinite]),
+    )
+
+
+def _mode(train: bool) -> str:
+    return "train" if train else "eval"
+
+
+def _shown(name: str) -> str:
+    # Names may hold characters that turn a terminal's line around; what is not printable is escaped.
+    printable = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in name)
+    encoding = sys.stdout.encoding or "utf-8"
+    return printable.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def _print_table(rows: Iterable[Sequence[str]]) -> None:
+    table = list(rows)
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for row in table:
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        print("  ".join(cells).rstrip())  # noqa: T201
