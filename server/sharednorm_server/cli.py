@@ -37,7 +37,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         code = run(arguments)
         sys.stdout.flush()
-        return code
     except StartError as error:
         return _fail(error, UNUSABLE)
     except SharedNormError as error:
@@ -48,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Whoever read this, `head` perhaps, has seen enough; nothing may be written any more, at exit neither.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
+    return code
 
 
 def _fail(error: Exception, code: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -109,13 +110,15 @@ def test_a_bad_address() -> None:
     assert result.stderr.count("\n") == 1
 
 
-def test_a_reader_that_has_seen_enough(address: str) -> None:
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_has_seen_enough(address: str, unbuffered: str) -> None:
     """As with `sharednorm ls | head`: the reader goes before the writer has written."""
     process = subprocess.Popen(
         [sys.executable, "-m", "sharednorm_server", "ls", "--server", address],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
     )
     assert process.stdout is not None
     assert process.stderr is not None
