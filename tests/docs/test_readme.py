@@ -98,31 +98,40 @@ def _check_serve(command: str) -> None:
         place = arguments.index("--listen")
         del arguments[place : place + 2]
     if "--help" in arguments:
-        help_text = subprocess.run(
-            [sys.executable, "-m", "sharednorm_server", *shlex.split(command)[1:]],
-            capture_output=True, text=True, timeout=60, check=True,
-        ).stdout  # fmt: skip
+        help_text = run_python("-m", "sharednorm_server", *shlex.split(command)[1:])
         assert "--listen" in help_text
         return
     with server_process(*arguments) as server:
         assert server.stop() == 0
 
 
+def _check_query(command: str) -> None:
+    with server_process() as server:
+        run_python(str(ROOT / "examples" / "remote.py"), server.address, "2")
+        printed = run_python("-m", "sharednorm_server", *shlex.split(command)[1:], "--server", server.address)
+    assert "example/bn" in printed
+
+
 def _check_script(command: str) -> None:
     script, *arguments = shlex.split(command)[1:]
     with server_process() as server:
         given = arguments or ([server.address, "2"] if "remote" in script else [])
-        result = subprocess.run(
-            [sys.executable, str(ROOT / script), *given], capture_output=True, text=True, timeout=60, check=False
-        )
+        assert run_python(str(ROOT / script), *given)
+
+
+def run_python(*arguments: str) -> str:
+    """Run this Python on something that must succeed and say nothing on stderr; return what it prints."""
+    result = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=60, check=False)
     assert (result.returncode, result.stderr) == (0, "")
-    assert result.stdout
+    return result.stdout
 
 
 CHECKS: dict[str, Callable[[str], None]] = {
     "make ": _check_make,
     "pip install ": _check_pip,
     "sharednorm serve": _check_serve,
+    ".venv/bin/sharednorm ls": _check_query,
+    ".venv/bin/sharednorm stats": _check_query,
     ".venv/bin/python examples/": _check_script,
 }
 
