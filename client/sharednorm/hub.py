@@ -19,7 +19,7 @@ from sharednorm._calls import Connection, ServerInfo
 from sharednorm.config import LayerConfig, LayerKind, check_name, check_namespace, is_finite
 from sharednorm.errors import InvalidConfiguration
 from sharednorm.remote import RemoteBackend, RemoteBatchNorm, is_train
-from sharednorm.state import initial_state
+from sharednorm.state import StateUpdate, initial_state
 from sharednorm.v1 import layer_pb2, service_pb2
 
 __all__ = ["Hub", "LayerInfo", "ServerInfo", "connect"]
@@ -306,7 +306,8 @@ class Hub:
             ref=ref, config=convert.config_to_proto(config), sscale=float(sscale), empty=empty
         )
         if not empty:
-            request.initial_state.CopyFrom(convert.state_to_proto(state, gradients=False))
+            # Bias, mean and variance begin on the server as they begin here: 0, 0 and 1.
+            request.initial_state.CopyFrom(convert.update_to_proto(StateUpdate(scale=state.scale)))
         answer = self._connection.call("CreateLayer", request, service_pb2.CreateLayerResponse)
         return self._handle(ref, answer.layer, inplace)
 

@@ -197,8 +197,20 @@ def test_seeded_alike_a_remote_layer_begins_like_a_local_one(hub: sharednorm.Hub
     np.random.seed(7)  # noqa: NPY002 - what the layers draw from
     local = [sharednorm.BatchNorm2D(MAPS, sscale=0.5), sharednorm.BatchNorm2D(MAPS)]
     for one, other in zip(remote, local, strict=True):
-        np.testing.assert_array_equal(one.scale, other.scale)
+        for name in ("scale", "bias", "mean", "var"):
+            np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
         np.testing.assert_array_equal(one(batch(1)), other(batch(1)))
+
+
+def test_a_layer_of_very_many_maps(hub: sharednorm.Hub) -> None:
+    maps = 200_000
+    layer = hub.BatchNorm(maps, name="x", affine=False)
+    x = np.random.default_rng(0).normal(size=(4, maps)).astype(np.float32)
+    np.testing.assert_allclose(layer(x), (x - x.mean(0)) / np.sqrt(x.var(0) + 1e-5), rtol=0, atol=1e-4)
+    layer.backward(x)
+    assert layer.grad is not None
+    assert layer.grad.shape == x.shape
+    np.testing.assert_allclose(layer.mean.ravel(), x.mean(0), rtol=0, atol=1e-6)
 
 
 def test_a_layer_that_exists_keeps_its_scale_when_another_handle_attaches(hub: sharednorm.Hub) -> None:
@@ -217,6 +229,17 @@ def test_the_hub_and_its_handles_say_what_they_are(hub: sharednorm.Hub, server: 
     assert hub.info.protocol == 1
     assert hub.info.version == sharednorm.__version__
     assert hub.info.device.startswith("cpu")
+
+
+def test_a_proxy_in_the_environment_is_not_asked_for_this_machine(
+    server: ServerProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("grpc_proxy", "https_proxy", "http_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("no_grpc_proxy", raising=False)
+    with sharednorm.connect(server.address) as hub:
+        assert hub.info.protocol == 1
 
 
 def test_a_relative_socket_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,7 +41,7 @@ def run(script: str, address: str) -> str:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
+    assert "fork" not in done.stderr, "gRPC's fork handlers complain"
     return done.stdout
 
 
