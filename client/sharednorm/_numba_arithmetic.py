@@ -157,7 +157,7 @@ def _team(plan: Plan, task: int, items: int) -> int:
 
 
 def _streams(x: Array, y: Array) -> bool:
-    return y is not x and y.nbytes >= STREAM_BYTES and _address(y) % y.itemsize == 0
+    return y.nbytes >= STREAM_BYTES and _address(y) != _address(x) and _address(y) % y.itemsize == 0
 
 
 def _address(array: Array) -> int:

@@ -26,8 +26,9 @@ from sharednorm._numba_common import (
     spread_out,
     unaligned,
 )
+from sharednorm._numba_half import LANES
+from sharednorm._numba_plan import Plan
 from sharednorm._numba_vector import (
-    LANES,
     add,
     expect_load,
     fence,
@@ -45,6 +46,9 @@ from sharednorm._numba_vector import (
     total,
     widen,
 )
+
+MADE_OF = "cd9f82b827c82253"
+"""Hash of the files that these kernels are made of besides this one, the only one that numba's cache watches."""
 
 
 @inlined
@@ -103,7 +107,7 @@ def _column_sums(tag: Any, x: int, g: int, start: int, rows: int, size: int, col
 
 
 @inlined
-def _sum_of(values: Any, channel: int, space: int, channels: int, fold: int) -> float:
+def _sum_of(values: Any, channel: int, space: int, channels: int, fold: int) -> Any:
     # Over the columns of one channel, and its folds.
     if space == 1 and fold == 1:
         return values[channel]
@@ -116,7 +120,7 @@ def _sum_of(values: Any, channel: int, space: int, channels: int, fold: int) -> 
 
 
 @inlined
-def _tile_sums(tag: Any, plan: Any, unit: int, tile: int, x: int, g: int, mean: Any, slots: Any, wide: Any) -> None:
+def _tile_sums(tag: Any, plan: Plan, unit: int, tile: int, x: int, g: int, mean: Any, slots: Any, wide: Any) -> None:
     channel = first_channel(plan, unit)
     if not plan.columns:
         start, length = row_tile(plan, unit, tile)
@@ -134,7 +138,7 @@ def _tile_sums(tag: Any, plan: Any, unit: int, tile: int, x: int, g: int, mean: 
 
 
 @inlined
-def _finish(plan: Any, unit: int, slots: Any, mean: Any, m2: Any, scale: Any, epsilon: float, sums: Any,
+def _finish(plan: Plan, unit: int, slots: Any, mean: Any, m2: Any, scale: Any, epsilon: float, sums: Any,
             coefficients: Any) -> None:  # fmt: skip
     # A unit's slots added in their order, and `normalization.input_gradient`.
     channel = first_channel(plan, unit)
@@ -177,7 +181,7 @@ def _apply_run(tag: Any, x: int, g: int, y: int, start: int, length: int, coeffi
 
 
 @inlined
-def _apply_tile(tag: Any, plan: Any, unit: int, tile: int, x: int, g: int, y: int, coefficients: Any, spare: Any,
+def _apply_tile(tag: Any, plan: Plan, unit: int, tile: int, x: int, g: int, y: int, coefficients: Any, spare: Any,
                 streaming: bool) -> None:  # fmt: skip
     channel = first_channel(plan, unit)
     if not plan.columns:
@@ -209,7 +213,7 @@ def _apply_tile(tag: Any, plan: Any, unit: int, tile: int, x: int, g: int, y: in
 
 
 @inlined
-def _apply_chunk(tag: Any, plan: Any, item: int, x: int, g: int, y: int, coefficients: Any,
+def _apply_chunk(tag: Any, plan: Plan, item: int, x: int, g: int, y: int, coefficients: Any,
                  streaming: bool) -> None:  # fmt: skip
     i = item * CHUNK
     end = min(i + CHUNK, plan.samples * plan.channels * plan.space)
@@ -222,7 +226,7 @@ def _apply_chunk(tag: Any, plan: Any, item: int, x: int, g: int, y: int, coeffic
 
 
 @kernel
-def backward(tag: Any, plan: Any, task: int, items: int, ticket: Any, x: int, g: int, y: int, slots: Any, mean: Any,
+def backward(tag: Any, plan: Plan, task: int, items: int, ticket: Any, x: int, g: int, y: int, slots: Any, mean: Any,
              m2: Any, scale: Any, epsilon: float, sums: Any, coefficients: Any, streaming: bool) -> None:  # fmt: skip
     """Take tickets and do what they stand for until none is left. Any number of threads may do so at once.
 

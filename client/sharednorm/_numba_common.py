@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from sharednorm._numba_half import LANES
 from sharednorm._numba_plan import Plan
-from sharednorm._numba_vector import LANES, load, load_part, store, store_part, width
+from sharednorm._numba_vector import load, load_part, store, store_part, width
 
 # Tasks of a kernel: what one ticket stands for.
 SUMS = 0
@@ -74,25 +75,25 @@ def put(tag: Any, address: int, index: int, end: int, value: Any) -> None:
 
 
 @inlined
-def first_channel(plan: Any, unit: int) -> int:
+def first_channel(plan: Plan, unit: int) -> int:
     """Return the first channel of a unit."""
     return unit * plan.group
 
 
 @inlined
-def channels_of(plan: Any, unit: int) -> int:
+def channels_of(plan: Plan, unit: int) -> int:
     """Return the number of channels of a unit."""
     return min(plan.group, plan.channels - unit * plan.group)
 
 
 @inlined
-def row_length(plan: Any) -> int:
+def row_length(plan: Plan) -> int:
     """Return the values from one row of a block of columns to the next."""
     return plan.fold * plan.channels * plan.space
 
 
 @inlined
-def row_tile(plan: Any, unit: int, tile: int) -> tuple[int, int]:
+def row_tile(plan: Plan, unit: int, tile: int) -> tuple[int, int]:
     """Return the first element and the length of a tile of rows."""
     pieces = plan.tiles // plan.samples
     sample, piece = tile // pieces, tile % pieces
@@ -101,7 +102,7 @@ def row_tile(plan: Any, unit: int, tile: int) -> tuple[int, int]:
 
 
 @inlined
-def column_tile(plan: Any, unit: int, tile: int) -> tuple[int, int, int]:
+def column_tile(plan: Plan, unit: int, tile: int) -> tuple[int, int, int]:
     """Return the first element, the number of rows, and the samples folded into a row of a tile of columns."""
     size = plan.channels * plan.space
     rows = plan.samples // plan.fold
@@ -112,7 +113,7 @@ def column_tile(plan: Any, unit: int, tile: int) -> tuple[int, int, int]:
 
 
 @inlined
-def tile_count(plan: Any, tile: int) -> int:
+def tile_count(plan: Plan, tile: int) -> Any:
     """Return the values of one channel in a tile."""
     if plan.columns:
         _, rows, fold = column_tile(plan, 0, tile)
@@ -123,11 +124,12 @@ def tile_count(plan: Any, tile: int) -> int:
 @inlined
 def unaligned(tag: Any, address: int, index: int) -> int:
     """Return how many elements from an index on lie before the first that 16 elements' bytes divide."""
-    return (-(address + index * width(tag)) % (LANES * width(tag))) // width(tag)
+    size: int = width(tag)
+    return (-(address + index * size) % (LANES * size)) // size
 
 
 @inlined
-def clip(value: float) -> np.float32:
+def clip(value: float) -> Any:
     """Return a number as float32, the largest finite one instead of one beyond it, and NaN as NaN."""
     if value > LARGEST:
         return np.float32(LARGEST)

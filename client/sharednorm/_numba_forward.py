@@ -28,8 +28,9 @@ from sharednorm._numba_common import (
     tile_count,
     unaligned,
 )
+from sharednorm._numba_half import LANES
+from sharednorm._numba_plan import Plan
 from sharednorm._numba_vector import (
-    LANES,
     add,
     expect_load,
     fence,
@@ -48,6 +49,9 @@ from sharednorm._numba_vector import (
     total,
     widen,
 )
+
+MADE_OF = "cd9f82b827c82253"
+"""Hash of the files that these kernels are made of besides this one, the only one that numba's cache watches."""
 
 
 @inlined
@@ -159,7 +163,7 @@ def _merge_space(mean: Any, m2: Any, start: int, space: int, count: int) -> tupl
 
 
 @inlined
-def _tile_moments(tag: Any, plan: Any, unit: int, tile: int, x: int, slots: Any, mean: Any, m2: Any) -> None:
+def _tile_moments(tag: Any, plan: Plan, unit: int, tile: int, x: int, slots: Any, mean: Any, m2: Any) -> None:
     channel = first_channel(plan, unit)
     if not plan.columns:
         start, length = row_tile(plan, unit, tile)
@@ -179,7 +183,7 @@ def _tile_moments(tag: Any, plan: Any, unit: int, tile: int, x: int, slots: Any,
 
 
 @inlined
-def _finish(plan: Any, unit: int, slots: Any, mean: Any, m2: Any, scale: Any, bias: Any, epsilon: float,
+def _finish(plan: Plan, unit: int, slots: Any, mean: Any, m2: Any, scale: Any, bias: Any, epsilon: float,
             hi: Any, factor: Any, offset: Any) -> None:  # fmt: skip
     # Chan's merge of a unit's slots, in their order, as in `normalization.merge`, and `normalization.affine`.
     channel = first_channel(plan, unit)
@@ -220,7 +224,7 @@ def _apply_run(tag: Any, x: int, y: int, start: int, length: int, hi: Any, facto
 
 
 @inlined
-def _apply_tile(tag: Any, plan: Any, unit: int, tile: int, x: int, y: int, hi: Any, factor: Any, offset: Any,
+def _apply_tile(tag: Any, plan: Plan, unit: int, tile: int, x: int, y: int, hi: Any, factor: Any, offset: Any,
                 spare: Any, streaming: bool) -> None:  # fmt: skip
     channel = first_channel(plan, unit)
     if not plan.columns:
@@ -252,7 +256,7 @@ def _apply_tile(tag: Any, plan: Any, unit: int, tile: int, x: int, y: int, hi: A
 
 
 @inlined
-def _apply_chunk(tag: Any, plan: Any, item: int, x: int, y: int, hi: Any, factor: Any, offset: Any,
+def _apply_chunk(tag: Any, plan: Plan, item: int, x: int, y: int, hi: Any, factor: Any, offset: Any,
                 streaming: bool) -> None:  # fmt: skip
     i = item * CHUNK
     end = min(i + CHUNK, plan.samples * plan.channels * plan.space)
@@ -265,7 +269,7 @@ def _apply_chunk(tag: Any, plan: Any, item: int, x: int, y: int, hi: Any, factor
 
 
 @kernel
-def forward(tag: Any, plan: Any, task: int, items: int, ticket: Any, x: int, y: int, slots: Any, mean: Any, m2: Any,
+def forward(tag: Any, plan: Plan, task: int, items: int, ticket: Any, x: int, y: int, slots: Any, mean: Any, m2: Any,
             scale: Any, bias: Any, epsilon: float, hi: Any, factor: Any, offset: Any,
             streaming: bool) -> None:  # fmt: skip
     """Take tickets and do what they stand for until none is left. Any number of threads may do so at once.

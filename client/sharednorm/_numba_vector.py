@@ -9,7 +9,7 @@ Memory is addressed by an integer, the address, and an index in elements. Bounds
 alignment is assumed. The type of a `tag` says what the elements are: float32 for float32, uint16 for
 float16 and int16 for bfloat16, whose bits travel as integers.
 
-numba's cache watches the file that holds a kernel and not this one: see `CHECKSUM` in `_numba_kernels`.
+numba's cache watches the file that holds a kernel and not this one: see `MADE_OF` in `_numba_forward`.
 """
 
 from __future__ import annotations
