@@ -31,7 +31,7 @@ def chunk_of(kinds: Floats, number: int) -> memoryview:
     image, part = divmod(number, PER_IMAGE)
     flat = kinds[image % KINDS].reshape(-1)
     size = CHUNK // 4
-    return flat[part * size : (part + 1) * size].view(np.uint8).data
+    return memoryview(flat[part * size : (part + 1) * size].view(np.uint8))
 
 
 def messages(kinds: Floats) -> Iterator[bytes]:
