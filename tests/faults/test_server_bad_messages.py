@@ -274,6 +274,11 @@ BROKEN_STREAMS: dict[str, list[Part]] = {
     "an empty chunk": [header(), chunk(0, 100), service_pb2.ForwardStreamRequest(offset=100)],
     "two headers": [header(), header()],
     "a header between chunks": [header(), chunk(0, 100), header(), chunk(100, NBYTES - 100)],
+    "a header beside the second chunk": [
+        header(),
+        chunk(0, 100),
+        service_pb2.ForwardStreamRequest(header=forward(), offset=100, chunk=bytes(NBYTES - 100)),
+    ],
     "a header with data": [header(data=bytes(NBYTES))],
     "a header with a chunk": [
         service_pb2.ForwardStreamRequest(header=forward(), chunk=bytes(4)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -12,7 +13,7 @@ from sharednorm.normalization import arithmetic
 from sharednorm.state import LayerState, Moments, StateUpdate
 from sharednorm_server.device import DeviceTensor
 from sharednorm_server.device.cpu import CpuDevice
-from sharednorm_server.requests import LayerKey
+from sharednorm_server.requests import LayerKey, LayerRecord
 from sharednorm_server.service import LayerService
 from sharednorm_server.store.memory import MemoryStore
 
@@ -52,9 +53,20 @@ class InterruptedDevice(CpuDevice):
         return result
 
 
-def new_service(device: CpuDevice | None = None, saved_input_bytes: int = 1 << 20) -> LayerService:
+class SlowStore(MemoryStore):
+    """A store that takes a while to keep a record, as one with a disk does; whoever forgets a lock shows."""
+
+    def put(self, record: LayerRecord) -> bool:
+        """Replace a record, later."""
+        time.sleep(0.0005)
+        return super().put(record)
+
+
+def new_service(
+    device: CpuDevice | None = None, saved_input_bytes: int = 1 << 20, store: MemoryStore | None = None
+) -> LayerService:
     """Return a service without layers."""
-    return LayerService(MemoryStore(), device or CpuDevice(arithmetic("numpy")), saved_input_bytes)
+    return LayerService(store or MemoryStore(), device or CpuDevice(arithmetic("numpy")), saved_input_bytes)
 
 
 def create(service: LayerService, key: LayerKey = KEY, config: LayerConfig = CONFIG, **state: object) -> None:

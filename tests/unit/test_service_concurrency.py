@@ -19,7 +19,7 @@ from sharednorm_server.device.cpu import CpuDevice
 from sharednorm_server.requests import BackwardCall, ForwardAnswer, ForwardCall, LayerKey
 from sharednorm_server.service import LayerService
 from tests.support import oracle
-from tests.support.service import CONFIG, KEY, MAPS, SHAPE, InterruptedDevice, close, create, new_service
+from tests.support.service import CONFIG, KEY, MAPS, SHAPE, InterruptedDevice, SlowStore, close, create, new_service
 
 TRAIN = ForwardCall(KEY, train=True)
 THREADS = 8
@@ -51,7 +51,7 @@ def replayed(answers: list[ForwardAnswer]) -> tuple[npt.NDArray[np.float32], npt
 
 @pytest.mark.parametrize("name", ["numpy", "numba"])
 def test_no_step_is_lost_and_the_average_replays_bit_for_bit(name: str) -> None:
-    service = new_service(CpuDevice(arithmetic(name)))
+    service = new_service(CpuDevice(arithmetic(name)), store=SlowStore())
     create(service)
 
     def steps(number: int) -> list[ForwardAnswer]:
@@ -95,18 +95,28 @@ def test_every_output_has_the_parameters_of_its_moment_while_others_change_them(
         np.testing.assert_allclose(answer.output, expected, rtol=1e-5, atol=1e-3)
 
 
-def test_a_step_computes_with_the_parameters_that_it_finds_at_its_commit() -> None:
+@pytest.mark.parametrize(
+    ("new", "scale", "bias"),
+    [
+        (StateUpdate(scale=[2, 3, 4], bias=[5, 6, 7]), [2.0, 3, 4], [5.0, 6, 7]),
+        (StateUpdate(scale=[2, 3, 4]), [2.0, 3, 4], [0.0, 0, 0]),
+        (StateUpdate(bias=[5, 6, 7]), [1.0, 1, 1], [5.0, 6, 7]),
+    ],
+    ids=["both", "scale", "bias"],
+)
+def test_a_step_computes_with_the_parameters_that_it_finds_at_its_commit(
+    new: StateUpdate, scale: list[float], bias: list[float]
+) -> None:
     device = InterruptedDevice()
     service = new_service(device)
     create(service)
-    new = StateUpdate(scale=[2, 3, 4], bias=[5, 6, 7])
     device.interrupt = lambda made: service.set_state(KEY, new) if made == 1 else None
     x = oracle.random_tensor(1, SHAPE)
     answer = service.forward(TRAIN, x)
     count, mean, m2 = oracle.batch_moments(x)
-    expected = oracle.normalized(x, mean, m2 / count, np.array([2.0, 3, 4]), np.array([5.0, 6, 7]), 1e-5)
+    expected = oracle.normalized(x, mean, m2 / count, np.array(scale), np.array(bias), 1e-5)
     np.testing.assert_allclose(answer.output, expected, rtol=1e-6, atol=1e-5)
-    np.testing.assert_array_equal(answer.scale, [2, 3, 4])
+    np.testing.assert_array_equal(answer.scale, scale)
     assert (device.forwards, device.renormalized) == (1, 1)  # moments do not depend on parameters
 
 
@@ -195,7 +205,7 @@ def test_a_refused_step_among_others_leaves_no_trace() -> None:
 
 
 def test_no_gradient_is_lost() -> None:
-    service = new_service()
+    service = new_service(store=SlowStore())
     create(service)
     x, ones = oracle.random_tensor(1, SHAPE), np.ones(SHAPE, np.float32)
     token = service.forward(replace(TRAIN, keep_input=True), x).saved_input
