@@ -20,6 +20,7 @@ import grpc
 import pytest
 
 from sharednorm.errors import error_classes
+from tests.support.make import make
 from tests.support.server import server_process
 
 ROOT = Path(__file__).parents[2]
@@ -80,9 +81,7 @@ def test_commands_are_there(command: str) -> None:
 
 
 def _check_make(command: str) -> None:
-    result = subprocess.run(
-        [*shlex.split(command), "--dry-run"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
-    )
+    result = make(*shlex.split(command)[1:], "--dry-run")
     assert result.returncode == 0, result.stderr
 
 

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.support.distributions import ROOT
+from tests.support.make import make
 
 TARGETS = ("demo", "test", "serve", "check", "bench", "proto", "clean")
-
-
-def _make(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["make", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
 
 
 def _python(path: Path, script: str) -> str:
@@ -23,14 +18,14 @@ def _python(path: Path, script: str) -> str:
 
 
 def test_make_alone_lists_every_target() -> None:
-    result = _make()
+    result = make()
     assert result.returncode == 0
     listed = [line.split()[0] for line in result.stdout.splitlines()]
     assert listed == ["help", *TARGETS]
 
 
 def test_an_old_python_is_refused_with_the_command_that_chooses_another(tmp_path: Path) -> None:
-    result = _make("test", _python(tmp_path / "python", "exit 1"), f"VENV={tmp_path / 'venv'}")
+    result = make("test", _python(tmp_path / "python", "exit 1"), f"VENV={tmp_path / 'venv'}")
     assert result.returncode != 0
     assert "needs Python 3.10 or newer" in result.stderr
     assert "PYTHON=" in result.stderr
@@ -39,7 +34,7 @@ def test_an_old_python_is_refused_with_the_command_that_chooses_another(tmp_path
 
 def test_a_python_without_venv_is_told_what_to_install(tmp_path: Path) -> None:
     python = _python(tmp_path / "python", 'case "$2" in *venv*) exit 1 ;; esac')
-    result = _make("test", python, f"VENV={tmp_path / 'venv'}")
+    result = make("test", python, f"VENV={tmp_path / 'venv'}")
     assert result.returncode != 0
     assert "python3-venv" in result.stderr
     assert not (tmp_path / "venv").exists()
@@ -47,11 +42,11 @@ def test_a_python_without_venv_is_told_what_to_install(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_target_can_be_planned(tmp_path: Path, target: str) -> None:
-    result = _make("--dry-run", target, f"VENV={tmp_path / 'venv'}")
+    result = make("--dry-run", target, f"VENV={tmp_path / 'venv'}")
     assert result.returncode == 0, result.stderr
     assert result.stdout
 
 
 def test_serve_passes_its_options_on(tmp_path: Path) -> None:
-    result = _make("--dry-run", "serve", "LISTEN=unix:/tmp/a b.sock", "DEVICE=cuda", f"VENV={tmp_path / 'venv'}")
+    result = make("--dry-run", "serve", "LISTEN=unix:/tmp/a b.sock", "DEVICE=cuda", f"VENV={tmp_path / 'venv'}")
     assert "serve --listen 'unix:/tmp/a b.sock' --device 'cuda' --state 'memory:'" in result.stdout
