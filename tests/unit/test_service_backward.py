@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -196,6 +198,17 @@ def test_inputs_end_with_their_layer(service: LayerService) -> None:
     create(service)
     with pytest.raises(InputEvicted):
         service.backward(BackwardCall(KEY, saved_input=token), x)
+
+
+def test_a_deleted_layers_inputs_take_no_memory(service: LayerService) -> None:
+    x = oracle.random_tensor(1, SHAPE)
+    watched = weakref.ref(x)
+    service.forward(KEEP, x)
+    del x
+    assert watched() is not None
+    service.delete_layer(KEY)
+    gc.collect()
+    assert watched() is None
 
 
 # --- what is refused ------------------------------------------------------------------------------------
