@@ -73,7 +73,7 @@ class NumbaArithmetic:
     ) -> tuple[Array | None, Vector, Vector]:
         """Return the gradients of one forward: of x (None unless `input_grad`), of scale, and of bias."""
         source, grads = contiguous(x), contiguous(grad)
-        result = np.empty(source.shape, source.dtype) if input_grad else None
+        result = output(source, None) if input_grad else None
         call = _Backward(source, grads, result, batch, scale, epsilon)
         for task in _tasks(call.plan, threads.count) if input_grad else (SUMS, FINISH):
             call.run(task)

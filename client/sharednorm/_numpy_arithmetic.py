@@ -59,12 +59,13 @@ class NumpyArithmetic:
         self, x: Array, grad: Array, batch: Moments, scale: Vector, epsilon: float, *, input_grad: bool = True
     ) -> tuple[Array | None, Vector, Vector]:
         """Return the gradients of one forward: of x (None unless `input_grad`), of scale, and of bias."""
-        source, grads = planes(contiguous(x)), planes(contiguous(grad))
+        whole = contiguous(x)
+        source, grads = planes(whole), planes(contiguous(grad))
         sum_grad, sum_product = _gradient_sums(source, grads, batch.mean)
         scale_grad, bias_grad = parameter_gradients(batch, epsilon, sum_grad, sum_product)
         if not input_grad:
             return None, scale_grad, bias_grad
-        result = np.empty(x.shape, source.dtype)
+        result = output(whole, None)
         _differentiate(source, grads, input_gradient(batch, scale, epsilon, sum_grad, sum_product), planes(result))
         return result, scale_grad, bias_grad
 

@@ -6,8 +6,12 @@ import math
 
 import numpy as np
 
+from sharednorm._memory import ResultMemory
 from sharednorm.config import Array, check_dtype
 from sharednorm.errors import InvalidShape, UnsupportedDType
+
+results = ResultMemory()
+"""Where the results of this process lie."""
 
 
 def contiguous(x: Array) -> Array:
@@ -36,7 +40,7 @@ def output(x: Array, out: Array | None) -> Array:
         UnsupportedDType: `out` has another element type than x.
     """
     if out is None:
-        return np.empty(x.shape, x.dtype)
+        return results.empty(x.shape, x.dtype)
     if out.shape != x.shape:
         raise InvalidShape(f"out has shape {out.shape} (expected: {x.shape})")
     if out.dtype.newbyteorder("=") != x.dtype:
@@ -45,4 +49,4 @@ def output(x: Array, out: Array | None) -> Array:
         raise InvalidShape("out is read-only (expected: an array that can be written)")
     same = out.ctypes.data == x.ctypes.data
     usable = out.flags.c_contiguous and out.dtype.isnative and (same or not np.may_share_memory(out, x))
-    return out if usable else np.empty(x.shape, x.dtype)
+    return out if usable else results.empty(x.shape, x.dtype)
