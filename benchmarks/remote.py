@@ -155,6 +155,7 @@ def machine() -> dict[str, object]:
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "cpu": cpu,
         "cpus": len(os.sched_getaffinity(0)),
+        "load before": round(os.getloadavg()[0], 2),  # of other programs: near 0 where figures are to be quoted
         "python": platform.python_version(),
         "packages": {name: version(name) for name in packages},
     }
@@ -187,6 +188,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS, help="where to write; default %(default)s")
     parser.add_argument("--shapes", type=int, default=len(SHAPES), metavar="N", help="only the first N shapes")
     arguments = parser.parse_args()
+    found = machine()
     start_seconds()  # whatever is compiled is compiled now
     starts = sorted(start_seconds() for _ in range(3))
     print(f"server start to first answer, warm: {starts[1]:.2f} s")
@@ -198,7 +200,7 @@ def main() -> None:
             print(f"  {name:26} {taken['p50']:9.3f}  ({taken['p10']:.3f} to {taken['p90']:.3f})")
         print("  " + "; ".join(f"{name} {value:g}" for name, value in row["ratios"].items()))
     report = {
-        "machine": machine(),
+        "machine": found,
         "server start to first answer, warm, s": [round(s, 3) for s in starts],
         "rows": results,
     }
