@@ -1,7 +1,8 @@
 """How fast a local layer is: forward in training and evaluation, and backward, against torch on the CPU.
 
 `python -m benchmarks.local` prints a table and writes benchmarks/results/local.json. The sides of a row take turns
-call by call, on the same tensors, with the same number of threads; each keeps its last output, as a network would.
+call by call in a random order, on the same tensors, with the same number of threads; each keeps its last output, as
+a network would.
 Absolute times differ from machine to machine, so quote the ratios.
 """
 
@@ -95,11 +96,14 @@ def measure(calls: Calls, seconds: float) -> dict[str, dict[str, float]]:
     """Return percentiles of each call's time in ms; the calls take turns until the time is spent."""
     kept = {name: call() for name, call in calls.items()}
     times: dict[str, list[float]] = {name: [] for name in calls}
+    order, random = list(calls), np.random.default_rng(0)
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(times["moments, numpy"]) < 7:
-        for name, call in calls.items():
+        # In another order each time, since a call leaves the caches and the other side's threads in some state.
+        random.shuffle(order)
+        for name in order:
             began = time.perf_counter()
-            kept[name] = call()
+            kept[name] = calls[name]()
             times[name].append(1e3 * (time.perf_counter() - began))
     return {name: summary(taken) for name, taken in times.items()}
 

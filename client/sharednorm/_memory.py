@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from sharednorm.config import Array
 
-LARGE_BYTES = 1 << 25
+LARGE_BYTES = 1 << 22
 """Smaller results are NumPy's own: the C library keeps their memory by itself."""
 IDLE_BYTES = 1 << 28
 """What is kept while nobody uses it, at most; the longest unused goes first."""

@@ -22,7 +22,7 @@ TAGS: dict[str, Any] = {"float32": np.float32(0), "float16": np.uint16(0), "bflo
 INLINE_VALUES = 1 << 18
 # From this size on, an output is written past the caches: it would not stay in them anyway, and a write through
 # them first reads what it overwrites.
-STREAM_BYTES = 1 << 25
+STREAM_BYTES = 1 << 22
 # Fused work needs units that share out among the threads with at most this much waiting for the last.
 IMBALANCE = 1.25
 

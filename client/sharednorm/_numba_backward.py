@@ -1,4 +1,4 @@
-"""Compiled kernels of the backward: two sums of tiles, their merge, and the gradient of the input."""
+"""The compiled kernel of the backward: two sums of tiles, their merge, and the gradient of the input."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import numpy as np
 from sharednorm._numba_common import (
     CHUNK,
     FINISH,
-    SPREAD_SPACE,
     STRIP,
     SUMS,
     UNIT,
@@ -47,7 +46,7 @@ from sharednorm._numba_vector import (
     widen,
 )
 
-MADE_OF = "cd9f82b827c82253"
+MADE_OF = "6cecc22ce2259ca9"
 """Hash of the files that these kernels are made of besides this one, the only one that numba's cache watches."""
 
 
@@ -181,6 +180,30 @@ def _apply_run(tag: Any, x: int, g: int, y: int, start: int, length: int, coeffi
 
 
 @inlined
+def _apply_spread(tag: Any, x: int, g: int, y: int, start: int, length: int, h: int, f: int, s: int, o: int,
+                  streaming: bool) -> None:  # fmt: skip
+    # Consecutive elements, each with coefficients of its own, whose addresses are given; 16 more may be read there.
+    one = np.float32(0)
+    end = start + length
+    j = 0
+    if streaming:
+        j = min(length, unaligned(tag, y, start))
+        a = mul(sub(load_part(tag, x, start, j), load(one, h, 0)), load(one, s, 0))
+        a = add(a, mul(load_part(tag, g, start, j), load(one, f, 0)))
+        store_part(tag, y, start, j, add(a, load(one, o, 0)))
+        while j + LANES <= length:
+            a = mul(sub(load(tag, x, start + j), load(one, h, j)), load(one, s, j))
+            a = add(a, mul(load(tag, g, start + j), load(one, f, j)))
+            stream(tag, y, start + j, add(a, load(one, o, j)))
+            j += LANES
+    while j < length:
+        a = mul(sub(fetch(tag, x, start + j, end), load(one, h, j)), load(one, s, j))
+        a = add(a, mul(fetch(tag, g, start + j, end), load(one, f, j)))
+        put(tag, y, start + j, end, add(a, load(one, o, j)))
+        j += LANES
+
+
+@inlined
 def _apply_tile(tag: Any, plan: Plan, unit: int, tile: int, x: int, g: int, y: int, coefficients: Any, spare: Any,
                 streaming: bool) -> None:  # fmt: skip
     channel = first_channel(plan, unit)
@@ -191,7 +214,7 @@ def _apply_tile(tag: Any, plan: Plan, unit: int, tile: int, x: int, g: int, y: i
     start, rows, fold = column_tile(plan, unit, tile)
     channels = channels_of(plan, unit)
     size = row_length(plan)
-    if plan.space >= SPREAD_SPACE:
+    if not plan.spread:
         for row in range(rows):
             i = start + row * size
             for _ in range(fold):
@@ -203,13 +226,8 @@ def _apply_tile(tag: Any, plan: Plan, unit: int, tile: int, x: int, g: int, y: i
         spread_out(coefficients[k], channel, channels, plan.space, fold, spare[k])
     columns = fold * channels * plan.space
     h, f, s, o = (spare[0].ctypes.data, spare[1].ctypes.data, spare[2].ctypes.data, spare[3].ctypes.data)
-    one = np.float32(0)
     for row in range(rows):
-        i = start + row * size
-        end = i + columns
-        for j in range(0, columns, LANES):
-            a = mul(sub(fetch(tag, x, i + j, end), load(one, h, j)), load(one, s, j))
-            put(tag, y, i + j, end, add(add(a, mul(fetch(tag, g, i + j, end), load(one, f, j))), load(one, o, j)))
+        _apply_spread(tag, x, g, y, start + row * size, columns, h, f, s, o, streaming)
 
 
 @inlined
@@ -262,7 +280,7 @@ def backward(tag: Any, plan: Plan, task: int, items: int, ticket: Any, x: int, g
             _tile_sums(tag, plan, item // plan.tiles, item % plan.tiles, x, g, mean, slots, wide)
         elif task == FINISH:
             _finish(plan, item, slots, mean, m2, scale, epsilon, sums, coefficients)
-        elif plan.space >= SPREAD_SPACE:
+        elif not plan.spread:
             _apply_chunk(tag, plan, item, x, g, y, coefficients, streaming)
         else:
             _apply_tile(tag, plan, item // plan.tiles, item % plan.tiles, x, g, y, coefficients, spare, streaming)

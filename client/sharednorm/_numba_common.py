@@ -18,12 +18,10 @@ SUMS = 0
 FINISH = 1
 """A unit: its slots merged, and the coefficients of its channels."""
 APPLY = 2
-"""A piece of the output, from the coefficients: a tile where S is below SPREAD_SPACE, else a chunk."""
+"""A piece of the output, from the coefficients: a tile where they are spread out, else a chunk."""
 UNIT = 3
 """A unit: all three, while its values are in a core's cache."""
 
-SPREAD_SPACE = 32
-"""Below this S, an output is computed with one coefficient per column; from it on, with one per channel."""
 CHUNK = 1 << 16
 """Consecutive values in a chunk."""
 STRIP = 512
@@ -37,7 +35,7 @@ def items_of(plan: Plan, task: int) -> int:
     """Return the number of tickets of a task."""
     if task in {UNIT, FINISH}:
         return plan.units
-    if task == APPLY and plan.space >= SPREAD_SPACE:
+    if task == APPLY and not plan.spread:
         return -(-plan.samples * plan.channels * plan.space // CHUNK)
     return plan.units * plan.tiles
 

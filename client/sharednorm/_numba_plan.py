@@ -24,6 +24,10 @@ COLUMNS = 1024
 """Columns of a unit, at least, where there are as many; more if S is not a multiple of 16."""
 BLOCK = 65536
 """Values in a tile of columns, about."""
+SPREAD_SPACE = 256
+"""Below this S, coefficients are spread out, one per column, where enough samples use them."""
+FEW_SAMPLES, SHORT_SPACE = 8, 32
+"""With fewer samples, only below this S."""
 LANES = 16
 
 
@@ -41,6 +45,8 @@ class Plan(NamedTuple):
         units: Number of units.
         tiles: Number of tiles of a unit. If N is not a multiple of `fold`, the last holds what is left over.
         width: Columns of a full unit, fold included.
+        spread: 1 if an output is computed with coefficients spread out, one per column, along rows of a unit;
+            0 if with one per channel, along S.
     """
 
     samples: int
@@ -53,20 +59,22 @@ class Plan(NamedTuple):
     units: int
     tiles: int
     width: int
+    spread: int
 
 
 def plan_of(samples: int, channels: int, space: int) -> Plan:
     """Return the plan of a shape (N, C, S), every size at least 1."""
     if space >= ROW_SPACE:
         pieces = -(-space // PIECE)
-        return Plan(samples, channels, space, 0, 1, 1, PIECE, channels, samples * pieces, 0)
+        return Plan(samples, channels, space, 0, 1, 1, PIECE, channels, samples * pieces, 0, 0)
     group = min(channels, _group(space))
     units = -(-channels // group)
     fold = min(samples, max(1, COLUMNS // (channels * space))) if units == 1 else 1
     width = fold * group * space
     step = max(1, BLOCK // width)
     tiles = -(-(samples // fold) // step) + (samples % fold > 0)
-    return Plan(samples, channels, space, 1, group, fold, step, units, tiles, width)
+    spread = space < (SHORT_SPACE if samples < FEW_SAMPLES else SPREAD_SPACE)
+    return Plan(samples, channels, space, 1, group, fold, step, units, tiles, width, int(spread))
 
 
 def _group(space: int) -> int:

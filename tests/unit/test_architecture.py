@@ -31,7 +31,7 @@ def _server(*names: str) -> tuple[str, ...]:
 CODEC = _client("wire", "convert", "_status")
 CONNECTION = _client("hub", "remote", "_calls", "_channel")
 COMPILED = _client("_numba_arithmetic", "_numba_backward", "_numba_common", "_numba_forward", "_numba_half",
-                   "_numba_plan", "_numba_vector")  # fmt: skip
+                   "_numba_moments", "_numba_plan", "_numba_vector")  # fmt: skip
 EDGE = _server("__main__", "cli", "commands", "server", "servicer", "calls", "listen")
 MEANING = _server("service", "requests", "layers", "saved_inputs", "checks", "paging")
 DEVICE, STORE = _server("device."), _server("store.")

@@ -18,7 +18,7 @@ from sharednorm.normalization import arithmetic
 from tests.support import oracle
 
 # What the two files of kernels are made of, besides themselves.
-PARTS = ("_numba_common.py", "_numba_half.py", "_numba_plan.py", "_numba_vector.py")
+PARTS = ("_numba_common.py", "_numba_half.py", "_numba_moments.py", "_numba_plan.py", "_numba_vector.py")
 
 USE = """
 import numpy as np
