@@ -25,7 +25,8 @@ Vector: TypeAlias = npt.NDArray[np.float32]
 DEFAULT_NAMESPACE = "default"
 MAX_NAME_BYTES = 512
 MAX_NAMESPACE_CHARACTERS = 128
-MAX_MAPS = 1 << 24
+MAX_MAPS = 1 << 17
+"""So that the messages beside a tensor stay within a few MiB: a state of that many maps is 3 MiB."""
 
 DTYPE_NAMES = ("float32", "float16", "bfloat16")
 
@@ -78,7 +79,7 @@ class LayerConfig:
 
     Attributes:
         kind: Which member of the family.
-        maps: Channels, C, 1 to 2**24.
+        maps: Channels, C, 1 to 2**17.
         epsilon: Added to the variance before the square root, > 0.
         init_factor: Numerator of the averaging factor f = max(init_factor / n, min_factor), >= 0.
         min_factor: Lower bound of f, 0 to 1. With 0 and init_factor 1 the average is cumulative.

@@ -72,18 +72,18 @@ _TRAIN = {int(mode): train for train, mode in _MODES.items()}
 # --- Names and configurations -----------------------------------------------------------------------
 
 
-def ref_to_proto(namespace: str, name: str) -> layer_pb2.LayerRef:
-    """Return the message that names a layer."""
-    return layer_pb2.LayerRef(namespace=namespace, name=name)
+def ref_to_proto(namespace: str, name: str, uid: str = "") -> layer_pb2.LayerRef:
+    """Return the message that names a layer: the one of that `uid`, or whichever has the name."""
+    return layer_pb2.LayerRef(namespace=namespace, name=name, uid=uid)
 
 
-def ref_from_proto(ref: layer_pb2.LayerRef) -> tuple[str, str]:
-    """Return namespace ("default" if it is not set) and name.
+def ref_from_proto(ref: layer_pb2.LayerRef) -> tuple[str, str, str]:
+    """Return namespace ("default" if it is not set), name and uid ("" if it is not set).
 
     Raises:
         InvalidName: One of them is not allowed.
     """
-    return check_namespace(ref.namespace), check_name(ref.name)
+    return check_namespace(ref.namespace), check_name(ref.name), ref.uid
 
 
 def config_to_proto(config: LayerConfig) -> layer_pb2.LayerConfig:

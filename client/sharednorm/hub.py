@@ -166,7 +166,7 @@ class Hub:
         """
         ref = self._ref(name)
         answer = self._connection.call("GetLayer", service_pb2.GetLayerRequest(ref=ref), service_pb2.GetLayerResponse)
-        return self._handle(ref, answer.layer, inplace=False)
+        return self._handle(answer.layer, inplace=False)
 
     def delete(self, name: str) -> None:
         """Forget a layer and all that it has learned, for everybody.
@@ -309,11 +309,12 @@ class Hub:
             # Bias, mean and variance begin on the server as they begin here: 0, 0 and 1.
             request.initial_state.CopyFrom(convert.update_to_proto(StateUpdate(scale=state.scale)))
         answer = self._connection.call("CreateLayer", request, service_pb2.CreateLayerResponse)
-        return self._handle(ref, answer.layer, inplace)
+        return self._handle(answer.layer, inplace)
 
-    def _handle(self, ref: layer_pb2.LayerRef, layer: layer_pb2.Layer, inplace: bool) -> RemoteBatchNorm:
-        backend = RemoteBackend(self._connection, ref, convert.config_from_proto(layer.config))
-        return RemoteBatchNorm(backend, ref.name, inplace, train=None)
+    def _handle(self, layer: layer_pb2.Layer, inplace: bool) -> RemoteBatchNorm:
+        # The answer's ref has the layer's uid: a handle stays with this layer, whoever gets its name later.
+        backend = RemoteBackend(self._connection, layer.ref, convert.config_from_proto(layer.config))
+        return RemoteBatchNorm(backend, layer.ref.name, inplace, train=None)
 
     def _ref(self, name: str | None) -> layer_pb2.LayerRef:
         return convert.ref_to_proto(self._namespace, check_name(name))

@@ -79,7 +79,7 @@ class LayerRegistry:
         """Return a layer.
 
         Raises:
-            LayerNotFound: There is none of that name.
+            LayerNotFound: There is none of that name, or it is not the one that the key's `uid` means.
         """
         layer = self._layers.get(key)
         if layer is None:
@@ -87,6 +87,11 @@ class LayerRegistry:
                 layer = self._alive(key)
         if layer is None:
             raise not_found(key)
+        if key.uid and key.uid != layer.key.uid:
+            raise LayerNotFound(
+                f"{key} was deleted, and another one has its name now (expected: a handle of that one)",
+                {"namespace": key.namespace, "name": key.name},
+            )
         return layer
 
     def create(self, key: LayerKey, make: Callable[[], LayerRecord]) -> tuple[LayerRecord, bool]:

@@ -24,8 +24,8 @@ from sharednorm_server.servicer import SERVICE_NAME, Limits, Servicer
 from sharednorm_server.store import Store
 from sharednorm_server.store.memory import MemoryStore
 
-# A message beside its tensor: names, shapes, and moments and scales of layers with up to 50,000 maps.
-_HEADER_ROOM = 1 << 20
+# A message beside its tensor: names and shapes, and 20 bytes a map of moments and scale, or 24 of a whole state.
+_HEADER_ROOM = 4 << 20
 
 # Health and reflection have threads of their own, and answer also when every worker is busy.
 _SIDE_WORKERS = 4

@@ -7,6 +7,7 @@ to take the batch into the statistics, and to have that kept.
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable
 from dataclasses import fields, replace
 
@@ -95,7 +96,11 @@ class LayerService:
 
         def make() -> LayerRecord:
             state = initial_state(config, sscale, np.random.default_rng(), empty=empty)
-            return LayerRecord(key, config, updated(state, config, initial) if _sets_anything(initial) else state)
+            return LayerRecord(
+                replace(key, uid=secrets.token_hex(8)),
+                config,
+                updated(state, config, initial) if _sets_anything(initial) else state,
+            )
 
         record, created = self._layers.create(key, make)
         require_same_config(record.config, config, key)

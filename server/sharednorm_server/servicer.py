@@ -266,7 +266,7 @@ def _key(ref: layer_pb2.LayerRef) -> LayerKey:
 
 def _layer(record: LayerRecord) -> layer_pb2.Layer:
     return layer_pb2.Layer(
-        ref=convert.ref_to_proto(record.key.namespace, record.key.name),
+        ref=convert.ref_to_proto(record.key.namespace, record.key.name, record.key.uid),
         config=convert.config_to_proto(record.config),
         default_mode=convert.mode_to_proto(record.train),
         version=record.state.version,

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import sharednorm
-from sharednorm.config import LayerConfig, LayerKind
+from sharednorm.config import MAX_MAPS, LayerConfig, LayerKind
 from sharednorm.errors import LayerNotFound
 from sharednorm.normalization import arithmetic
 from sharednorm.state import LayerState, step
@@ -202,15 +202,39 @@ def test_seeded_alike_a_remote_layer_begins_like_a_local_one(hub: sharednorm.Hub
         np.testing.assert_array_equal(one(batch(1)), other(batch(1)))
 
 
-def test_a_layer_of_very_many_maps(hub: sharednorm.Hub) -> None:
-    maps = 200_000
-    layer = hub.BatchNorm(maps, name="x", affine=False)
-    x = np.random.default_rng(0).normal(size=(4, maps)).astype(np.float32)
-    np.testing.assert_allclose(layer(x), (x - x.mean(0)) / np.sqrt(x.var(0) + 1e-5), rtol=0, atol=1e-4)
+@pytest.mark.parametrize("rows", [2, 4], ids=["in one message", "in chunks"])
+def test_the_widest_layer(hub: sharednorm.Hub, rows: int) -> None:
+    layer = hub.BatchNorm(MAX_MAPS, name="x", sscale=0.0)
+    x = np.random.default_rng(0).normal(size=(rows, MAX_MAPS)).astype(np.float32)
+    wide = x.astype(np.float64)
+    np.testing.assert_allclose(layer(x), (wide - wide.mean(0)) / np.sqrt(wide.var(0) + 1e-5), rtol=0, atol=2e-6)
     layer.backward(x)
-    assert layer.grad is not None
-    assert layer.grad.shape == x.shape
-    np.testing.assert_allclose(layer.mean.ravel(), x.mean(0), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(layer.vars["bias"].grad.ravel(), wide.sum(0), rtol=0, atol=2e-6)
+    np.testing.assert_allclose(layer.mean.ravel(), wide.mean(0), rtol=0, atol=1e-6)
+    layer.load(layer.save())
+    assert layer.numOfProps == 1
+
+
+def test_the_widest_layer_when_the_server_keeps_no_inputs() -> None:
+    x = np.random.default_rng(0).normal(size=(2, MAX_MAPS)).astype(np.float32)
+    with server_process("--saved-input-bytes", "0") as forgetful, sharednorm.connect(forgetful.address) as hub:
+        layer = hub.BatchNorm(MAX_MAPS, name="x", sscale=0.0)
+        layer(x)
+        layer.backward(x)
+        np.testing.assert_allclose(layer.vars["bias"].grad.ravel(), x.astype(np.float64).sum(0), rtol=0, atol=2e-6)
+
+
+def test_a_handle_does_not_pass_to_another_layer_of_its_name(hub: sharednorm.Hub) -> None:
+    old = hub.BatchNorm2D(MAPS, name="x")
+    old(batch(0))
+    hub.delete("x")
+    new = hub.BatchNorm2D(MAPS, name="x")
+    for use in (lambda: old(batch(0)), lambda: old.backward(batch(0)), lambda: old.mean, lambda: old.updateParams(1.0)):
+        with pytest.raises(sharednorm.LayerNotFound, match="another one has its name now"):
+            use()
+    assert new.numOfProps == 0
+    new(batch(0))
+    assert hub.layer("x").numOfProps == 1
 
 
 def test_a_layer_that_exists_keeps_its_scale_when_another_handle_attaches(hub: sharednorm.Hub) -> None:

@@ -81,7 +81,8 @@ def test_server_information(client: StockClient) -> None:
 def test_create_get_and_attach(client: StockClient, name: str) -> None:
     made = client.create(name, bias=[1, 2, 3])
     assert made.created
-    assert made.layer.ref == ref(name, "default")
+    assert (made.layer.ref.namespace, made.layer.ref.name) == ("default", name)
+    assert made.layer.ref.uid
     assert made.layer.config.kind == layer_pb2.LAYER_KIND_BATCH_NORM_2D
     assert made.layer.config.averaging == layer_pb2.AVERAGING_STANDARD
     assert (made.layer.version, made.layer.num_of_props, made.layer.initialized) == (0, 0, True)

@@ -130,19 +130,26 @@ class LayerRef(_message.Message):
 
     NAMESPACE_FIELD_NUMBER: _builtins.int
     NAME_FIELD_NUMBER: _builtins.int
+    UID_FIELD_NUMBER: _builtins.int
     namespace: _builtins.str
     """1 to 128 characters, no control characters. Empty means "default"."""
     name: _builtins.str
     """1 to 512 bytes of UTF-8, no control characters, not only white space. Otherwise INVALID_ARGUMENT, INVALID_NAME."""
+    uid: _builtins.str
+    """Which of the layers that have had this name, one after the other: from the Layer of an answer.
+    Empty means the one that has it now. If it is not that one any more: NOT_FOUND, LAYER_NOT_FOUND.
+    CreateLayer does not look at it.
+    """
     def __init__(
         self,
         *,
         namespace: _builtins.str = ...,
         name: _builtins.str = ...,
+        uid: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "namespace", b"namespace"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "namespace", b"namespace", "uid", b"uid"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

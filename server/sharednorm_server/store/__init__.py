@@ -5,7 +5,7 @@ A record is immutable; `put` is atomic and returns only when the record is kept.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from sharednorm.config import LayerConfig
@@ -14,10 +14,18 @@ from sharednorm.state import LayerState
 
 @dataclass(frozen=True, order=True)
 class LayerKey:
-    """Names a layer; ordered by namespace, then by the code points of the name."""
+    """Names a layer; ordered by namespace, then by the code points of the name.
+
+    Attributes:
+        namespace: Whose.
+        name: What it is called there.
+        uid: Which of the layers that have had this name, one after the other; "" in a question means whichever
+            has it now. Two keys of one name are equal, since never two layers have it.
+    """
 
     namespace: str
     name: str
+    uid: str = field(default="", compare=False)
 
     def __str__(self) -> str:
         """For messages."""
