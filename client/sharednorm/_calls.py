@@ -16,7 +16,14 @@ from sharednorm import convert, wire
 from sharednorm._address import Address
 from sharednorm._channel import SERVICE, open_channel, proxy_hint
 from sharednorm._version import __version__
-from sharednorm.errors import HubClosed, IncompatibleServer, MalformedMessage, ServerUnavailable, SharedNormError
+from sharednorm.errors import (
+    CallCancelled,
+    HubClosed,
+    IncompatibleServer,
+    MalformedMessage,
+    ServerUnavailable,
+    SharedNormError,
+)
 from sharednorm.v1 import service_pb2
 
 _MAX_CHUNK_BYTES = 16 << 20
@@ -241,6 +248,12 @@ class Connection:
         if isinstance(error, ValueError):
             raise error  # not of a closed channel: a defect here, to be seen as it is
         typed = convert.error_from_call(error, self.address.text, self.timeout)
+        if isinstance(typed, CallCancelled):
+            # Nobody here gave it up: gRPC says so, too, of a call that a stopping server cuts off.
+            typed = ServerUnavailable(
+                f"the server at {self.address.text} cut the call off, as one that stops does (is it running? start "
+                f"one with `sharednorm serve --listen {self.address.text}`)"
+            )
         hint = proxy_hint(self.address) if isinstance(typed, ServerUnavailable) else ""
         return ServerUnavailable(typed.message + hint, typed.metadata) if hint else typed
 

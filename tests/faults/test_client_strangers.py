@@ -177,6 +177,14 @@ def test_a_server_that_answers_with_bytes_that_are_no_message() -> None:
         connect(address)
 
 
+def test_a_server_that_cuts_the_call_off() -> None:
+    def cut(_: bytes, context: grpc.ServicerContext) -> bytes:
+        context.abort(grpc.StatusCode.CANCELLED, "going away")
+
+    with grpc_server(GetServerInfo=cut) as address, pytest.raises(ServerUnavailable, match="cut the call off"):
+        connect(address, timeout=5)
+
+
 def test_a_failed_connect_leaves_no_thread_behind() -> None:
     before = threading.active_count()
     for _ in range(5):
