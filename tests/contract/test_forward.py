@@ -88,6 +88,16 @@ def test_hard_means_and_spreads(make_layer: MakeLayer, mean: float, sigma: float
     np.testing.assert_allclose(bn(values), Model(5).train(values), rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize("shape", [(32, 3, 56, 56), (2, 3, 301, 203), (50_001, 3)], ids=str)
+def test_a_large_mean_over_more_values_than_one_sum_takes(make_layer: MakeLayer, shape: tuple[int, ...]) -> None:
+    values = np.random.default_rng(5).normal(1e4, 1e-2, shape).astype(np.float32)
+    bn, model = make_layer("BatchNorm" if len(shape) == 2 else "BatchNorm2D", 3, sscale=0.0), Model(3)
+    np.testing.assert_allclose(bn(values), model.train(values), rtol=0, atol=2e-6)
+    # Nothing is lost but the one rounding to float32.
+    np.testing.assert_allclose(bn.mean.ravel(), model.mean, rtol=6e-8)
+    np.testing.assert_allclose(bn.var.ravel(), model.var, rtol=6.1e-8)
+
+
 def test_an_outlier_a_constant_and_denormals(make_layer: MakeLayer) -> None:
     values = np.random.default_rng(4).normal(0, 1, (8, 3, 9, 9)).astype(np.float32)
     values[0, 0, 0, 0] = 1e4

@@ -18,7 +18,7 @@ from sharednorm import (
     UnsupportedDType,
 )
 from tests.support.making import MakeLayer
-from tests.support.oracle import DTYPES, Model, dtype, random_tensor, rounding
+from tests.support.oracle import DTYPES, KINDS, Model, dtype, random_tensor, rounding, shape_of
 from tests.support.unchanged import unchanged
 
 X = random_tensor(1, (4, 3, 5, 5))
@@ -202,13 +202,45 @@ def test_sizes_and_shapes(make_layer: MakeLayer) -> None:
     assert (bn.maps, bn.size) == (512, 512)
 
 
-def test_the_configuration_can_be_read(make_layer: MakeLayer) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_configuration_can_be_read(make_layer: MakeLayer, kind: str) -> None:
     numbers = {"epsilon": 1e-3, "initFactor": 0.5, "minFactor": 0.25, "affine": False}
-    bn = make_layer("BatchNorm3D", 2, **numbers, averaging="printed", nonfinite="allow")
+    bn = make_layer(kind, 2, **numbers, averaging="printed", nonfinite="allow")
     found = (bn.epsilon, bn.initFactor, bn.minFactor, bn.affine, bn.averaging, bn.nonfinite, bn.inplace)
     assert found == (1e-3, 0.5, 0.25, False, "printed", "allow", False)
-    assert str(bn) == f"Module BatchNorm3D (name: {bn.name})"
-    assert all(part in repr(bn) for part in ("BatchNorm3D(2", repr(bn.name)))
+    assert str(bn) == f"Module {kind} (name: {bn.name})"
+    assert all(part in repr(bn) for part in (f"{kind}(2", repr(bn.name)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_number_that_a_layer_is_made_with_has_its_effect(make_layer: MakeLayer, kind: str) -> None:
+    numbers = {"epsilon": 0.75, "initFactor": 0.5, "minFactor": 0.125}
+    bn = make_layer(kind, 3, **numbers, sscale=0.0)
+    model = Model(3, epsilon=0.75, init_factor=0.5, min_factor=0.125)
+    for seed in range(6):
+        x, grad = random_tensor(seed, shape_of(kind, 3)), random_tensor(seed + 50, shape_of(kind, 3))
+        np.testing.assert_allclose(bn(x), model.train(x), rtol=1e-6, atol=2e-6)
+        bn.backward(grad)
+        assert bn.grad is not None
+        np.testing.assert_allclose(bn.grad, model.backward(grad), rtol=3e-6, atol=4e-6)
+        np.testing.assert_allclose(bn.mean.ravel(), model.mean, rtol=1e-6)
+        np.testing.assert_allclose(bn.var.ravel(), model.var, rtol=1e-6)
+    bn.evalMode()
+    np.testing.assert_allclose(bn(x), model.evaluate(x), rtol=1e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_can_be_empty_or_in_place(make_layer: MakeLayer, kind: str) -> None:
+    x = random_tensor(1, shape_of(kind, 3))
+    with pytest.raises(LayerEmpty):
+        make_layer(kind, 3, empty=True)(x)
+    bn = make_layer(kind, 3, inplace=True, affine=False)
+    with pytest.raises(InplaceInTraining):
+        bn(x)
+    bn.evalMode()
+    expected = Model(3).evaluate(x)
+    assert bn(x) is x
+    np.testing.assert_allclose(x, expected, rtol=1e-6, atol=2e-6)
 
 
 def test_scale_is_drawn_as_the_original_draws_it(make_layer: MakeLayer) -> None:

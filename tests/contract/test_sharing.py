@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from sharednorm.normalization import arithmetic
 from sharednorm.state import LayerState, step
 from tests.support.server import ServerProcess, server_process
 from tests.support.sharing import MAPS, NAME, Steps, batch, in_processes, read_statistics, train
+from tests.support.unchanged import unchanged
 
 PROCESSES = 4
 STEPS = 200
@@ -222,6 +224,64 @@ def test_the_widest_layer_when_the_server_keeps_no_inputs() -> None:
         layer(x)
         layer.backward(x)
         np.testing.assert_allclose(layer.vars["bias"].grad.ravel(), x.astype(np.float64).sum(0), rtol=0, atol=2e-6)
+
+
+DIFFERENT: dict[str, dict[str, Any]] = {
+    "kind": {},
+    "maps": {"maps": MAPS + 1},
+    "epsilon": {"epsilon": 0.5},
+    "init_factor": {"initFactor": 0.5},
+    "min_factor": {"minFactor": 0.5},
+    "affine": {"affine": False},
+    "averaging": {"averaging": "printed"},
+    "nonfinite": {"nonfinite": "allow"},
+}
+
+
+def test_a_name_that_is_taken_by_another_configuration(hub: sharednorm.Hub) -> None:
+    layer = hub.BatchNorm2D(MAPS, name="x")
+    layer(batch(1))
+    for field, changed in DIFFERENT.items():
+        make = hub.BatchNorm3D if field == "kind" else hub.BatchNorm2D
+        with pytest.raises(sharednorm.ConfigurationMismatch) as caught, unchanged(layer):
+            make(**{"maps": MAPS, "name": "x", **changed})
+        assert list(caught.value.metadata) == [field]
+        assert f"{field} is {caught.value.metadata[field]}" in str(caught.value)
+    with pytest.raises(sharednorm.ConfigurationMismatch) as caught:
+        hub.BatchNorm3D(MAPS + 1, 0.5, 0.5, 0.5, affine=False, name="x", averaging="printed", nonfinite="allow")
+    assert caught.value.metadata.keys() == DIFFERENT.keys()
+    assert [info.name for info in hub.layers()] == ["x"]
+
+
+def test_a_layer_that_nobody_has_made(hub: sharednorm.Hub) -> None:
+    for call in (lambda: hub.layer("x"), lambda: hub.delete("x"), lambda: hub.set_train("x", True)):
+        with pytest.raises(LayerNotFound, match="'x'"):
+            call()
+    assert hub.layers() == []
+
+
+@pytest.mark.parametrize("name", [None, ""])
+def test_a_remote_layer_needs_a_name(hub: sharednorm.Hub, name: str | None) -> None:
+    with pytest.raises(sharednorm.InvalidName, match=r"pass name='\.\.\.'"):
+        hub.BatchNorm2D(MAPS, name=name)
+    assert hub.layers() == []
+
+
+def test_the_threads_of_a_server_do_not_change_a_bit() -> None:
+    random = np.random.default_rng(0)
+    x, grad = (random.normal(3, 2, (9, 16, 65, 57)).astype(np.float32) for _ in range(2))
+    found = set()
+    for threads in ("1", "3"):
+        with server_process("--threads", threads) as server, sharednorm.connect(server.address) as hub:
+            assert f"{threads} thread" in hub.info.device
+            layer = hub.BatchNorm2D(16, name="x", sscale=0.0)
+            y = layer(x)
+            layer.backward(grad)
+            assert layer.grad is not None
+            state = layer.snapshot()
+            results = (y, layer.grad, state.mean, state.var, state.scale_grad, state.bias_grad)
+            found.add(tuple(each.tobytes() for each in results))
+    assert len(found) == 1
 
 
 def test_a_handle_does_not_pass_to_another_layer_of_its_name(hub: sharednorm.Hub) -> None:

@@ -51,6 +51,15 @@ def test_the_arguments_are_the_originals_and_our_own_by_keyword() -> None:
         assert all(p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters[:9])
         keywords = [(p.name, p.default) for p in parameters if p.kind is p.KEYWORD_ONLY]
         assert keywords == [("averaging", "standard"), ("nonfinite", "refuse")]
-        assert inspect.signature(getattr(sharednorm.Hub, kind.__name__)).parameters.keys() - {"self"} == {
-            p.name for p in parameters
-        }
+        remote = list(inspect.signature(getattr(sharednorm.Hub, kind.__name__)).parameters.values())
+        assert remote[1:] == parameters
+
+
+def test_the_signatures_of_the_hub() -> None:
+    assert str(inspect.signature(sharednorm.connect)) == (
+        "(address: 'str', *, namespace: 'str' = 'default', token: 'None' = None, tls: 'None' = None, "
+        "timeout: 'float' = 30.0) -> 'Hub'"
+    )
+    names = {"layers": [], "layer": ["name"], "delete": ["name"], "set_train": ["name", "train"], "close": []}
+    for method, arguments in names.items():
+        assert list(inspect.signature(getattr(sharednorm.Hub, method)).parameters) == ["self", *arguments]
