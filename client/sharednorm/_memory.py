@@ -1,7 +1,7 @@
 """Memory for large results, used again when the last reference to the result that it held is gone.
 
-The C library gives a block of more than 32 MiB back to the system when it is freed, and the next one comes as new
-pages, which the system first fills with zeros. For a forward of 100 MB that takes longer than the forward.
+The C library gives large blocks back to the system when they are freed, always above 32 MiB and often below. The
+next result then comes as new pages, which the system first fills with zeros, and that takes longer than a forward.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy.typing as npt
 from sharednorm.config import Array
 
 LARGE_BYTES = 1 << 22
-"""Smaller results are NumPy's own: the C library keeps their memory by itself."""
+"""Smaller results are NumPy's own. From here on NumPy asks for huge pages, whose first use costs most."""
 IDLE_BYTES = 1 << 28
 """What is kept while nobody uses it, at most; the longest unused goes first."""
 

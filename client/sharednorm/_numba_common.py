@@ -137,12 +137,6 @@ def clip(value: float) -> Any:
 
 
 @inlined
-def at_least_zero(value: float) -> float:
-    """Return a number, or 0 instead of a negative one; NaN stays NaN."""
-    return 0.0 if value < 0.0 else value  # noqa: FURB136 - what max makes of NaN depends on its order
-
-
-@inlined
 def spread_out(values: Any, channel: int, channels: int, space: int, fold: int, out: Any) -> None:
     """Write one value of each channel as one of each column."""
     j = 0

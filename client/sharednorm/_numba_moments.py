@@ -8,7 +8,6 @@ import numpy as np
 
 from sharednorm._numba_common import (
     STRIP,
-    at_least_zero,
     channels_of,
     column_tile,
     fetch,
@@ -39,8 +38,8 @@ from sharednorm._numba_vector import (
 @inlined
 def _row_moments(tag: Any, x: int, start: int, length: int) -> tuple[float, float]:
     # The mean and m2 of consecutive elements: float64 sums of the differences from the first of them. Since the
-    # origin is a value of the tile, (origin - mean)**2 is at most m2, and s2 - s1**2 / n keeps log2(n) bits less
-    # than float64 has.
+    # origin is a value of the tile, n * (origin - mean)**2 is at most n * m2. So s2 - s1**2 / n keeps log2(n) bits
+    # less than float64 has, and cannot come out negative.
     origin = spread(np.float64(first(load_part(tag, x, start, 1))))
     s1 = spread(0.0)
     s2 = spread(0.0)
@@ -57,7 +56,7 @@ def _row_moments(tag: Any, x: int, start: int, length: int) -> tuple[float, floa
         s2 = add(s2, mul(d, d))
     t1 = total(s1)
     m2 = total(s2) - t1 * (t1 / length)
-    return first(origin) + t1 / length, at_least_zero(m2)
+    return first(origin) + t1 / length, m2
 
 
 @inlined
@@ -161,4 +160,4 @@ def tile_moments(tag: Any, plan: Plan, unit: int, tile: int, x: int, slots: Any,
         a, b = mean[c], m2[c]
         if plan.space > 1:
             a, b = _merge_space(mean, m2, c * plan.space, plan.space, rows * fold)
-        slots[channel + c, tile, 0], slots[channel + c, tile, 1] = a, at_least_zero(b)
+        slots[channel + c, tile, 0], slots[channel + c, tile, 1] = a, b

@@ -106,7 +106,7 @@ def _block_moments(values: np.ndarray[Any, np.dtype[np.float64]]) -> Moments:
     values -= mean[:, None]
     rest = values.sum(axis=(0, 2))
     m2 = np.einsum("ncs,ncs->c", values, values) - rest * rest / count
-    return Moments(count, origin + mean, np.where(m2 < 0, 0.0, m2))
+    return Moments(count, origin + mean, m2)
 
 
 def _apply(x: Array, by: Affine, out: Array) -> None:

@@ -67,7 +67,9 @@ def test_where_nothing_can_be_written_they_are_compiled_each_time(tmp_path: Path
     )
     for blocked in (tmp_path / "sharednorm" / "__pycache__", tmp_path / "home"):
         blocked.write_text("")
-    places = {name: str(tmp_path / "home" / name) for name in ("HOME", "XDG_CACHE_HOME", "IPYTHONDIR")}
+    places = {name: str(tmp_path / "home" / name) for name in ("HOME", "XDG_CACHE_HOME", "IPYTHONDIR")} | {
+        "NUMBA_CACHE_DIR": ""
+    }
     found = run(USE.format(kernels="_numba_forward.forward,"), PYTHONPATH=str(tmp_path), **places)
     assert found.stdout.splitlines() == ["0 1"]
     assert "set NUMBA_CACHE_DIR to a folder that can be written" in found.stderr
