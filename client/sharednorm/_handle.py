@@ -63,7 +63,8 @@ class BatchNormND(LayerView):
         Args:
             data: float32, float16 or bfloat16; (N, C), (N, C, L), (N, C, H, W) or (N, C, D, H, W) as the kind
                 asks. Any strides and either byte order. It is referenced until the next forward and not
-                copied: whoever writes to it before `backward` gets the gradient at what was written.
+                copied, so do not write to it before `backward`: a local layer would differentiate at what was
+                written, and a remote one mostly at what was sent, which the server keeps for a while.
 
         Returns:
             A new array of the same shape and type, in C order and the machine's byte order; or `data`

@@ -14,7 +14,7 @@ from sharednorm._variable import Variable
 from sharednorm.config import Vector
 from sharednorm.errors import InvalidConfiguration
 from sharednorm.files import Source, Target
-from sharednorm.state import LayerState, StateUpdate, checked_steps, given, require_initialized
+from sharednorm.state import LayerState, StateUpdate, check_steps, given, require_initialized
 
 
 class LayerView:
@@ -121,7 +121,7 @@ class LayerView:
 
     @numOfProps.setter
     def numOfProps(self, steps: int) -> None:
-        self._backend.update(StateUpdate(num_of_props=checked_steps(steps)))
+        self._backend.update(StateUpdate(num_of_props=check_steps(steps)))
 
     @property
     def version(self) -> int:

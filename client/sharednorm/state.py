@@ -244,7 +244,7 @@ def one_axis(name: str, value: npt.ArrayLike) -> npt.NDArray[Any]:
     return array
 
 
-def check_steps(number: int) -> int:
+def check_steps(number: object) -> int:
     """Check a new number of steps and return it.
 
     Raises:
@@ -264,17 +264,6 @@ def given(name: str, values: npt.ArrayLike | None) -> npt.ArrayLike:
     if values is None:
         raise InvalidShape(f"{name} is None (expected: one value a map)")
     return values
-
-
-def checked_steps(number: object) -> int:
-    """Return a number of steps.
-
-    Raises:
-        InvalidConfiguration: It is not an integer from 0 to 2**53.
-    """
-    if not (is_integer(number) and 0 <= number <= MAX_STEPS):
-        raise InvalidConfiguration(f"numOfProps is {number!r} (expected: an integer, 0 to 2**53)")
-    return int(number)
 
 
 def _average(running: Vector, batch: npt.NDArray[np.float64], weight: float) -> Vector:

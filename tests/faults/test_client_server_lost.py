@@ -202,6 +202,27 @@ def test_an_evicted_input_is_sent_again_and_gives_the_same_gradients(rows: int) 
     np.testing.assert_allclose(results[0][0], expected_gradient(x, grad), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("rows", [64, 400_000], ids=["unary", "stream"])
+def test_an_input_that_was_kept_and_then_pushed_out_is_sent_again(rows: int) -> None:
+    random = np.random.default_rng(0)
+    x, other, grad = (random.normal(size=(rows, 4)).astype(np.float32) for _ in range(3))
+    room = str(x.nbytes + 1000)  # for one input
+    with server_process("--saved-input-bytes", room) as server, sharednorm.connect(server.address) as hub:
+        first, second = (hub.BatchNorm(4, name=name, sscale=0.0) for name in "ab")
+        for pushed_out in (False, True):
+            first(x)
+            if pushed_out:
+                second(other)
+            first.backward(grad)
+            assert first.grad is not None
+            np.testing.assert_allclose(first.grad, expected_gradient(x, grad), rtol=0, atol=1e-5)
+            np.testing.assert_allclose(first.vars["bias"].grad.ravel(), grad.sum(0, np.float64), rtol=1e-5, atol=1e-3)
+        second.backward(grad)
+        assert second.grad is not None
+        np.testing.assert_allclose(second.grad, expected_gradient(other, grad), rtol=0, atol=1e-5)
+        assert (first.version, second.version) == (2, 1)
+
+
 def expected_gradient(x: Array, grad: Array) -> Array:
     """The gradient of a scale of 1, in float64."""
     wide, g = x.astype(np.float64), grad.astype(np.float64)
