@@ -120,6 +120,14 @@ def test_in_place_in_any_memory_layout(make_layer: MakeLayer, layout: str) -> No
         assert (given.base[..., 1::2] == 7).all()
 
 
+def test_in_place_the_very_object_comes_back(make_layer: MakeLayer) -> None:
+    bn = make_layer("BatchNorm2D", 3, inplace=True, affine=False)
+    bn.evalMode()
+    given = X.copy().view(type("Mine", (np.ndarray,), {}))
+    assert (bn(given) is given, bn.data is given) == (True, True)
+    np.testing.assert_allclose(np.asarray(given), Model(3).evaluate(X), rtol=1e-6, atol=2e-6)
+
+
 def test_in_place_refuses_to_train_before_anything_changes(make_layer: MakeLayer) -> None:
     bn = make_layer("BatchNorm2D", 3, inplace=True)
     x = X.copy()

@@ -208,18 +208,20 @@ def test_an_input_that_was_kept_and_then_pushed_out_is_sent_again(rows: int) -> 
     x, other, grad = (random.normal(size=(rows, 4)).astype(np.float32) for _ in range(3))
     room = str(x.nbytes + 1000)  # for one input
     with server_process("--saved-input-bytes", room) as server, sharednorm.connect(server.address) as hub:
-        first, second = (hub.BatchNorm(4, name=name, sscale=0.0) for name in "ab")
+        first, second = (hub.BatchNorm(4, name=name) for name in "ab")
         for pushed_out in (False, True):
+            first.scale = used = np.array([1.0, -2.0, 3.0, 0.5], np.float32)
             first(x)
             if pushed_out:
                 second(other)
+            first.scale = -used  # backward belongs to the forward, and so does its scale
             first.backward(grad)
             assert first.grad is not None
-            np.testing.assert_allclose(first.grad, expected_gradient(x, grad), rtol=0, atol=1e-5)
+            np.testing.assert_allclose(first.grad, expected_gradient(x, grad) * used, rtol=0, atol=1e-5)
             np.testing.assert_allclose(first.vars["bias"].grad.ravel(), grad.sum(0, np.float64), rtol=1e-5, atol=1e-3)
         second.backward(grad)
         assert second.grad is not None
-        np.testing.assert_allclose(second.grad, expected_gradient(other, grad), rtol=0, atol=1e-5)
+        np.testing.assert_allclose(second.grad, expected_gradient(other, grad) * second.scale.ravel(), atol=1e-5)
         assert (first.version, second.version) == (2, 1)
 
 
@@ -233,18 +235,22 @@ def expected_gradient(x: Array, grad: Array) -> Array:
 
 
 def test_a_forward_releases_the_input_of_the_one_before() -> None:
-    x = np.random.default_rng(0).normal(size=(1000, 4)).astype(np.float32)
-    # Room for one input: without the release, the second layer's would push the first one's out.
+    x, grad = (np.random.default_rng(seed).normal(size=(1000, 4)).astype(np.float32) for seed in (0, 1))
+    # Room for three inputs, since a new one comes before the one that it replaces goes: without the release, the
+    # second layer's would push the first one's out.
     with (
-        server_process("--saved-input-bytes", str(2 * x.nbytes)) as server,
+        server_process("--saved-input-bytes", str(3 * x.nbytes + 1000)) as server,
         sharednorm.connect(server.address) as hub,
     ):
-        kept, busy = hub.BatchNorm(4, name="kept"), hub.BatchNorm(4, name="busy")
-        kept(x)
+        kept, busy = hub.BatchNorm(4, name="kept", sscale=0.0), hub.BatchNorm(4, name="busy")
+        given = x.copy()
+        kept(given)
         for _ in range(5):
             busy(x)
-        kept.backward(x)
+        given[:] = 0  # what would be sent again is another input, with another gradient
+        kept.backward(grad)
         assert kept.grad is not None
+        np.testing.assert_allclose(kept.grad, expected_gradient(x, grad), rtol=0, atol=1e-5)
 
 
 def test_a_closed_hub_says_so_for_every_call(server: ServerProcess) -> None:
