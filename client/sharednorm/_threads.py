@@ -6,7 +6,7 @@ import math
 import os
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from sharednorm.errors import InvalidConfiguration
@@ -57,30 +57,64 @@ class Threads:
         `work` shares out what there is to do among its calls, and returns when nothing is left. So a helper that
         has not begun by the time the caller is done is not needed any more.
         """
-        calls = self._submit(work, count - 1)
+        team = _Team(work)
+        self._call_for(team, count - 1)
         try:
             work()
         finally:
             # Memory that work writes to must not be given up while a helper still writes.
-            running = [call for call in calls if not call.cancel()]
-            errors = [call.exception() for call in running]
+            errors = team.close()
         for error in errors:
-            if error is not None:
-                raise error
+            raise error
 
-    def _submit(self, work: Callable[[], None], helpers: int) -> list[Future[None]]:
+    def _call_for(self, team: _Team, helpers: int) -> None:
         with self._lock:
             if self._helpers is None:
                 self._helpers = ThreadPoolExecutor(max(1, self.count - 1), thread_name_prefix="sharednorm")
             try:
-                return [self._helpers.submit(work) for _ in range(helpers)]
+                for _ in range(helpers):
+                    self._helpers.submit(team.help)
             except RuntimeError:
-                # The interpreter is shutting down and takes no new work; the caller does all of it.
-                return []
+                # The interpreter is shutting down, or the system gives no more threads: those that were called,
+                # and the caller, do all of it. (A call that could not be made may still come, once a helper is free.)
+                return
 
     def _forget(self) -> None:
         self._lock = threading.Lock()
         self._helpers = None
+
+
+class _Team:
+    """The helpers of one piece of work: how many are at it, and whether more may begin."""
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        self._work: Callable[[], None] | None = work  # None once nobody may begin any more
+        self._running = 0
+        self._errors: list[BaseException] = []
+        self._changed = threading.Condition()
+
+    def help(self) -> None:
+        """Do the work, unless the team is closed already."""
+        with self._changed:
+            work = self._work
+            if work is None:
+                return
+            self._running += 1
+        try:
+            work()
+        except BaseException as error:  # noqa: BLE001 - the caller raises it
+            self._errors.append(error)
+        finally:
+            with self._changed:
+                self._running -= 1
+                self._changed.notify_all()
+
+    def close(self) -> list[BaseException]:
+        """Let nobody begin any more, wait for those who have, and return what they raised."""
+        with self._changed:
+            self._work = None
+            self._changed.wait_for(lambda: self._running == 0)
+        return self._errors
 
 
 def _default_count() -> int:

@@ -8,12 +8,14 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
+from sharednorm._threads import Threads
 from sharednorm.errors import InvalidConfiguration
 from sharednorm.normalization import arithmetic, num_threads, set_num_threads
 from tests.support import oracle
@@ -101,6 +103,63 @@ def test_numpy_gives_the_same_bits_every_time() -> None:
     first, second = (arithmetic("numpy").forward(x, scale, scale, EPSILON) for _ in range(2))
     np.testing.assert_array_equal(first[0], second[0])
     np.testing.assert_array_equal(first[1].m2, second[1].m2)
+
+
+class TestTeam:
+    def test_helpers_are_waited_for_when_the_system_gives_no_more_threads(self) -> None:
+        team, helping, done = Threads(), threading.Event(), []
+        team.resize(3)
+        team.run(lambda: None, 2)  # the first helper has started
+
+        def work() -> None:
+            if threading.current_thread() is threading.main_thread():
+                assert helping.wait(WAIT)
+            else:
+                helping.set()
+                time.sleep(0.2)
+                done.append(True)
+
+        before = threading.stack_size(1 << 50)  # no system has room for such a thread
+        try:
+            team.run(work, 3)
+        finally:
+            threading.stack_size(before)
+            found = len(done)
+            team.resize(1)
+        assert found >= 1
+
+    def test_what_a_helper_raises_reaches_the_caller(self) -> None:
+        team, raised = Threads(), threading.Event()
+        team.resize(2)
+
+        def work() -> None:
+            if threading.current_thread() is threading.main_thread():
+                assert raised.wait(WAIT)
+            else:
+                raised.set()
+                raise ArithmeticError("a helper's")
+
+        with pytest.raises(ArithmeticError, match="a helper's"):
+            team.run(work, 2)
+        team.resize(1)
+
+    def test_a_helper_that_comes_late_does_nothing(self) -> None:
+        team, begun, over, calls = Threads(), threading.Barrier(3), threading.Event(), []
+        team.resize(2)
+
+        def occupy() -> None:
+            begun.wait(WAIT)
+            over.wait(WAIT)
+
+        other = threading.Thread(target=team.run, args=(occupy, 2))
+        other.start()
+        begun.wait(WAIT)  # the other caller and the only helper are at it
+        team.run(lambda: calls.append(threading.current_thread()), 2)
+        over.set()
+        other.join(WAIT)
+        team.run(lambda: time.sleep(0.1), 2)  # the helper has been through all that it was called for
+        team.resize(1)
+        assert calls == [threading.main_thread()]
 
 
 class TestNumber:
