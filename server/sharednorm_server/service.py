@@ -186,7 +186,7 @@ class LayerService:
         """
         layer, train = self._forward_layer(call, x.shape)
         tensor = self._device.load(x)
-        answer = self._step(layer, call.keep_input, tensor, wanted) if train else self._evaluate(layer, tensor)
+        answer = self._step(layer, call, tensor, wanted) if train else self._evaluate(layer, tensor)
         if call.release_input:
             self._saved.release(call.release_input, layer)
         return answer
@@ -194,7 +194,7 @@ class LayerService:
     def _forward_layer(self, call: ForwardCall, shape: tuple[int, ...]) -> tuple[Layer, bool]:
         layer = self._layers.find(call.key)
         record = layer.record
-        train = record.train if call.train is None else call.train
+        train = _trains(call, record)
         record.config.check_shape(shape, train=train)
         require_initialized(record.state, str(call.key))
         return layer, train
@@ -204,25 +204,28 @@ class LayerService:
         output = self._device.evaluate(x, record.state, record.config)
         return ForwardAnswer(output, False, record.state.version, record.state.num_of_props)
 
-    def _step(self, layer: Layer, keep_input: bool, x: DeviceTensor, wanted: Wanted) -> ForwardAnswer:
+    def _step(self, layer: Layer, call: ForwardCall, x: DeviceTensor, wanted: Wanted) -> ForwardAnswer:
         record = layer.record
         used, config = record.state, record.config
         output, batch = self._device.forward(x, used, config)
         attempt = 0
         while True:
             with layer.exclusive() as record:
+                if not _trains(call, record):
+                    break  # the default has become eval meanwhile, and whoever set it may have read the statistics
                 if not _same_parameters(used, record.state) and attempt >= _PATIENCE:
                     used, output = record.state, self._device.normalize_batch(x, batch, record.state, config)
                 if _same_parameters(used, record.state):
-                    return self._commit_step(layer, record, keep_input, x, output, batch, wanted)
+                    return self._commit_step(layer, record, call, x, output, batch, wanted)
             used, output = record.state, self._device.normalize_batch(x, batch, record.state, config)
             attempt += 1
+        return self._evaluate(layer, x)
 
     def _commit_step(
         self,
         layer: Layer,
         record: LayerRecord,
-        keep_input: bool,
+        call: ForwardCall,
         x: DeviceTensor,
         output: Array,
         batch: Moments,
@@ -232,7 +235,7 @@ class LayerService:
         state = step(record.state, record.config, batch)
         _require_wanted(wanted)
         layer.commit(replace(record, state=state))
-        token = self._saved.put(SavedInput(layer, x, batch, state.scale)) if keep_input else ""
+        token = self._saved.put(SavedInput(layer, x, batch, state.scale)) if call.keep_input else ""
         return ForwardAnswer(output, True, state.version, state.num_of_props, token, batch, state.scale)
 
     # --- Backward -----------------------------------------------------------------------------------
@@ -310,6 +313,10 @@ class LayerService:
             return replace(record, state=state)
 
         layer.change(change)
+
+
+def _trains(call: ForwardCall, record: LayerRecord) -> bool:
+    return record.train if call.train is None else call.train
 
 
 def _same_parameters(one: LayerState, other: LayerState) -> bool:

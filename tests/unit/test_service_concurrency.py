@@ -287,3 +287,24 @@ def test_creators_and_deleters_of_one_name_never_leave_half_a_layer() -> None:
     service.create_layer(KEY, CONFIG, StateUpdate(), sscale=0.0, empty=False)
     service.delete_layer(KEY)
     assert service.list_layers("default", 0, "") == ([], "")
+
+
+def test_a_step_by_default_is_none_once_the_default_is_eval() -> None:
+    device = InterruptedDevice()
+    service = new_service(device)
+    create(service)
+    device.interrupt = lambda _: service.set_train(KEY, False)
+    x = oracle.random_tensor(1, SHAPE)
+    answer = service.forward(ForwardCall(KEY, keep_input=True), x)
+    assert (answer.train, answer.version, answer.saved_input, answer.moments) == (False, 0, "", None)
+    np.testing.assert_allclose(answer.output, x / np.sqrt(1 + 1e-5), rtol=1e-6)  # by the statistics of a new layer
+    assert service.get_layer(KEY).state.version == 0
+    assert service.forward(TRAIN, x).version == 1  # who chooses the mode trains
+
+
+def test_a_step_by_choice_stays_one_when_the_default_becomes_eval() -> None:
+    device = InterruptedDevice()
+    service = new_service(device)
+    create(service)
+    device.interrupt = lambda _: service.set_train(KEY, False)
+    assert service.forward(TRAIN, oracle.random_tensor(1, SHAPE)).version == 1
