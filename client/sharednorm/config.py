@@ -28,6 +28,9 @@ MAX_NAMESPACE_CHARACTERS = 128
 MAX_MAPS = 1 << 17
 """So that the messages beside a tensor stay within a few MiB: a state of that many maps is 3 MiB."""
 
+MAX_SECONDS = 1e8
+"""Longest time that anybody is asked to wait, three years. Timers of gRPC and of threads overflow beyond."""
+
 DTYPE_NAMES = ("float32", "float16", "bfloat16")
 
 

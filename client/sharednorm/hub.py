@@ -16,7 +16,7 @@ import numpy as np
 from sharednorm import convert
 from sharednorm._address import parse_address
 from sharednorm._calls import Connection, ServerInfo
-from sharednorm.config import LayerConfig, LayerKind, check_name, check_namespace, is_finite
+from sharednorm.config import MAX_SECONDS, LayerConfig, LayerKind, check_name, check_namespace, is_finite
 from sharednorm.errors import InvalidConfiguration
 from sharednorm.remote import RemoteBackend, RemoteBatchNorm, is_train
 from sharednorm.state import StateUpdate, initial_state
@@ -60,7 +60,8 @@ def connect(
         namespace: Whose layers these are; two namespaces never see each other's.
         token: Must be None: servers of this release ask for no token.
         tls: Must be None: servers of this release speak plaintext only.
-        timeout: Seconds that any one call may take, a large tensor's way there and back included; > 0.
+        timeout: Seconds that any one call may take, a large tensor's way there and back included; > 0,
+            at most 1e8.
 
     Raises:
         InvalidConfiguration: An argument is not what it should be.
@@ -77,8 +78,10 @@ def connect(
                 f"{name} is given, and this release has neither tokens nor TLS (expected: None; keep the server on "
                 "loopback or a unix socket, and reach it through an SSH tunnel or the like)"
             )
-    if not (is_finite(timeout) and timeout > 0):
-        raise InvalidConfiguration(f"timeout is {ascii(timeout)[:120]} (expected: a finite number of seconds > 0)")
+    if not (is_finite(timeout) and 0 < timeout <= MAX_SECONDS):
+        raise InvalidConfiguration(
+            f"timeout is {ascii(timeout)[:120]} (expected: a finite number of seconds > 0, at most {MAX_SECONDS:g})"
+        )
     checked = check_namespace(namespace)
     connection = Connection(where, float(timeout))
     try:

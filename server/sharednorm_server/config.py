@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
 
+from sharednorm.config import MAX_SECONDS
 from sharednorm.errors import InvalidConfiguration
 
 DEFAULT_LISTEN = "127.0.0.1:50051"
@@ -31,7 +31,7 @@ class ServerConfig:
         workers: Most calls that run at a time; others wait. 1 to 1024.
         max_tensor_bytes: Largest tensor that is accepted, at least 1.
         saved_input_bytes: Most bytes of inputs that are kept for backwards; 0 keeps none.
-        grace: Seconds that running calls are given to end when the server stops, >= 0.
+        grace: Seconds that running calls are given to end when the server stops, 0 to 1e8.
         insecure: Whether it may listen without encryption where other machines can reach it.
 
     Raises:
@@ -54,7 +54,7 @@ class ServerConfig:
         _check(1 <= self.workers <= MAX_WORKERS, "workers", self.workers, f"1 to {MAX_WORKERS}")
         _check(self.max_tensor_bytes >= 1, "max-tensor-bytes", self.max_tensor_bytes, "at least 1")
         _check(self.saved_input_bytes >= 0, "saved-input-bytes", self.saved_input_bytes, "at least 0")
-        _check(math.isfinite(self.grace) and self.grace >= 0, "grace", self.grace, "a number of seconds, at least 0")
+        _check(0 <= self.grace <= MAX_SECONDS, "grace", self.grace, f"a number of seconds, 0 to {MAX_SECONDS:g}")
 
 
 def parse_size(text: str) -> int:
