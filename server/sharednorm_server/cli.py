@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from sharednorm._version import __version__
 from sharednorm.errors import SharedNormError
-from sharednorm_server.commands import FAILED, add_ls, add_stats
+from sharednorm_server.commands import FAILED, add_ls, add_stats, shown
 from sharednorm_server.config import DEFAULT_LISTEN, ServerConfig, StartError, parse_size
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     )
     stop = _stop_on_signals()
     server = _start(config)
-    print(server.banner, flush=True)  # noqa: T201 - what others wait for
+    print(shown(server.banner), flush=True)  # noqa: T201 - what others wait for
     stop.wait()
     _log.info("stopping: no new calls, and %g s for those that are running", config.grace)
     return 0 if server.stop(config.grace) else FAILED

@@ -73,7 +73,7 @@ def _ls(arguments: argparse.Namespace) -> int:
     head = ("NAME", "KIND", "MAPS", "MODE", "STEPS", "NUMOFPROPS")
     rows = [
         (
-            _shown(layer.name),
+            shown(layer.name),
             layer.config.kind.label,
             str(layer.config.maps),
             _mode(layer.train) if layer.initialized else "empty",
@@ -110,7 +110,7 @@ def _stats(arguments: argparse.Namespace) -> int:
 
 def _facts(layer: Layer, hub: Hub, version: int, num_of_props: int, initialized: bool) -> Iterable[tuple[str, str]]:
     return (
-        ("layer", f"{_shown(str(layer.name))} of namespace {_shown(hub.namespace)} on {hub.address}"),
+        ("layer", f"{shown(str(layer.name))} of namespace {shown(hub.namespace)} on {hub.address}"),
         ("maps", str(layer.maps)),
         ("mode", _mode(layer.train) if initialized else "empty: waits for its state"),
         ("steps", f"{version}, {num_of_props} of them in the running statistics (numOfProps)"),
@@ -125,9 +125,12 @@ def _mode(train: bool) -> str:
     return "train" if train else "eval"
 
 
-def _shown(name: str) -> str:
-    # Names may hold characters that turn a terminal's line around; what is not printable is escaped.
-    printable = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in name)
+def shown(text: str) -> str:
+    """Return a name or a path as it may be printed: on one line, in the characters that stdout has.
+
+    Those that turn a terminal's line around, and all others that are not printable, are escaped.
+    """
+    printable = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
     encoding = sys.stdout.encoding or "utf-8"
     return printable.encode(encoding, "backslashreplace").decode(encoding)
 

@@ -62,6 +62,8 @@ class TcpEndpoint:
             found = socket.getaddrinfo(self.host.strip("[]"), self.port, type=socket.SOCK_STREAM)
         except socket.gaierror as error:
             raise StartError(f"cannot listen on {text}: {error.strerror}") from error
+        except UnicodeError as error:  # Python's own, of a part between two dots that is empty or too long
+            raise StartError(f"cannot listen on {text}: no host can have that name") from error
         tried = (_try_bind(family, kind, protocol, where) for family, kind, protocol, _, where in found)
         errors = [error for error in tried if error is not None]
         taken = [error for error in errors if error.errno == errno.EADDRINUSE]
@@ -89,7 +91,10 @@ class UnixEndpoint:
             StartError: Another server listens there, or the path cannot be a socket.
         """
         text = f"unix:{self.path}"
-        self._require_free(text)
+        try:
+            self._require_free(text)
+        except OSError as error:
+            raise StartError(f"cannot listen on {text}: {error.strerror}") from error
         # The mask holds for the whole process, so for no longer than it takes; nobody can connect before a chmod.
         mask = os.umask(_PRIVATE)
         try:
@@ -101,27 +106,26 @@ class UnixEndpoint:
     def _require_free(self, text: str) -> None:
         if not self.path.parent.is_dir():
             raise StartError(f"cannot listen on {text}: there is no directory {self.path.parent}")
-        try:
-            mode = self.path.lstat().st_mode
-        except FileNotFoundError:
-            return
-        if not stat.S_ISSOCK(mode):
-            raise StartError(f"cannot listen on {text}: the path exists and is not a socket")
-        if not self._is_stale(text):
-            raise StartError(f"cannot listen on {text}: another server does already")
+        if os.path.lexists(self.path):
+            if not stat.S_ISSOCK(self.path.lstat().st_mode):
+                raise StartError(f"cannot listen on {text}: the path exists and is not a socket")
+            if not self._is_stale():
+                raise StartError(f"cannot listen on {text}: another server does already")
+            self.path.unlink()
+        # As with TCP: gRPC would not say why it cannot bind.
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            probe.bind(os.fsencode(self.path))
         self.path.unlink()
 
-    def _is_stale(self, text: str) -> bool:
+    def _is_stale(self) -> bool:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
             probe.settimeout(1.0)
             try:
                 probe.connect(str(self.path))
             except ConnectionRefusedError:
                 return True
-            except TimeoutError:
+            except (TimeoutError, BlockingIOError):
                 return False  # a server that is too busy to accept is a server
-            except OSError as error:
-                raise StartError(f"cannot listen on {text}: {error.strerror}") from error
         return False
 
 

@@ -88,6 +88,13 @@ def test_the_start_up_line_of_a_socket(tmp_path: Path) -> None:
         assert f" listening on unix:{tmp_path / 's'}, device cpu (numba, 1 thread), state memory:" in process.banner
 
 
+def test_the_start_up_line_is_one_line_in_the_characters_of_stdout(tmp_path: Path) -> None:
+    with server.server_process(
+        listen=f"unix:{tmp_path}/\n\u00e4", env={"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    ) as process:
+        assert f" listening on unix:{tmp_path}/\\n\\xe4, device cpu " in process.banner
+
+
 def test_the_arithmetic_is_the_one_that_was_asked_for() -> None:
     with server.server_process(env={"SHAREDNORM_ARITHMETIC": "numpy"}) as process:
         assert "device cpu (numpy, " in process.banner

@@ -48,6 +48,7 @@ def test_what_is_no_size(text: str) -> None:
         {"grace": -1.0},
         {"grace": float("nan")},
         {"grace": float("inf")},
+        {"grace": 1e10},
     ],
     ids=str,
 )
@@ -151,6 +152,12 @@ def test_a_host_that_does_not_exist() -> None:
         start(ServerConfig(listen="nowhere.invalid:0", insecure=True))
 
 
+@pytest.mark.parametrize("host", ["a..b", f"{'a' * 64}.example"])
+def test_a_host_that_cannot_exist(host: str) -> None:
+    with pytest.raises(StartError, match="no host can have that name"):
+        start(ServerConfig(listen=f"{host}:0", insecure=True))
+
+
 def test_a_taken_port() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -161,6 +168,36 @@ def test_a_taken_port() -> None:
 def test_a_socket_in_a_directory_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(StartError, match="no directory"):
         start(ServerConfig(listen=f"unix:{tmp_path}/nowhere/s"))
+
+
+def test_a_place_where_no_socket_can_be() -> None:
+    with pytest.raises(StartError, match=r"^cannot listen on unix:/proc/s: No such file or directory$"):
+        start(ServerConfig(listen="unix:/proc/s"))
+
+
+def test_a_socket_in_a_directory_of_somebody_else(tmp_path: Path) -> None:
+    (tmp_path / "inner").mkdir()
+    tmp_path.chmod(0)
+    user = os.geteuid()
+    if user == 0:  # who may do anything
+        os.seteuid(65534)
+    try:
+        for path in (tmp_path / "s", tmp_path / "inner" / "s"):
+            with pytest.raises(StartError, match=r"Permission denied$"):
+                start(ServerConfig(listen=f"unix:{path}"))
+    finally:
+        os.seteuid(user)
+        tmp_path.chmod(0o700)
+
+
+def test_a_socket_whose_server_is_too_busy_to_accept(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as first:
+        listener.bind(str(path))
+        listener.listen(0)
+        first.connect(str(path))
+        with pytest.raises(StartError, match="another server does already"):
+            start(ServerConfig(listen=f"unix:{path}"))
 
 
 @pytest.mark.parametrize("kind", ["file", "directory", "link"])
