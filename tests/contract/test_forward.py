@@ -246,3 +246,21 @@ def test_thirty_steps_of_torch(make_layer: MakeLayer, kind: str, momentum: float
     peer.eval()
     x = random_tensor(1000, shape_of(kind, 5))
     np.testing.assert_allclose(bn(x), peer(torch.from_numpy(x)).detach().numpy(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("averaging", ["standard", "printed"])
+def test_thirty_steps_of_torch_by_the_weight_of_each(make_layer: MakeLayer, averaging: str) -> None:
+    """Torch weighs the batch by its momentum: here the factor of the default layer at each step, or its rest."""
+    import torch
+
+    peer: Any = torch.nn.BatchNorm2d(5)
+    bn = make_layer("BatchNorm2D", 5, averaging=averaging)
+    for number in range(1, 31):
+        factor = max(1.0 / number, 0.1)
+        peer.momentum = factor if averaging == "standard" else 1.0 - factor
+        x = random_tensor(number, shape_of("BatchNorm2D", 5))
+        bn(x)
+        peer(torch.from_numpy(x))
+        np.testing.assert_allclose(bn.mean.ravel(), peer.running_mean.numpy(), rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(bn.var.ravel(), peer.running_var.numpy(), rtol=1e-5)
