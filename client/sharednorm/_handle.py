@@ -11,7 +11,7 @@ import numpy.typing as npt
 from sharednorm._checks import check_data, check_grad, check_writable, dtype_from
 from sharednorm._seam import Gradients, LayerBackend, SavedForward
 from sharednorm._view import LayerView
-from sharednorm.config import Array, Vector, is_finite
+from sharednorm.config import Array, Vector, check_flag, is_finite
 from sharednorm.errors import BackwardInEval, BackwardWithoutForward, InplaceInTraining, InvalidConfiguration
 from sharednorm.state import StateUpdate
 
@@ -158,12 +158,16 @@ class BatchNormND(LayerView):
 
     @property
     def train(self) -> bool:
-        """The handle's mode; the layer's default while it has not chosen. Assigning is `trainMode` or `evalMode`."""
+        """The handle's mode; the layer's default while it has not chosen. Assigning is `trainMode` or `evalMode`.
+
+        Raises:
+            InvalidConfiguration: What is assigned is neither True nor False.
+        """
         return self._backend.default_train() if self._train is None else self._train
 
     @train.setter
     def train(self, train: bool) -> None:
-        if train:
+        if check_flag("train", train):
             self.trainMode()
         else:
             self.evalMode()

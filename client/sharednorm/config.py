@@ -256,6 +256,16 @@ def check_namespace(namespace: object) -> str:
     return namespace or DEFAULT_NAMESPACE
 
 
+def check_flag(name: str, value: object) -> bool:
+    """Check a switch, Python's True or False or NumPy's, and return it.
+
+    Raises:
+        InvalidConfiguration: It is something else; "eval", for one, would pass for True.
+    """
+    _check(isinstance(value, (bool, np.bool_)), name, value, "True or False")
+    return bool(value)
+
+
 def is_integer(value: object) -> TypeGuard[int]:
     """Return whether a value is an integer, Python's or NumPy's; True and False are not."""
     return isinstance(value, (int, np.integer)) and not isinstance(value, (bool, np.bool_))

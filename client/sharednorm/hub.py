@@ -16,7 +16,7 @@ import numpy as np
 from sharednorm import convert
 from sharednorm._address import parse_address
 from sharednorm._calls import Connection, ServerInfo
-from sharednorm.config import MAX_SECONDS, LayerConfig, LayerKind, check_name, check_namespace, is_finite
+from sharednorm.config import MAX_SECONDS, LayerConfig, LayerKind, check_flag, check_name, check_namespace, is_finite
 from sharednorm.errors import InvalidConfiguration
 from sharednorm.remote import RemoteBackend, RemoteBatchNorm, is_train
 from sharednorm.state import StateUpdate, initial_state
@@ -187,8 +187,9 @@ class Hub:
         Raises:
             LayerNotFound: There is none of that name.
             InvalidName: No layer could have it.
+            InvalidConfiguration: `train` is neither True nor False.
         """
-        request = service_pb2.SetTrainRequest(ref=self._ref(name), train=bool(train))
+        request = service_pb2.SetTrainRequest(ref=self._ref(name), train=check_flag("train", train))
         self._connection.call("SetTrain", request, service_pb2.SetTrainResponse)
 
     def BatchNorm(

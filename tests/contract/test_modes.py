@@ -32,6 +32,18 @@ def test_a_layer_starts_in_train_mode(make_layer: MakeLayer) -> None:
     assert (bn.numOfProps, bn.inData is X) == (1, True)
 
 
+@pytest.mark.parametrize("value", ["eval", "", 0, 1, None])
+def test_a_mode_is_true_or_false(make_layer: MakeLayer, value: Any) -> None:
+    bn = make_layer("BatchNorm2D", 3)
+    bn(X)
+    with pytest.raises(InvalidConfiguration, match=r"train is .*expected: True or False"):
+        bn.train = value
+    assert bn.train
+    assert bn.inData is X  # not forgotten
+    bn.train = np.bool_(False)  # type: ignore[assignment]
+    assert not bn.train
+
+
 @pytest.mark.parametrize("switch", ["method", "attribute"])
 def test_setting_a_mode_forgets_the_last_forward(make_layer: MakeLayer, switch: str) -> None:
     bn = make_layer("BatchNorm2D", 3)

@@ -15,7 +15,7 @@ import pytest
 
 import sharednorm
 from sharednorm.config import MAX_MAPS, LayerConfig, LayerKind
-from sharednorm.errors import LayerNotFound
+from sharednorm.errors import InvalidConfiguration, LayerNotFound
 from sharednorm.normalization import arithmetic
 from sharednorm.state import LayerState, step
 from tests.support.server import ServerProcess, server_process
@@ -126,6 +126,16 @@ def test_the_layers_default_mode_is_for_handles_that_have_not_chosen(hub: shared
     hub.set_train("x", True)
     undecided(batch(1))
     assert undecided.version == 2
+
+
+@pytest.mark.parametrize("value", ["eval", 0, None])
+def test_the_layers_default_mode_is_true_or_false(hub: sharednorm.Hub, value: Any) -> None:
+    layer = hub.BatchNorm2D(MAPS, name="x")
+    for mode in (True, False):
+        hub.set_train("x", mode)
+        with pytest.raises(InvalidConfiguration, match=r"train is .*expected: True or False"):
+            hub.set_train("x", value)
+        assert layer.train is mode
 
 
 def test_many_threads_on_one_handle_and_one_hub(hub: sharednorm.Hub) -> None:
