@@ -145,7 +145,7 @@ def _draw_course(axes: Axes, outcome: Outcome, readings: list[Reading], killed_a
         axes.axhline(outcome.together.mean[index], color=color, lw=1, ls=":")
         axes.plot(numbers, [reading.mean[index] for reading in readings], ".-", color=color, lw=1.2, label=channel)
     axes.axvline(killed_at, color="gray", lw=1)
-    axes.annotate("a worker is killed\nand replaced", (killed_at, 0.22), xycoords=("data", "axes fraction"),
+    axes.annotate("a worker is killed and replaced", (killed_at, 0.2), xycoords=("data", "axes fraction"),
                   xytext=(4, 0), textcoords="offset points", va="center", fontsize=8, color="gray")  # fmt: skip
     axes.set_title(f"{outcome.layer}: shared mean as the evaluator saw it (dotted: all data)", fontsize=10)
     axes.set_xlabel("steps of the layer")
