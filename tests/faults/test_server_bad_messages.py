@@ -238,7 +238,7 @@ def test_the_largest_tensor_of_one_message_is_accepted(channel: grpc.Channel) ->
 
 def test_a_message_beyond_grpcs_limit(client: StockClient) -> None:
     with pytest.raises(grpc.RpcError) as caught:
-        client.stub.Forward(forward(data=bytes(4 << 20)), timeout=SECONDS)
+        client.stub.Forward(forward(data=bytes(8 << 20)), timeout=SECONDS)
     assert code_of(caught.value) is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
