@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     run: Callable[[argparse.Namespace], int] = arguments.run
     try:
         code = run(arguments)
-        sys.stdout.flush()
+        print(end="", flush=True)  # noqa: T201 - stdout may be None, which print knows
     except StartError as error:
         return _fail(error, UNUSABLE)
     except SharedNormError as error:

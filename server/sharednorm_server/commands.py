@@ -131,7 +131,7 @@ def shown(text: str) -> str:
     Those that turn a terminal's line around, and all others that are not printable, are escaped.
     """
     printable = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
-    encoding = sys.stdout.encoding or "utf-8"
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"  # stdout is None in a process started without one
     return printable.encode(encoding, "backslashreplace").decode(encoding)
 
 

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import grpc
@@ -93,6 +94,24 @@ def test_the_start_up_line_is_one_line_in_the_characters_of_stdout(tmp_path: Pat
         listen=f"unix:{tmp_path}/\n\u00e4", env={"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
     ) as process:
         assert f" listening on unix:{tmp_path}/\\n\\xe4, device cpu " in process.banner
+
+
+def test_a_server_without_stdout(tmp_path: Path) -> None:
+    address = f"unix:{tmp_path / 's'}"
+    command = [sys.executable, "-m", "sharednorm_server", "serve", "--listen", address]
+    with subprocess.Popen(["sh", "-c", 'exec "$@" >&-', "sh", *command], stderr=subprocess.PIPE, text=True) as process:
+        try:
+            deadline = time.monotonic() + server.START_SECONDS
+            while not (tmp_path / "s").exists() and process.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.05)
+            listed = server.run(["ls", "--server", address])
+            process.terminate()
+            _, log = process.communicate(timeout=server.STOP_SECONDS)
+        finally:
+            process.kill()
+    assert (listed.returncode, listed.stderr) == (0, "")
+    assert process.returncode == 0, log
+    assert "Traceback" not in log
 
 
 def test_the_arithmetic_is_the_one_that_was_asked_for() -> None:
