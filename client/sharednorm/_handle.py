@@ -54,6 +54,10 @@ class BatchNormND(LayerView):
         self._gradients = _NO_GRADIENTS
         self._token = ""  # of a saved forward that `reset` forgot, for the next forward to release
 
+    def __getstate__(self) -> dict[str, object]:
+        """Copy and pickle the layer and the handle's mode; the last forward stays with the original."""
+        return {**super().__getstate__(), "_pass": _Pass(), "_gradients": _NO_GRADIENTS, "_token": ""}
+
     def __call__(self, data: Array) -> Array:
         """Normalize a batch, and remember it for `backward`.
 

@@ -40,6 +40,10 @@ class LocalBackend:
         self._compute = arithmetic() if compute is None else compute
         self._lock = threading.Lock()
 
+    def __reduce__(self) -> tuple[type[LocalBackend], tuple[LayerConfig, LayerState]]:
+        """Copy and pickle what the layer is; how it is computed is the other process's matter."""
+        return type(self), (self._config, self._state)
+
     @property
     def config(self) -> LayerConfig:
         """The layer's configuration."""

@@ -32,7 +32,16 @@ class LayerView:
     def __init__(self, backend: LayerBackend, name: str | None) -> None:
         self.name = name
         self._backend = backend
-        self._vars = MappingProxyType({"scale": Variable(backend, "scale"), "bias": Variable(backend, "bias")})
+        self._vars = _variables(backend)
+
+    def __getstate__(self) -> dict[str, object]:
+        """Copy and pickle all but the variables, which belong to this object's backend."""
+        return {name: value for name, value in self.__dict__.items() if name != "_vars"}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        """Make the variables of a copy's own backend."""
+        self.__dict__.update(state)
+        self._vars = _variables(self._backend)
 
     def snapshot(self) -> LayerState:
         """Return parameters, statistics, gradients and counters, all of one moment, as arrays of shape (C,)."""
@@ -218,3 +227,7 @@ class LayerView:
     def _name_in_file(self, name: str | None) -> str:
         chosen = self.name if name is None else name
         return "" if chosen is None else chosen
+
+
+def _variables(backend: LayerBackend) -> Mapping[str, Variable]:
+    return MappingProxyType({"scale": Variable(backend, "scale"), "bias": Variable(backend, "bias")})

@@ -5,7 +5,7 @@ A local layer and the server apply the same functions, so that one step means on
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -65,6 +65,15 @@ class LayerState:
     num_of_props: int = 0
     version: int = 0
     initialized: bool = True
+
+    def __post_init__(self) -> None:
+        """See that nobody can write to the arrays, which any number of states may share."""
+        for name in ARRAY_FIELDS:
+            getattr(self, name).setflags(write=False)
+
+    def __reduce__(self) -> tuple[type[LayerState], tuple[object, ...]]:
+        """Copy and pickle by the constructor: arrays forget on that way that they are read-only."""
+        return type(self), tuple(getattr(self, field.name) for field in fields(self))
 
 
 @dataclass(frozen=True, eq=False)

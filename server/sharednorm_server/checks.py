@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import enum
 import math
 
-from sharednorm.config import LayerConfig, check_dtype, dtype_of
+from sharednorm.config import LayerConfig, LayerKind, check_dtype, dtype_of
 from sharednorm.errors import ConfigurationMismatch, InvalidShape, MalformedMessage
 from sharednorm_server.requests import ForwardFacts
 from sharednorm_server.store import LayerKey
@@ -19,7 +20,7 @@ def require_same_config(existing: LayerConfig, requested: LayerConfig, key: Laye
     differences = existing.differences(requested)
     if differences:
         values = {name: f"{_shown(old)} (requested: {_shown(new)})" for name, (old, new) in differences.items()}
-        listed = ", ".join(f"{name} is {text}" for name, text in values.items())
+        listed = ", ".join(f"{_WORDS.get(name, name)} is {text}" for name, text in values.items())
         raise ConfigurationMismatch(
             f"{key} exists with another configuration: {listed}; use the same one, another name, or delete the layer",
             values,
@@ -54,5 +55,11 @@ def require_same_tensor(
     check_dtype(dtype_of(grad_dtype_name), dtype_of(dtype_name))
 
 
+# What a field of the contract is called by those who make layers.
+_WORDS = {"init_factor": "initFactor", "min_factor": "minFactor"}
+
+
 def _shown(value: object) -> str:
-    return str(getattr(value, "name", value))
+    if isinstance(value, LayerKind):
+        return value.label
+    return str(value.value if isinstance(value, enum.Enum) else value)

@@ -134,13 +134,15 @@ def _require_private(config: ServerConfig) -> None:
 
 def _open_device(config: ServerConfig) -> Device:
     if config.device != "cpu":
-        raise StartError(f"there is no device {config.device!r} in this release (available: cpu)")
+        raise StartError(f"there is no device {config.device!r} in this release (available: cpu): pass --device cpu")
     return CpuDevice(threads=config.threads)
 
 
 def _open_store(config: ServerConfig) -> Store:
     if config.state != "memory:":
-        raise StartError(f"there is no state {config.state!r} in this release (available: memory:)")
+        raise StartError(
+            f"there is no state {config.state!r} in this release (available: memory:): pass --state memory:"
+        )
     return MemoryStore()
 
 

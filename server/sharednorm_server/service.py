@@ -186,10 +186,7 @@ class LayerService:
         """
         layer, train = self._forward_layer(call, x.shape)
         tensor = self._device.load(x)
-        answer = self._step(layer, call, tensor, wanted) if train else self._evaluate(layer, tensor)
-        if call.release_input:
-            self._saved.release(call.release_input, layer)
-        return answer
+        return self._step(layer, call, tensor, wanted) if train else self._evaluate(layer, call, tensor)
 
     def _forward_layer(self, call: ForwardCall, shape: tuple[int, ...]) -> tuple[Layer, bool]:
         layer = self._layers.find(call.key)
@@ -199,9 +196,10 @@ class LayerService:
         require_initialized(record.state, str(call.key))
         return layer, train
 
-    def _evaluate(self, layer: Layer, x: DeviceTensor) -> ForwardAnswer:
+    def _evaluate(self, layer: Layer, call: ForwardCall, x: DeviceTensor) -> ForwardAnswer:
         record = layer.record
         output = self._device.evaluate(x, record.state, record.config)
+        self._release(layer, call)
         return ForwardAnswer(output, False, record.state.version, record.state.num_of_props)
 
     def _step(self, layer: Layer, call: ForwardCall, x: DeviceTensor, wanted: Wanted) -> ForwardAnswer:
@@ -219,7 +217,7 @@ class LayerService:
                     return self._commit_step(layer, record, call, x, output, batch, wanted)
             used, output = record.state, self._device.normalize_batch(x, batch, record.state, config)
             attempt += 1
-        return self._evaluate(layer, x)
+        return self._evaluate(layer, call, x)
 
     def _commit_step(
         self,
@@ -235,8 +233,13 @@ class LayerService:
         state = step(record.state, record.config, batch)
         _require_wanted(wanted)
         layer.commit(replace(record, state=state))
+        self._release(layer, call)  # before the next one is kept: their handle needs room for one only
         token = self._saved.put(SavedInput(layer, x, batch, state.scale)) if call.keep_input else ""
         return ForwardAnswer(output, True, state.version, state.num_of_props, token, batch, state.scale)
+
+    def _release(self, layer: Layer, call: ForwardCall) -> None:
+        if call.release_input:
+            self._saved.release(call.release_input, layer)
 
     # --- Backward -----------------------------------------------------------------------------------
 

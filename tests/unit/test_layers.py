@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 import threading
 import weakref
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -289,3 +292,25 @@ def test_another_shape_may_follow(recwarn: pytest.WarningsRecorder) -> None:
     assert bn.grad is not None
     assert bn.grad.shape == other.shape
     assert not recwarn.list
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+def test_a_copy_is_a_layer_of_its_own(duplicate: Callable[[BatchNorm2D], BatchNorm2D]) -> None:
+    x = np.random.default_rng(0).normal(3, 2, (4, 3, 5, 5)).astype(np.float32)
+    original = BatchNorm2D(3, minFactor=0.25, name="bn")
+    original(x)
+    original.backward(x)
+    original.evalMode()
+    twin = duplicate(original)
+    assert (twin.name, twin.train, twin.numOfProps, twin.inData, twin.grad) == ("bn", False, 1, None, None)
+    for name in ("scale", "bias", "mean", "var"):
+        np.testing.assert_array_equal(getattr(twin, name), getattr(original, name))
+        assert not getattr(twin, name).flags.writeable
+    np.testing.assert_array_equal(twin.vars["scale"].grad, original.vars["scale"].grad)
+    before = original.mean
+    twin.trainMode()
+    twin(x + 5)
+    twin.vars["bias"].data = [7, 8, 9]
+    assert (original.numOfProps, original.bias.ravel().tolist()) == (1, [0, 0, 0])
+    np.testing.assert_array_equal(original.mean, before)
+    assert twin.bias.ravel().tolist() == [7, 8, 9]

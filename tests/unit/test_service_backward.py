@@ -173,6 +173,18 @@ def test_a_forward_releases_the_one_before(service: LayerService, train: bool) -
         service.backward(BackwardCall(KEY, saved_input=token), x)
 
 
+def test_a_handle_needs_room_for_one_input_only() -> None:
+    x = oracle.random_tensor(1, SHAPE)
+    service = new_service(saved_input_bytes=2 * x.nbytes)
+    create(service)
+    others = service.forward(KEEP, x).saved_input
+    mine = ""
+    for _ in range(3):
+        mine = service.forward(replace(KEEP, release_input=mine), x).saved_input
+    for token in (others, mine):
+        assert service.backward(BackwardCall(KEY, saved_input=token), x).grad is not None
+
+
 def test_a_forward_that_fails_releases_nothing(service: LayerService) -> None:
     x = oracle.random_tensor(1, SHAPE)
     token = service.forward(KEEP, x).saved_input

@@ -104,9 +104,9 @@ def test_another_configuration_is_refused_and_the_differences_named(service: Lay
     with pytest.raises(ConfigurationMismatch) as caught:
         service.create_layer(KEY, other, NOTHING, sscale=0.0, empty=False)
     assert caught.value.metadata == {
-        "kind": "BATCH_NORM_2D (requested: BATCH_NORM_3D)",
+        "kind": "BatchNorm2D (requested: BatchNorm3D)",
         "epsilon": "1e-05 (requested: 0.5)",
-        "nonfinite": "REFUSE (requested: ALLOW)",
+        "nonfinite": "refuse (requested: allow)",
     }
     for text in (*caught.value.metadata, *caught.value.metadata.values(), "'bn'"):
         assert text in caught.value.message
