@@ -33,12 +33,12 @@ from sharednorm._numba_vector import (
     fence,
     keep,
     load,
+    load_lanes,
     load_part,
-    load_wide,
     mul,
     spread,
+    store_lanes,
     store_part,
-    store_wide,
     stream,
     sub,
     take_ticket,
@@ -46,7 +46,7 @@ from sharednorm._numba_vector import (
     widen,
 )
 
-MADE_OF = "12afd1a277341d80"
+MADE_OF = "f6092a100f995d0b"
 """Hash of the files that these kernels are made of besides this one, the only one that numba's cache watches."""
 
 
@@ -78,8 +78,8 @@ def _column_sums(tag: Any, x: int, g: int, start: int, rows: int, size: int, col
     for left in range(0, columns, STRIP):
         right = min(columns, left + STRIP)
         for j in range(left, right, LANES):
-            store_wide(s1, j, spread(0.0))
-            store_wide(s2, j, spread(0.0))
+            store_lanes(s1, j, spread(0.0))
+            store_lanes(s2, j, spread(0.0))
         row = 0
         while row + 2 <= rows:
             i, k = start + row * size, start + (row + 1) * size
@@ -88,21 +88,21 @@ def _column_sums(tag: Any, x: int, g: int, start: int, rows: int, size: int, col
                 expect_load(tag, x, k + size + j)
                 expect_load(tag, g, k + 2 * size + j)
                 expect_load(tag, x, k + 2 * size + j)
-                mean = load_wide(centre, j)
+                mean = load_lanes(centre, j)
                 a = widen(fetch(tag, g, i + j, i + right))
                 b = widen(fetch(tag, g, k + j, k + right))
                 c = mul(a, sub(widen(fetch(tag, x, i + j, i + right)), mean))
                 d = mul(b, sub(widen(fetch(tag, x, k + j, k + right)), mean))
-                store_wide(s1, j, add(load_wide(s1, j), add(a, b)))
-                store_wide(s2, j, add(load_wide(s2, j), add(c, d)))
+                store_lanes(s1, j, add(load_lanes(s1, j), add(a, b)))
+                store_lanes(s2, j, add(load_lanes(s2, j), add(c, d)))
             row += 2
         if row < rows:
             i = start + row * size
             for j in range(left, right, LANES):
                 a = widen(fetch(tag, g, i + j, i + right))
-                c = mul(a, sub(widen(fetch(tag, x, i + j, i + right)), load_wide(centre, j)))
-                store_wide(s1, j, add(load_wide(s1, j), a))
-                store_wide(s2, j, add(load_wide(s2, j), c))
+                c = mul(a, sub(widen(fetch(tag, x, i + j, i + right)), load_lanes(centre, j)))
+                store_lanes(s1, j, add(load_lanes(s1, j), a))
+                store_lanes(s2, j, add(load_lanes(s2, j), c))
 
 
 @inlined
@@ -114,7 +114,7 @@ def _sum_of(values: Any, channel: int, space: int, channels: int, fold: int) -> 
     for k in range(fold):
         start = (k * channels + channel) * space
         for j in range(0, space, LANES):
-            s = add(s, keep(load_wide(values, start + j), space - j))
+            s = add(s, keep(load_lanes(values, start + j), space - j))
     return total(s)
 
 

@@ -10,7 +10,7 @@ from numba import njit
 
 from sharednorm._numba_half import LANES
 from sharednorm._numba_plan import Plan
-from sharednorm._numba_vector import load, load_part, store, store_part, width
+from sharednorm._numba_vector import load, load_part, spread, store, store_lanes, store_part, width
 
 # Tasks of a kernel: what one ticket stands for.
 SUMS = 0
@@ -138,10 +138,12 @@ def clip(value: float) -> Any:
 
 @inlined
 def spread_out(values: Any, channel: int, channels: int, space: int, fold: int, out: Any) -> None:
-    """Write one value of each channel as one of each column."""
+    """Write one value of each channel as one of each column; `out` has room for 15 more."""
+    # Whole vectors: what is too much is overwritten by the next channel's, or lies in the 15 values behind the last.
     j = 0
     for _ in range(fold):
         for c in range(channel, channel + channels):
-            for _ in range(space):
-                out[j] = values[c]
-                j += 1
+            value = spread(values[c])
+            for k in range(j, j + space, LANES):
+                store_lanes(out, k, value)
+            j += space

@@ -24,11 +24,11 @@ from sharednorm._numba_vector import (
     first,
     keep,
     load,
+    load_lanes,
     load_part,
-    load_wide,
     mul,
     spread,
-    store_wide,
+    store_lanes,
     sub,
     total,
     widen,
@@ -66,8 +66,8 @@ def _column_moments(tag: Any, x: int, start: int, rows: int, size: int, columns:
     for left in range(0, columns, STRIP):
         right = min(columns, left + STRIP)
         for j in range(left, right, LANES):
-            store_wide(mean, j, spread(0.0))
-            store_wide(m2, j, spread(0.0))
+            store_lanes(mean, j, spread(0.0))
+            store_lanes(m2, j, spread(0.0))
         end = start + right
         row = 1  # row 0 differs from itself by nothing
         while row + 4 <= rows:
@@ -86,23 +86,23 @@ def _column_moments(tag: Any, x: int, start: int, rows: int, size: int, columns:
                 c = sub(widen(fetch(tag, x, i + skip, end + skip)), origin)
                 skip += size
                 d = sub(widen(fetch(tag, x, i + skip, end + skip)), origin)
-                store_wide(mean, j, add(load_wide(mean, j), add(add(a, b), add(c, d))))
+                store_lanes(mean, j, add(load_lanes(mean, j), add(add(a, b), add(c, d))))
                 squares = add(add(mul(a, a), mul(b, b)), add(mul(c, c), mul(d, d)))
-                store_wide(m2, j, add(load_wide(m2, j), squares))
+                store_lanes(m2, j, add(load_lanes(m2, j), squares))
             row += 4
         while row < rows:
             skip = row * size
             for j in range(left, right, LANES):
                 i = start + j
                 a = sub(widen(fetch(tag, x, i + skip, end + skip)), widen(fetch(tag, x, i, end)))
-                store_wide(mean, j, add(load_wide(mean, j), a))
-                store_wide(m2, j, add(load_wide(m2, j), mul(a, a)))
+                store_lanes(mean, j, add(load_lanes(mean, j), a))
+                store_lanes(m2, j, add(load_lanes(m2, j), mul(a, a)))
             row += 1
         for j in range(left, right, LANES):
-            s1 = load_wide(mean, j)
+            s1 = load_lanes(mean, j)
             share = mul(s1, inverse)
-            store_wide(mean, j, add(widen(fetch(tag, x, start + j, end)), share))
-            store_wide(m2, j, sub(load_wide(m2, j), mul(s1, share)))
+            store_lanes(mean, j, add(widen(fetch(tag, x, start + j, end)), share))
+            store_lanes(m2, j, sub(load_lanes(m2, j), mul(s1, share)))
 
 
 @inlined
@@ -110,19 +110,19 @@ def _merge_folds(mean: Any, m2: Any, fold: int, columns: int, rows: int) -> None
     # Columns `columns` apart belong to one (c, s): merge them into the first of them. All have the same count, `rows`.
     inverse = spread(1.0 / fold)
     for j in range(0, columns, LANES):
-        origin = load_wide(mean, j)
-        inner = load_wide(m2, j)
+        origin = load_lanes(mean, j)
+        inner = load_lanes(m2, j)
         s1 = spread(0.0)
         s2 = spread(0.0)
         for k in range(1, fold):
-            d = sub(load_wide(mean, j + k * columns), origin)
+            d = sub(load_lanes(mean, j + k * columns), origin)
             s1 = add(s1, d)
             s2 = add(s2, mul(d, d))
-            inner = add(inner, load_wide(m2, j + k * columns))
+            inner = add(inner, load_lanes(m2, j + k * columns))
         share = mul(s1, inverse)
         between = mul(sub(s2, mul(s1, share)), spread(np.float64(rows)))
-        store_wide(mean, j, add(origin, share))
-        store_wide(m2, j, add(inner, between))
+        store_lanes(mean, j, add(origin, share))
+        store_lanes(m2, j, add(inner, between))
 
 
 @inlined
@@ -133,10 +133,10 @@ def _merge_space(mean: Any, m2: Any, start: int, space: int, count: int) -> tupl
     s1 = spread(0.0)
     s2 = spread(0.0)
     for j in range(0, space, LANES):
-        d = keep(sub(load_wide(mean, start + j), origin), space - j)
+        d = keep(sub(load_lanes(mean, start + j), origin), space - j)
         s1 = add(s1, d)
         s2 = add(s2, mul(d, d))
-        inner = add(inner, keep(load_wide(m2, start + j), space - j))
+        inner = add(inner, keep(load_lanes(m2, start + j), space - j))
     t1 = total(s1)
     between = total(s2) - t1 * (t1 / space)
     return first(origin) + t1 / space, total(inner) + between * count

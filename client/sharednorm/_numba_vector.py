@@ -130,11 +130,11 @@ def width(_typing: Any, tag: Any) -> Any:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def load_wide(_typing: Any, array: Any, index: Any) -> Any:
+def load_lanes(_typing: Any, array: Any, index: Any) -> Any:
     """Return the 16 values from an index on of a contiguous float64 array."""
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        loaded = builder.load(_pointer_into(context, builder, signature.args[0], args[0], args[1]))
+        loaded = builder.load(_pointer_into(context, builder, signature.args[0], args[0], args[1], V_DOUBLE))
         loaded.align = 8
         return loaded
 
@@ -142,11 +142,12 @@ def load_wide(_typing: Any, array: Any, index: Any) -> Any:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def store_wide(_typing: Any, array: Any, index: Any, value: Any) -> Any:
-    """Store 16 float64 lanes into a contiguous float64 array from an index on."""
+def store_lanes(_typing: Any, array: Any, index: Any, value: Any) -> Any:
+    """Store 16 lanes into a contiguous array of their type from an index on."""
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        builder.store(args[2], _pointer_into(context, builder, signature.args[0], args[0], args[1])).align = 8
+        pointer = _pointer_into(context, builder, signature.args[0], args[0], args[1], args[2].type)
+        builder.store(args[2], pointer).align = value.lane.bitwidth // 8
         return context.get_dummy_value()
 
     return types.none(array, index, value), generate
@@ -283,9 +284,9 @@ def _pointer(builder: ir.IRBuilder, tag: Any, address: ir.Value, index: ir.Value
     return builder.bitcast(builder.gep(base, [index]), ir.VectorType(element, LANES).as_pointer())
 
 
-def _pointer_into(context: Any, builder: ir.IRBuilder, kind: Any, array: ir.Value, index: ir.Value) -> ir.Value:
+def _pointer_into(context: Any, builder: ir.IRBuilder, kind: Any, array: Any, index: Any, vector: ir.Type) -> Any:
     base = context.make_array(kind)(context, builder, array).data
-    return builder.bitcast(builder.gep(base, [index]), V_DOUBLE.as_pointer())
+    return builder.bitcast(builder.gep(base, [index]), vector.as_pointer())
 
 
 def _mask(builder: ir.IRBuilder, count: ir.Value) -> ir.Value:
