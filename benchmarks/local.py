@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -144,6 +143,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="threads of each side; default %(default)s")
     parser.add_argument("--seconds", type=float, default=12, help="time to spend on a shape; default %(default)s")
     arguments = parser.parse_args()
+    about = machine()
     torch.set_num_threads(arguments.threads)
     set_num_threads(arguments.threads)
     print(f"float32, {arguments.threads} threads, medians in ms; x is how many times faster than torch the layer is")
@@ -156,7 +156,7 @@ def main() -> None:
     means = geometric_means(rows)
     print("geometric means: " + "; ".join(f"{name} {value:g}" for name, value in means.items()))
     report = {
-        "machine": machine() | {"threads": arguments.threads, "load before": os.getloadavg()[0]},
+        "machine": about | {"threads": arguments.threads},
         "geometric means": means,
         "rows": rows,
     }
