@@ -49,10 +49,11 @@ check: $(READY)-check $(READY)-test $(READY)-demo  ## Lint, types, the contract,
 	diff -r -x __init__.py -x __pycache__ $(VENV)/generated/sharednorm/v1 client/sharednorm/v1 \
 	    || { echo 'client/sharednorm/v1 is not what proto/ makes: run `make proto`' >&2; exit 1; }
 
-bench: $(READY)-demo $(READY)-torch  ## Compare with PyTorch and measure the server; results go to benchmarks/results
+bench: $(READY)-demo $(READY)-torch  ## Compare with PyTorch and measure the server; writes benchmarks/results and the README's tables
 	$(BIN)/python -m benchmarks.local
 	$(BIN)/python -m benchmarks.remote
 	$(BIN)/python -m benchmarks.plot
+	$(BIN)/python -m benchmarks.tables
 
 proto: $(READY)-check  ## Generate the Python code of proto/ anew
 	$(call generate,$(VENV)/generated)

@@ -1,4 +1,4 @@
-"""The benchmarks' results as Markdown: `python -m benchmarks.tables` prints what stands in the README."""
+"""The benchmarks' results as Markdown: `python -m benchmarks.tables` writes them into the README."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
+README = Path(__file__).parents[1] / "README.md"
 PASSES = ("train", "eval", "backward")
 NAMES = {"train": "train forward", "eval": "eval forward", "backward": "backward"}
 
@@ -60,6 +61,18 @@ def _ms(value: float) -> str:
     return f"{value:#.3g}" if value < 100 else f"{value:.0f}"
 
 
-if __name__ == "__main__":
+def updated(readme: str) -> str:
+    """Return a README whose parts between `<!-- benchmarks: NAME -->` and `<!-- end -->` are those of the results."""
     for name, table in (("local", local_table), ("remote", remote_table)):
-        print(f"{machine(load(name))}\n\n{table(load(name))}\n")
+        report = load(name)
+        head, mark, rest = readme.partition(f"<!-- benchmarks: {name} -->\n")
+        _, end, tail = rest.partition("<!-- end -->")
+        if not (mark and end):
+            raise ValueError(f"the README has no place for the table {name!r}")
+        readme = f"{head}{mark}{table(report)}\n\nMeasured {machine(report)}\n{end}{tail}"
+    return readme
+
+
+if __name__ == "__main__":
+    README.write_text(updated(README.read_text(encoding="utf-8")), encoding="utf-8")
+    print(f"tables: {README}")

@@ -19,6 +19,7 @@ from typing import Any
 import grpc
 import pytest
 
+from benchmarks.tables import updated
 from sharednorm.errors import error_classes
 from tests.support.make import make
 from tests.support.server import server_process
@@ -149,3 +150,8 @@ def test_the_readme_lists_every_error_as_it_is() -> None:
         (cls.__name__, cls.reason, codes[cls.code], next((b.__name__ for b in cls.__bases__ if b in BUILTIN), ""))
         for cls in error_classes()
     ]
+
+
+def test_the_readme_quotes_the_results_that_are_committed() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert updated(readme) == readme, "python -m benchmarks.tables writes them"
