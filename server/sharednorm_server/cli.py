@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import queue
 import signal
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -76,7 +76,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     stop = _stop_on_signals()
     server = _start(config)
     print(shown(server.banner), flush=True)  # noqa: T201 - what others wait for
-    stop.wait()
+    stop.get()
     _log.info("stopping: no new calls, and %g s for those that are running", config.grace)
     return 0 if server.stop(config.grace) else FAILED
 
@@ -92,14 +92,16 @@ def _start(config: ServerConfig) -> RunningServer:
     return server.start(config)
 
 
-def _stop_on_signals() -> threading.Event:
-    stop = threading.Event()
+def _stop_on_signals() -> queue.SimpleQueue[int]:
+    # Not an Event: the handler runs on the main thread, which may hold the lock that Event.set() asks for, since
+    # it is the one that waits. SimpleQueue.put() may interrupt a get().
+    stop: queue.SimpleQueue[int] = queue.SimpleQueue()
 
-    def handle(_signal: int, _frame: FrameType | None) -> None:
+    def handle(received: int, _frame: FrameType | None) -> None:
         # The next one ends the process as it stands.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL)
-        stop.set()
+        stop.put(received)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, handle)

@@ -100,7 +100,9 @@ def start(config: ServerConfig) -> RunningServer:
         StartError: The address cannot be listened on, or the device or store is not part of this release.
     """
     _require_private(config)
-    return serve(config, LayerService(_open_store(config), _open_device(config), config.saved_input_bytes))
+    store, device = _open_store(config), _open_device(config)
+    device.warm_up()
+    return serve(config, LayerService(store, device, config.saved_input_bytes))
 
 
 def serve(config: ServerConfig, service: LayerService) -> RunningServer:

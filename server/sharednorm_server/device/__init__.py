@@ -42,6 +42,10 @@ class Device(Protocol):
         """For people: what it is, for example "cpu (numba, 8 threads)"."""
         ...
 
+    def warm_up(self) -> None:
+        """Get ready, so that the first call does not wait; called once, before the server listens."""
+        ...
+
     def load(self, x: Array) -> DeviceTensor:
         """Bring a tensor to the device. The caller writes to `x` no more: it may be referenced, not copied."""
         ...

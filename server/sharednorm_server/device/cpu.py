@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sharednorm.config import Array, LayerConfig, Vector, check_dtype
+from sharednorm.config import Array, LayerConfig, LayerKind, Vector, check_dtype
 from sharednorm.normalization import Arithmetic, arithmetic, num_threads, set_num_threads
-from sharednorm.state import LayerState, Moments
+from sharednorm.state import LayerState, Moments, blank_state
 from sharednorm_server.device import DeviceTensor
 
 
@@ -44,6 +44,14 @@ class CpuDevice:
         self._arithmetic = arithmetic() if implementation is None else implementation
         count = num_threads()
         self.description = f"cpu ({self._arithmetic.name}, {count} thread{'' if count == 1 else 's'})"
+
+    def warm_up(self) -> None:
+        """Compile, or load from numba's cache, what the first float32 calls would wait for."""
+        config = LayerConfig(LayerKind.BATCH_NORM_2D, maps=1)
+        state, x = blank_state(config), self.load(np.arange(4, dtype=np.float32).reshape(1, 1, 2, 2))
+        _, batch = self.forward(x, state, config)
+        self.evaluate(x, state, config)
+        self.backward(x, x.array, batch, state.scale, config, input_grad=True)
 
     def load(self, x: Array) -> CpuTensor:
         """Reference a tensor.
