@@ -289,17 +289,13 @@ public:
         for (std::size_t i = 0; i < all; ++i) const_cast<volatile char &>(memory_[i]) = static_cast<char>(0xff);
     }
 
-    SharedMemory() = default;
-    SharedMemory(const SharedMemory &) = delete;
-    SharedMemory &operator=(const SharedMemory &) = delete;
-
-    ~SharedMemory() {
-        if (memory_ == nullptr) return;
+    void release() {
 #ifdef EMULATION_THREAD
         munmap(memory_, bytes_ + guard_bytes());
 #else
         std::free(memory_);
 #endif
+        memory_ = nullptr;
     }
 
     char *data() const { return memory_; }
