@@ -18,6 +18,7 @@ from typing import Literal
 from tests.emulation.pycuda_wheel import cache_directory, toolkit
 
 Sanitizer = Literal["address", "thread"]
+SANITIZERS: tuple[Sanitizer, ...] = ("address", "thread")
 
 HERE = Path(__file__).parent
 DRIVER = HERE / "driver"
@@ -48,10 +49,15 @@ def driver() -> Path:
     return target
 
 
-def build(
+def build(sources: Sequence[Path], sanitizer: Sanitizer | None = None) -> bytes:
+    """Compile .cu files to one image for `pycuda.driver.module_from_buffer`; see `build_file`."""
+    return build_file(sources, sanitizer).read_bytes()
+
+
+def build_file(
     sources: Sequence[Path], sanitizer: Sanitizer | None = None, definitions: Sequence[str] = (), ucontext: bool = False
-) -> bytes:
-    """Compile .cu files to one image for `pycuda.driver.module_from_buffer` under the emulated driver.
+) -> Path:
+    """Compile .cu files to one image for the emulated driver, and return its path.
 
     Args:
         sources: The .cu files; what they include is found beside them, in this directory and in the CUDA toolkit.
@@ -79,7 +85,7 @@ def build(
             objects.append(_compile(HERE / "scheduler.cpp", Path(scratch), scheduler))
             # Its own symbols before anybody else's: several images live in one process.
             _link(objects, target, Path(scratch), ["-Wl,-Bsymbolic", *link])
-    return target.read_bytes()
+    return target
 
 
 def runtimes(sanitizer: Sanitizer) -> str:
