@@ -125,7 +125,9 @@ def _link(objects: Sequence[Path], target: Path, scratch: Path, flags: Sequence[
 
 
 def _run(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600, env={**os.environ, "LC_ALL": "C"})
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=600, env={**os.environ, "LC_ALL": "C"}
+    )
     if done.returncode != 0:
         raise CompileError(done.stderr)
     return done.stdout

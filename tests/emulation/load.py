@@ -46,5 +46,5 @@ def count(kind: str) -> int:
 
 
 def fail(rules: str = "") -> None:
-    """Make calls fail, counted from now: as SHAREDNORM_EMULATED_FAIL says it ("" for none). A lost device comes back."""
+    """Make calls fail, counted from now: rules as of SHAREDNORM_EMULATED_FAIL. A lost device comes back."""
     load().emu_fail(rules.encode())

@@ -13,7 +13,6 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import cast
 
 from tests.emulation.build import SANITIZERS, Sanitizer, runtimes
 
@@ -24,9 +23,14 @@ ACTIVE = "SHAREDNORM_EMULATED_SANITIZER"
 def active() -> Sanitizer | None:
     """Return the sanitizer whose runtime this process was started with."""
     name = os.environ.get(ACTIVE, "")
-    if name and name not in SANITIZERS:
-        raise ValueError(f"{ACTIVE} is {name!r} (expected: {', '.join(SANITIZERS)})")
-    return cast(Sanitizer, name) if name else None
+    return _sanitizer(name) if name else None
+
+
+def _sanitizer(name: str) -> Sanitizer:
+    for sanitizer in SANITIZERS:
+        if sanitizer == name:
+            return sanitizer
+    raise ValueError(f"{name!r} is no sanitizer (expected: {', '.join(SANITIZERS)})")
 
 
 def environment(sanitizer: Sanitizer | None, images: Path) -> dict[str, str]:
@@ -71,7 +75,7 @@ def main() -> int:
     if len(sys.argv) < 3 or sys.argv[1] not in SANITIZERS:
         sys.stderr.write(f"usage: python -m tests.emulation.process {'|'.join(SANITIZERS)} ARGUMENTS...\n")
         return 2
-    sanitizer = cast(Sanitizer, sys.argv[1])
+    sanitizer = _sanitizer(sys.argv[1])
     with tempfile.TemporaryDirectory(prefix="sharednorm-") as images:
         needed = {**os.environ, **environment(sanitizer, Path(images))}
         return subprocess.run([sys.executable, *sys.argv[2:]], env=needed, check=False).returncode

@@ -2,6 +2,7 @@
 //
 //   SHAREDNORM_EMULATED_FAIL     which calls fail, separated by commas, each counted from 1:
 //                                allocation:3  the third allocation is out of memory; allocation:3+ all from the third
+//                                              (PyCUDA asks for device memory once more, after collecting garbage)
 //                                launch:2      the second launch is refused, and nothing runs
 //                                fault:2       the second launch faults when it runs: the device is lost
 //                                lost:9        the device is lost from the ninth call on
