@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SOURCES = (ROOT / "client", ROOT / "server")
+SOURCES = (ROOT / "client", ROOT / "server", ROOT / "kernels")
 GENERATED = ("sharednorm.v1.",)
 PROTOBUF = ("google.", *GENERATED)
 GRPC = ("grpc.", "grpc_health.", "grpc_reflection.")
@@ -35,6 +35,7 @@ COMPILED = _client("_numba_arithmetic", "_numba_backward", "_numba_common", "_nu
 EDGE = _server("__main__", "cli", "commands", "server", "servicer", "calls", "listen")
 MEANING = _server("service", "requests", "layers", "saved_inputs", "checks", "paging")
 DEVICE, STORE = _server("device."), _server("store.")
+KERNELS = ("sharednorm_kernels.",)
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,8 @@ LOCAL = tuple(m for m in MODULES if _within(m, ("sharednorm.",)) and m != "share
         pytest.param(_server("layers", "requests", "checks", "paging"), DEVICE, id="the registry knows no device"),
         pytest.param(_server("servicer", "calls"), (*DEVICE, *STORE, *_server("layers")), id="the servicer asks"),
         pytest.param(("sharednorm_server.",), CONNECTION, id="the server is not a client of itself"),
+        pytest.param(KERNELS, ("sharednorm.", "sharednorm_server.", "numpy."), id="the kernels know nobody"),
+        pytest.param(("sharednorm.", *EDGE, *MEANING, *STORE), KERNELS, id="only a device knows the kernels"),
     ],
 )  # fmt: skip
 def test_arrows_point_one_way(importers: tuple[str, ...], forbidden: tuple[str, ...]) -> None:
@@ -145,7 +148,7 @@ def test_each_package_has_its_room(imported: tuple[str, ...], users: tuple[str, 
 
 
 def test_every_room_is_there() -> None:
-    rooms = (*CODEC, *CONNECTION, *COMPILED, *EDGE, *MEANING, *DEVICE, *STORE, *GENERATED)
+    rooms = (*CODEC, *CONNECTION, *COMPILED, *EDGE, *MEANING, *DEVICE, *STORE, *KERNELS, *GENERATED)
     assert [room for room in rooms if room.rstrip(".") not in MODULES] == []
 
 
@@ -162,7 +165,15 @@ def test_the_client_needs_numpy_grpcio_and_protobuf_and_nothing_else_to_be_impor
 
 
 def test_optional_packages_are_those_of_the_extras() -> None:
-    known = {*sys.stdlib_module_names, "numpy", "grpc", "google", "sharednorm", "sharednorm_server"}
+    known = {
+        *sys.stdlib_module_names,
+        "numpy",
+        "grpc",
+        "google",
+        "sharednorm",
+        "sharednorm_server",
+        "sharednorm_kernels",
+    }
     extras = {"numba", "llvmlite", "ml_dtypes", "h5py", "safetensors", "grpc_health", "grpc_reflection"}
     assert {_root(found) for found in IMPORTS} - known <= extras
 

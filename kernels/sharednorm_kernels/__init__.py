@@ -1,0 +1,41 @@
+"""The CUDA kernels of batch normalization, and the Python that finds them and says how they are launched.
+
+The kernels stand in `*.cu` and `*.cuh`; `make kernels` compiles them to one fatbin, which a server loads with
+`pycuda.driver.module_from_buffer(fatbin())`. `plan` says which kernel serves which shape. Nothing here needs a GPU.
+"""
+
+from __future__ import annotations
+
+from sharednorm_kernels.files import FatbinMissing, fatbin, sources
+from sharednorm_kernels.plans import (
+    SUFFIXES,
+    DeviceLimits,
+    Geometry,
+    Plan,
+    Resident,
+    View,
+    entry,
+    finish_geometry,
+    map_geometry,
+    plan,
+    value_geometry,
+    view_of,
+)
+
+__all__ = [
+    "SUFFIXES",
+    "DeviceLimits",
+    "FatbinMissing",
+    "Geometry",
+    "Plan",
+    "Resident",
+    "View",
+    "entry",
+    "fatbin",
+    "finish_geometry",
+    "map_geometry",
+    "plan",
+    "sources",
+    "value_geometry",
+    "view_of",
+]

@@ -1,0 +1,44 @@
+"""Where the kernels are: their sources, and the fatbin that `make kernels` makes of them."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+FATBIN = FOLDER / "sharednorm.fatbin"
+MAIN_SOURCE = FOLDER / "sharednorm.cu"
+CUDA_COMPILER = Path("/usr/local/cuda/bin/nvcc")
+
+
+class FatbinMissing(RuntimeError):
+    """The compiled kernels are not there; the message says what to run."""
+
+
+def fatbin(path: Path = FATBIN) -> bytes:
+    """Return the compiled kernels: machine code for compute capability 8.x and 9.0, and PTX for later ones.
+
+    Raises:
+        FatbinMissing: They have not been compiled; the message names the command.
+    """
+    if path.is_file():
+        return path.read_bytes()
+    if nvcc() is not None:
+        raise FatbinMissing(f"the CUDA kernels have not been compiled ({path} is not there): run `make kernels`")
+    raise FatbinMissing(
+        f"the CUDA kernels have not been compiled ({path} is not there) and there is no nvcc: install the CUDA "
+        "toolkit and run `make kernels`, or install a wheel of sharednorm that has them"
+    )
+
+
+def nvcc() -> Path | None:
+    """Return the path of CUDA's compiler, or None: from PATH, else from where the toolkit installs it."""
+    found = shutil.which("nvcc")
+    if found:
+        return Path(found)
+    return CUDA_COMPILER if CUDA_COMPILER.is_file() else None
+
+
+def sources() -> list[Path]:
+    """Return the kernels' source files, sorted; `MAIN_SOURCE` includes all the others."""
+    return sorted([*FOLDER.glob("*.cu"), *FOLDER.glob("*.cuh")])

@@ -1,0 +1,171 @@
+// Resident kernels: a map's values stay in shared memory between the sums and the result, so that the tensor is read
+// once and written once. Everything that a training forward does, and a backward, is one launch.
+//
+// BLOCKS = 1: a map belongs to one group; a block of several groups takes several small maps.
+// BLOCKS = 2, 4, 8: a map belongs to a cluster of that many blocks, each with one part of it. The blocks read each
+// other's moments through distributed shared memory and merge them in the order of their ranks.
+//
+// A thread reads back only what it wrote itself: no barrier is needed for the tiles, and the 16 bytes of
+// neighbouring threads lie side by side, so no banks collide.
+#pragma once
+
+#include "split.cuh"
+
+namespace sharednorm {
+
+// Shared memory: what group_sum needs, three float64 for the cluster, then the tiles.
+constexpr int EXCHANGE = SCRATCH;                 // in doubles
+constexpr int RESERVED = (SCRATCH + 4) * 8 / 16;  // in tiles
+
+__device__ __forceinline__ double *scratch_of(uint4 *memory) { return reinterpret_cast<double *>(memory); }
+
+// Place of a thread's k-th tile.
+__device__ __forceinline__ uint4 *own_tile(uint4 *memory, int k) {
+    return memory + RESERVED + k * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x);
+}
+
+// Puts three numbers of each block where the others see them, and calls use(numbers) for each rank in order.
+template <int BLOCKS, class Use>
+__device__ __forceinline__ void exchange(double *scratch, const Moments &mine, Use use) {
+#ifdef SHAREDNORM_CLUSTERS
+    if (threadIdx.x == 0) {
+        scratch[EXCHANGE] = mine.count;
+        scratch[EXCHANGE + 1] = mine.mean;
+        scratch[EXCHANGE + 2] = mine.m2;
+    }
+    cluster_barrier();
+    UNROLLED
+    for (int rank = 0; rank < BLOCKS; ++rank) {
+        const double *other = shared_of_block(scratch + EXCHANGE, rank);
+        use(Moments{other[0], other[1], other[2]});
+    }
+    cluster_barrier();  // a block that ends takes its shared memory with it
+#endif
+}
+
+// The moments of the whole map from those of the block's part.
+template <int BLOCKS>
+__device__ __forceinline__ Moments moments_of_map(double *scratch, const Moments &mine) {
+    if constexpr (BLOCKS == 1) {
+        return mine;
+    } else {
+        Moments total{0.0, 0.0, 0.0};
+        exchange<BLOCKS>(scratch, mine, [&](const Moments &each) { total = merged(total, each); });
+        return total;
+    }
+}
+
+template <int BLOCKS>
+__device__ __forceinline__ Pair sums_of_map(double *scratch, const Pair &mine) {
+    if constexpr (BLOCKS == 1) {
+        return mine;
+    } else {
+        Pair total{0.0, 0.0};
+        exchange<BLOCKS>(scratch, Moments{0.0, mine.first, mine.second}, [&](const Moments &each) {
+            total.first += each.mean;
+            total.second += each.m2;
+        });
+        return total;
+    }
+}
+
+// moments: float64 (2, maps): mean, m2
+template <class T, int BLOCKS>
+__device__ __forceinline__ void forward_resident(const typename T::Raw *x, typename T::Raw *y,
+                                                 const Parameters &parameters, const Statistics &statistics,
+                                                 double *moments, const Shape &shape, const Sharing &sharing,
+                                                 uint4 *memory) {
+    const Share share = my_share<T>(shape, sharing);
+    const double shift = shift_of<T>(x, shape, share);
+    Pair sums{0.0, 0.0};
+    int k = 0;
+    for (Walk<T> walk(shape, share, sharing); walk.more();) {
+        Tile tiles[UNROLL];
+        uint4 bytes[UNROLL];
+        UNROLLED
+        for (int i = 0; i < UNROLL; ++i) {
+            tiles[i] = walk.take();
+            bytes[i] = load_tile<T>(x, tiles[i], shape.size());
+        }
+        UNROLLED
+        for (int i = 0; i < UNROLL; ++i, ++k) {
+            if (tiles[i].valid != 0) *own_tile(memory, k) = bytes[i];
+            add_deviations<T>(sums, unpack<T>(bytes[i]), tiles[i], shift);
+        }
+    }
+    double *scratch = scratch_of(memory);
+    const Moments part = moments_of(share.count(), shift, group_sum(sums, sharing.group, scratch));
+    const Moments batch = moments_of_map<BLOCKS>(scratch, part);
+    const bool there = share.map < shape.maps;
+    if (there && share.part == 0 && threadIdx.x % sharing.group == 0) {
+        moments[share.map] = batch.mean;
+        moments[shape.maps + share.map] = batch.m2;
+        update_statistics(statistics, share.map, batch);
+    }
+    const Affine affine = affine_of(batch.mean, batch.m2 / batch.count, there ? parameters.scale[share.map] : 0.0f,
+                                    there ? parameters.bias[share.map] : 0.0f, parameters.epsilon);
+    k = 0;
+    for (Walk<T> walk(shape, share, sharing); walk.more(); ++k) {
+        const Tile tile = walk.take();
+        Values<T> values = unpack<T>(*own_tile(memory, k));
+        UNROLLED
+        for (int j = 0; j < PER_TILE<T>; ++j) values.of[j] = affine(values.of[j]);
+        store_tile<T>(y, tile, values);
+    }
+}
+
+struct ParameterGradients {
+    float *scale, *bias;  // (maps,)
+};
+
+// Two tiles a place: the input's at 2 k, the gradient's at 2 k + 1.
+template <class T, int BLOCKS>
+__device__ __forceinline__ void backward_resident(const typename T::Raw *x, const typename T::Raw *grad,
+                                                  typename T::Raw *dx, const double *moments,
+                                                  const Parameters &parameters, const ParameterGradients &gradients,
+                                                  const Shape &shape, const Sharing &sharing, uint4 *memory) {
+    const Share share = my_share<T>(shape, sharing);
+    const bool there = share.map < shape.maps;
+    const Moments batch{static_cast<double>(shape.images) * shape.area, there ? moments[share.map] : 0.0,
+                        there ? moments[shape.maps + share.map] : 0.0};
+    const float hi = static_cast<float>(batch.mean);
+    Pair sums{0.0, 0.0};
+    int k = 0;
+    for (Walk<T> walk(shape, share, sharing); walk.more();) {
+        Tile tiles[UNROLL / 2];
+        uint4 inputs[UNROLL / 2], upper[UNROLL / 2];
+        UNROLLED
+        for (int i = 0; i < UNROLL / 2; ++i) {
+            tiles[i] = walk.take();
+            inputs[i] = load_tile<T>(x, tiles[i], shape.size());
+            upper[i] = load_tile<T>(grad, tiles[i], shape.size());
+        }
+        UNROLLED
+        for (int i = 0; i < UNROLL / 2; ++i, ++k) {
+            if (tiles[i].valid != 0) {
+                *own_tile(memory, 2 * k) = inputs[i];
+                *own_tile(memory, 2 * k + 1) = upper[i];
+            }
+            add_products<T>(sums, unpack<T>(inputs[i]), unpack<T>(upper[i]), tiles[i], hi);
+        }
+    }
+    double *scratch = scratch_of(memory);
+    const Pair total = sums_of_map<BLOCKS>(scratch, group_sum(sums, sharing.group, scratch));
+    const Gradients result = gradients_of(batch, total, there ? parameters.scale[share.map] : 0.0f,
+                                          parameters.epsilon);
+    if (there && share.part == 0 && threadIdx.x % sharing.group == 0) {
+        gradients.scale[share.map] = result.scale;
+        gradients.bias[share.map] = result.bias;
+    }
+    k = 0;
+    for (Walk<T> walk(shape, share, sharing); walk.more(); ++k) {
+        const Tile tile = walk.take();
+        const Values<T> input = unpack<T>(*own_tile(memory, 2 * k));
+        Values<T> values = unpack<T>(*own_tile(memory, 2 * k + 1));
+        UNROLLED
+        for (int j = 0; j < PER_TILE<T>; ++j) values.of[j] = result.input(input.of[j], values.of[j]);
+        store_tile<T>(dx, tile, values);
+    }
+}
+
+}  // namespace sharednorm

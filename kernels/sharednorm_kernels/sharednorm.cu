@@ -1,0 +1,176 @@
+// The entries: every kernel under a plain name, for each element type.
+//
+// Versions of a training forward, from the simplest to the fastest; a backward has the same four:
+//   naive     naive.cuh     one thread a map: the reference to read
+//   split     split.cuh     moments, then finish, then apply: three trips over the tensor, for every shape
+//   resident  resident.cuh  one group keeps a map in shared memory: two trips, for maps up to what a block can hold
+//   cluster   resident.cuh  a cluster of blocks keeps a map: two trips, on compute capability 9.0 and later
+// Which one serves which shape, and with how many threads, is said by plan() in plans.py.
+//
+// Names end with the element type: f32, f16, bf16. Tensors are (images, maps, area), C-contiguous, at multiples of 16
+// bytes, and no output overlaps an input. Parameters and statistics are float32 (maps,). moments: float64 (2, maps):
+// mean and m2, the sum of squared deviations. coefficients: float32 (3, maps) of a forward: hi, factor, offset;
+// (4, maps) of a backward: hi, factor, slope, offset. parts: float64 (maps, parts, 2). nonfinite: one unsigned, which
+// a caller sets to 0 before. weight: what the batch weighs in the running statistics.
+// Kernels with parts, and resident ones, need RESERVED * 16 bytes of dynamic shared memory, and the latter their tiles.
+
+#include "naive.cuh"
+#include "resident.cuh"
+
+using namespace sharednorm;
+
+#define ENTRY extern "C" __global__ void __launch_bounds__(MAX_THREADS)
+#define STATISTICS_ARGUMENTS                                                                                        \
+    const float *old_mean, const float *old_var, float *new_mean, float *new_var, double weight, unsigned *nonfinite
+#define STATISTICS Statistics{old_mean, old_var, new_mean, new_var, weight, nonfinite}
+
+// ---- once a map; one warp a map where parts are merged, one thread a map where not
+
+ENTRY finish_backward(const double *parts, int number, const double *moments, double count, const float *scale,
+                      double epsilon, float *coefficients, float *scale_grad, float *bias_grad, int maps) {
+    const long long map = my_map();
+    const Pair sums = add_parts(parts, number, maps, map);
+    if (map < maps && threadIdx.x % WARP == 0) {
+        const Gradients result = gradients_of(Moments{count, moments[map], moments[maps + map]}, sums, scale[map],
+                                              epsilon);
+        coefficients[map] = result.input.hi;
+        coefficients[maps + map] = result.input.factor;
+        coefficients[2ll * maps + map] = result.input.slope;
+        coefficients[3ll * maps + map] = result.input.offset;
+        scale_grad[map] = result.scale;
+        bias_grad[map] = result.bias;
+    }
+}
+SHAREDNORM_KERNEL(finish_backward);
+
+ENTRY affine_of_moments(const double *moments, double count, const float *scale, const float *bias, double epsilon,
+                        float *coefficients, int maps) {
+    const long long map = my_number();
+    if (map < maps) {
+        const double var = moments[maps + map] / count;
+        write_affine(coefficients, maps, map, affine_of(moments[map], var, scale[map], bias[map], epsilon));
+    }
+}
+SHAREDNORM_KERNEL(affine_of_moments);
+
+ENTRY affine_of_running(const float *mean, const float *var, const float *scale, const float *bias, double epsilon,
+                        float *coefficients, int maps) {
+    const long long map = my_number();
+    if (map < maps) {
+        write_affine(coefficients, maps, map, affine_of(mean[map], var[map], scale[map], bias[map], epsilon));
+    }
+}
+SHAREDNORM_KERNEL(affine_of_running);
+
+// ---- for each element type
+
+#define NAIVE_ENTRIES(T, suffix)                                                                                    \
+    ENTRY naive_moments_##suffix(const T::Raw *x, double *moments, int images, int maps, int area) {                \
+        naive_moments<T>(x, moments, Shape{images, maps, area});                                                    \
+    }                                                                                                               \
+    SHAREDNORM_KERNEL(naive_moments_##suffix);                                                                      \
+    ENTRY naive_backward_sums_##suffix(const T::Raw *x, const T::Raw *grad, const double *moments, double *sums,    \
+                                       int images, int maps, int area) {                                            \
+        naive_backward_sums<T>(x, grad, moments, sums, Shape{images, maps, area});                                  \
+    }                                                                                                               \
+    SHAREDNORM_KERNEL(naive_backward_sums_##suffix);                                                                \
+    ENTRY naive_apply_##suffix(const T::Raw *x, const float *coefficients, T::Raw *y, int images, int maps,         \
+                               int area) {                                                                          \
+        naive_apply<T>(x, coefficients, y, Shape{images, maps, area});                                              \
+    }                                                                                                               \
+    SHAREDNORM_KERNEL(naive_apply_##suffix);                                                                        \
+    ENTRY naive_backward_apply_##suffix(const T::Raw *x, const T::Raw *grad, const float *coefficients, T::Raw *dx, \
+                                        int images, int maps, int area) {                                           \
+        naive_backward_apply<T>(x, grad, coefficients, dx, Shape{images, maps, area});                              \
+    }                                                                                                               \
+    SHAREDNORM_KERNEL(naive_backward_apply_##suffix)
+
+#define SPLIT_ENTRIES(T, suffix)                                                                                    \
+    ENTRY moments_##suffix(const T::Raw *x, double *parts, int images, int maps, int area, int image_parts,         \
+                           int area_parts, int group, int lanes) {                                                  \
+        SHARED_MEMORY(memory);                                                                                      \
+        moments<T>(x, parts, Shape{images, maps, area}, Sharing{image_parts, area_parts, group, lanes},             \
+                   scratch_of(memory));                                                                             \
+    }                                                                                                               \
+    SHAREDNORM_KERNEL(moments_##suffix);                                                                            \
+    ENTRY finish_moments_##suffix(const double *parts, double *moments, int images, int maps, int area,             \
+                                  int image_parts, int area_parts) {                                                \
+        finish_moments<T>(parts, moments, Shape{images, maps, area}, Sharing{image_parts, area_parts, WARP, 1});    \
+    }                                                                                                               \
+    SHAREDNORM_KERNEL(finish_moments_##suffix);                                                                     \
+    ENTRY finish_forward_##suffix(const double *parts, const float *scale, const float *bias, double epsilon,       \
+                                  STATISTICS_ARGUMENTS, double *moments, float *coefficients, int images, int maps, \
+                                  int area, int image_parts, int area_parts) {                                      \
+        finish_forward<T>(parts, Parameters{scale, bias, epsilon}, STATISTICS, moments, coefficients,               \
+                          Shape{images, maps, area}, Sharing{image_parts, area_parts, WARP, 1});                    \
+    }                                                                                                               \
+    SHAREDNORM_KERNEL(finish_forward_##suffix);                                                                     \
+    ENTRY apply_##suffix(const T::Raw *x, const float *coefficients, T::Raw *y, int images, int maps, int area,     \
+                         int image_parts, int area_parts, int group, int lanes) {                                   \
+        apply<T>(x, coefficients, y, Shape{images, maps, area}, Sharing{image_parts, area_parts, group, lanes});    \
+    }                                                                                                               \
+    SHAREDNORM_KERNEL(apply_##suffix);                                                                              \
+    ENTRY backward_sums_##suffix(const T::Raw *x, const T::Raw *grad, const double *moments, double *parts,         \
+                                 int images, int maps, int area, int image_parts, int area_parts, int group,        \
+                                 int lanes) {                                                                       \
+        SHARED_MEMORY(memory);                                                                                      \
+        backward_sums<T>(x, grad, moments, parts, Shape{images, maps, area},                                        \
+                         Sharing{image_parts, area_parts, group, lanes}, scratch_of(memory));                       \
+    }                                                                                                               \
+    SHAREDNORM_KERNEL(backward_sums_##suffix);                                                                      \
+    ENTRY backward_apply_##suffix(const T::Raw *x, const T::Raw *grad, const float *coefficients, T::Raw *dx,       \
+                                  int images, int maps, int area, int image_parts, int area_parts, int group,       \
+                                  int lanes) {                                                                      \
+        backward_apply<T>(x, grad, coefficients, dx, Shape{images, maps, area},                                     \
+                          Sharing{image_parts, area_parts, group, lanes});                                          \
+    }                                                                                                               \
+    SHAREDNORM_KERNEL(backward_apply_##suffix)
+
+// image_parts * area_parts is the number of blocks: each block of a cluster has one part of the map.
+#define RESIDENT_ENTRIES(T, suffix, kind, blocks, bounds)                                                           \
+    extern "C" __global__ void bounds forward_##kind##_##suffix(                                                    \
+        const T::Raw *x, T::Raw *y, const float *scale, const float *bias, double epsilon, STATISTICS_ARGUMENTS,    \
+        double *moments, int images, int maps, int area, int image_parts, int area_parts, int group, int lanes) {   \
+        SHARED_MEMORY(memory);                                                                                      \
+        forward_resident<T, blocks>(x, y, Parameters{scale, bias, epsilon}, STATISTICS, moments,                    \
+                                    Shape{images, maps, area}, Sharing{image_parts, area_parts, group, lanes},      \
+                                    memory);                                                                        \
+    }                                                                                                               \
+    SHAREDNORM_CLUSTER_KERNEL(forward_##kind##_##suffix, blocks);                                                   \
+    extern "C" __global__ void bounds backward_##kind##_##suffix(                                                   \
+        const T::Raw *x, const T::Raw *grad, T::Raw *dx, const double *moments, const float *scale, double epsilon, \
+        float *scale_grad, float *bias_grad, int images, int maps, int area, int image_parts, int area_parts,       \
+        int group, int lanes) {                                                                                     \
+        SHARED_MEMORY(memory);                                                                                      \
+        backward_resident<T, blocks>(x, grad, dx, moments, Parameters{scale, nullptr, epsilon},                     \
+                                     ParameterGradients{scale_grad, bias_grad}, Shape{images, maps, area},          \
+                                     Sharing{image_parts, area_parts, group, lanes}, memory);                       \
+    }                                                                                                               \
+    SHAREDNORM_CLUSTER_KERNEL(backward_##kind##_##suffix, blocks)
+
+#define BLOCK_BOUNDS __launch_bounds__(MAX_THREADS, 2)
+#ifdef SHAREDNORM_EMULATED
+#define CLUSTER_BOUNDS(blocks)  // the announcement says how large a cluster is
+#else
+#define CLUSTER_BOUNDS(blocks) __cluster_dims__(blocks, 1, 1) __launch_bounds__(MAX_THREADS, 2)
+#endif
+
+#define TYPE_ENTRIES(T, suffix)                                         \
+    NAIVE_ENTRIES(T, suffix);                                           \
+    SPLIT_ENTRIES(T, suffix);                                           \
+    RESIDENT_ENTRIES(T, suffix, resident, 1, BLOCK_BOUNDS)
+
+TYPE_ENTRIES(Float32, f32);
+TYPE_ENTRIES(Float16, f16);
+TYPE_ENTRIES(BFloat16, bf16);
+
+#ifdef SHAREDNORM_CLUSTERS
+#define CLUSTER_ENTRIES(T, suffix)                                      \
+    RESIDENT_ENTRIES(T, suffix, cluster2, 2, CLUSTER_BOUNDS(2));        \
+    RESIDENT_ENTRIES(T, suffix, cluster4, 4, CLUSTER_BOUNDS(4));        \
+    RESIDENT_ENTRIES(T, suffix, cluster8, 8, CLUSTER_BOUNDS(8))
+
+CLUSTER_ENTRIES(Float32, f32);
+CLUSTER_ENTRIES(Float16, f16);
+CLUSTER_ENTRIES(BFloat16, bf16);
+#endif
