@@ -1,0 +1,26 @@
+"""Whether this machine can compile the kernels for the host, and the image that it then makes."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from sharednorm_kernels.files import MAIN_SOURCE
+from tests.emulation.build import build_file
+from tests.emulation.pycuda_wheel import BuildError, toolkit
+
+NEEDED = "they need g++ and the CUDA toolkit's headers"
+
+
+def can_compile() -> bool:
+    """Return whether this machine has what the compilation needs."""
+    try:
+        headers = toolkit() / "include"
+    except BuildError:
+        return False
+    return shutil.which("g++") is not None and (headers / "cuda_fp16.h").is_file()
+
+
+def compiled_image() -> Path:
+    """Return the image of the kernels for the host, compiled if it has not been."""
+    return build_file([MAIN_SOURCE])
