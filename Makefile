@@ -7,6 +7,9 @@ ARGS   ?=
 # TORCH=1 installs PyTorch, an oracle of the tests and the peer of the benchmarks. Of its builds pip takes the one
 # that its settings lead to; the one for the CPU is enough.
 TORCH  ?=
+# CUDA=1 builds PyCUDA, about a minute once per machine, for the tests that run it on an emulated driver: no GPU, but
+# the CUDA toolkit's headers and g++.
+CUDA   ?=
 # make serve LISTEN=unix:/run/sharednorm.sock
 LISTEN ?= 127.0.0.1:50051
 DEVICE ?= cpu
@@ -25,7 +28,7 @@ READY  := $(VENV)/.ready
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test serve check bench proto clean
+.PHONY: help demo test serve check bench kernels proto clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -33,7 +36,7 @@ help:  ## List the targets
 demo: $(READY)-demo  ## Several processes share layers on one server, on real data (under a minute)
 	$(BIN)/python -m examples.demo
 
-test: $(READY)-test $(if $(TORCH),$(READY)-torch)  ## Run every test that this machine can run; TORCH=1 compares with PyTorch too
+test: $(READY)-test $(if $(TORCH),$(READY)-torch) $(if $(CUDA),$(READY)-cuda)  ## Run every test that this machine can run; TORCH=1 adds PyTorch, CUDA=1 PyCUDA
 	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 serve: $(READY)-server  ## Run a server in the foreground; LISTEN=, DEVICE= and STATE= are its options
@@ -55,14 +58,17 @@ bench: $(READY)-demo $(READY)-torch  ## Compare with PyTorch and measure the ser
 	$(BIN)/python -m benchmarks.plot
 	$(BIN)/python -m benchmarks.tables
 
+kernels:  ## Compile the CUDA kernels into a fatbin, which needs nvcc; warnings and spilled registers are errors
+	PYTHONPATH=kernels $(PYTHON) -m sharednorm_kernels.build
+
 proto: $(READY)-check  ## Generate the Python code of proto/ anew
 	$(call generate,$(VENV)/generated)
 	find client/sharednorm/v1 -name '*_pb2*' -delete
 	cp $(VENV)/generated/sharednorm/v1/* client/sharednorm/v1/
 
 clean:  ## Remove what the targets made, virtual environments included
-	rm -rf .venv .venv-* build dist demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find client server tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -rf .venv .venv-* build dist demo-output kernels/sharednorm_kernels/sharednorm.fatbin .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find client server kernels tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # $(call generate,DIRECTORY): the Python code of proto/, into an empty directory.
 PROTOC = $(BIN)/python -m grpc_tools.protoc --proto_path=proto \
@@ -76,6 +82,11 @@ endef
 # One marker for each set of packages, an extra of pyproject.toml; a changed pyproject.toml installs anew.
 $(READY)-torch: $(READY)-test Makefile
 	$(BIN)/pip install --quiet 'torch==$(TORCH_VERSION)'
+	@touch $@
+
+$(READY)-cuda: $(READY)-test Makefile tests/emulation/pycuda_wheel.py
+	@echo 'building PyCUDA, unless this machine has built it before'
+	$(BIN)/python -m tests.emulation.pycuda_wheel
 	@touch $@
 
 $(READY)-%: pyproject.toml | $(VENV)/.created

@@ -12,27 +12,32 @@ import pytest
 
 from tests.support.distributions import ROOT, Distributions, build
 
-FOLDERS = ("benchmarks", "client", "docs", "examples", "proto", "server", "tests")
+FOLDERS = ("benchmarks", "client", "docs", "examples", "kernels", "proto", "server", "tests")
 FILES = ("CHANGELOG.md", "LICENSE", "Makefile", "README.md", "buf.yaml", "pyproject.toml")
+FATBIN = "sharednorm_kernels/sharednorm.fatbin"
 
 
 def _sources(*folders: str) -> set[str]:
-    """Paths of the files in some folders, without what running them leaves behind."""
+    """Paths of the files in some folders, without what running them or `make kernels` leaves behind."""
     return {
         str(path.relative_to(ROOT))
         for folder in folders
         for path in (ROOT / folder).rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts and path.suffix != ".pyc"
+        if path.is_file() and "__pycache__" not in path.parts and path.suffix not in {".pyc", ".fatbin"}
     }
 
 
 def _contents(wheel: Path) -> dict[str, str]:
     with zipfile.ZipFile(wheel) as archive:
-        return {name: hashlib.sha256(archive.read(name)).hexdigest() for name in archive.namelist()}
+        return {
+            name: hashlib.sha256(archive.read(name)).hexdigest()
+            for name in archive.namelist()
+            if name != FATBIN and not name.endswith("/RECORD")  # there after `make kernels`, and listed in RECORD
+        }
 
 
-def test_the_wheel_has_every_file_of_the_two_packages_and_no_other(distributions: Distributions) -> None:
-    expected = {path.partition("/")[2] for path in _sources("client", "server")}
+def test_the_wheel_has_every_file_of_the_three_packages_and_no_other(distributions: Distributions) -> None:
+    expected = {path.partition("/")[2] for path in _sources("client", "server", "kernels")}
     found = {name for name in _contents(distributions.wheel) if ".dist-info/" not in name}
     assert found == expected
 
@@ -42,6 +47,9 @@ def test_the_wheel_has_every_file_of_the_two_packages_and_no_other(distributions
     [
         "sharednorm/py.typed",
         "sharednorm_server/py.typed",
+        "sharednorm_kernels/py.typed",
+        "sharednorm_kernels/sharednorm.cu",
+        "sharednorm_kernels/device.cuh",
         "sharednorm/v1/service_pb2.py",
         "sharednorm/v1/service_pb2.pyi",
         "sharednorm/v1/service_pb2_grpc.py",
@@ -77,10 +85,21 @@ def test_the_sdist_has_nothing_that_a_run_leaves_behind(distributions: Distribut
         names = [name.partition("/")[2] for name in archive.getnames()]
     roots = {name.partition("/")[0] for name in names}
     assert roots <= {*FOLDERS, *FILES, "PKG-INFO", ".gitignore"}
-    assert [name for name in names if name.endswith((".pyc", ".so")) or "__pycache__" in name] == []
+    assert [name for name in names if name.endswith((".pyc", ".so", ".fatbin")) or "__pycache__" in name] == []
 
 
 def test_the_sdist_and_the_checkout_make_the_same_wheel(distributions: Distributions, tmp_path: Path) -> None:
     build(ROOT, tmp_path, "--wheel")
     (wheel,) = tmp_path.glob("*.whl")
     assert _contents(wheel) == _contents(distributions.wheel)
+
+
+def test_a_wheel_built_after_make_kernels_has_the_fatbin(distributions: Distributions, tmp_path: Path) -> None:
+    with tarfile.open(distributions.sdist) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (source,) = tmp_path.iterdir()
+    (source / "kernels" / FATBIN).write_bytes(b"compiled")
+    build(source, tmp_path / "out", "--wheel")
+    (wheel,) = (tmp_path / "out").glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        assert archive.read(FATBIN) == b"compiled"

@@ -8,7 +8,7 @@ import pytest
 
 from tests.support.make import make
 
-TARGETS = ("demo", "test", "serve", "check", "bench", "proto", "clean")
+TARGETS = ("demo", "test", "serve", "check", "bench", "kernels", "proto", "clean")
 
 
 def _python(path: Path, script: str) -> str:
