@@ -7,6 +7,7 @@ from pathlib import Path
 
 from sharednorm_kernels.files import MAIN_SOURCE
 from tests.emulation.build import build_file
+from tests.emulation.process import active
 from tests.emulation.pycuda_wheel import BuildError, toolkit
 
 NEEDED = "they need g++ and the CUDA toolkit's headers"
@@ -22,5 +23,5 @@ def can_compile() -> bool:
 
 
 def compiled_image() -> Path:
-    """Return the image of the kernels for the host, compiled if it has not been."""
-    return build_file([MAIN_SOURCE])
+    """Return the image for the host, compiled if it has not been, for the sanitizer of this process if there is one."""
+    return build_file([MAIN_SOURCE], active())

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sharednorm_kernels import Geometry, Resident, View, entry, finish_geometry, map_geometry, value_geometry
+from tests.emulation.process import active
 from tests.support.oracle import dtype
 
 Array = npt.NDArray[Any]
@@ -58,6 +59,13 @@ class Buffer:
         """Where the values begin."""
         return int(self._raw.ctypes.data)
 
+    def guard(self, on: bool) -> None:
+        """Under AddressSanitizer, let it catch every access to the guard zones, reads too, or no longer."""
+        if active() == "address":
+            change = getattr(ctypes.CDLL(None), f"__asan_{'' if on else 'un'}poison_memory_region")
+            for zone in self._zones:
+                change(ctypes.c_void_p(zone.ctypes.data), ctypes.c_size_t(zone.size))
+
     def check(self) -> None:
         """Fail if something wrote around the values."""
         for zone in self._zones:
@@ -83,10 +91,14 @@ class Kernels:
         values = [_c_value(each) for each in arguments]
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(each) for each in values))
         launch = _Launch((geometry.blocks, 1, 1), (geometry.threads, 1, 1), geometry.shared_bytes, pointers)
+        buffers = [each for each in arguments if isinstance(each, Buffer)]
+        for each in buffers:
+            each.guard(on=True)
         self._image.emu_run(kernel, ctypes.byref(launch))
-        for each in arguments:
-            if isinstance(each, Buffer):
-                each.check()
+        for each in buffers:
+            each.guard(on=False)
+        for each in buffers:
+            each.check()
 
 
 def _c_value(argument: Buffer | float) -> Any:
