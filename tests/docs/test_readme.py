@@ -21,6 +21,7 @@ import pytest
 
 from benchmarks.tables import updated
 from sharednorm.errors import error_classes
+from tests.emulation.build import SANITIZERS
 from tests.support.make import make
 from tests.support.server import server_process
 
@@ -86,6 +87,20 @@ def _check_make(command: str) -> None:
     assert result.returncode == 0, result.stderr
 
 
+def _check_schedule(command: str) -> None:
+    setting, _, rest = command.partition(" ")
+    _check_make(rest)
+    name = setting.partition("=")[0]
+    assert name in (ROOT / "tests" / "emulation" / "scheduler.cpp").read_text(encoding="utf-8")
+
+
+def _check_sanitizer(command: str) -> None:
+    # What they do is tested beside them; here, that these words are understood.
+    sanitizer, *arguments = command.partition(" tests.emulation.process ")[2].split()
+    assert sanitizer in SANITIZERS
+    assert (ROOT / arguments[-1]).exists()
+
+
 def _check_pip(command: str) -> None:
     declared = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
     asked = [name for names in re.findall(r"\[([\w,]+)\]", command) for name in names.split(",")]
@@ -128,6 +143,8 @@ def run_python(*arguments: str) -> str:
 
 CHECKS: dict[str, Callable[[str], None]] = {
     "make ": _check_make,
+    "SHAREDNORM_EMULATED_SCHEDULE=": _check_schedule,
+    ".venv/bin/python -m tests.emulation.process ": _check_sanitizer,
     "pip install ": _check_pip,
     "sharednorm serve": _check_serve,
     ".venv/bin/sharednorm ls": _check_query,
