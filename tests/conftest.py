@@ -1,7 +1,8 @@
 """What every suite shares: tests that a machine cannot run are left out, listed at the end, and refused where asked.
 
-The environment variable SHAREDNORM_LEFT_OUT says what may be left out: "anything" (the default), "torch" (only
-comparisons with PyTorch), or "nothing"; what is left out against it fails the run.
+The environment variable SHAREDNORM_LEFT_OUT says what may be left out: "anything" (the default), "nothing", or, with a
+comma between them, "torch" (comparisons with PyTorch) and "cuda" (what runs on PyCUDA); what is left out against it
+fails the run.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ settings.load_profile("sharednorm")
 
 LEFT_OUT = "SHAREDNORM_LEFT_OUT"
 NEEDS_TORCH = "compares with PyTorch, which is not installed"
-HOW_TO_ADD = "make test TORCH=1"
+KINDS = {"torch": ("that compare{s} with PyTorch", "make test TORCH=1"),
+         "cuda": ("that run{s} on PyCUDA", "make test CUDA=1")}  # fmt: skip
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -43,9 +45,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     left_out = _left_out(terminalreporter)
     for (what, reason), number in sorted(left_out.items()):
         things = f"{number} {what}{'s' if number > 1 else ''}"
-        if _needs_torch(reason):
-            that = "that compare" if number > 1 else "that compares"
-            terminalreporter.write_line(f"left out: {things} {that} with PyTorch; to add: {HOW_TO_ADD}", yellow=True)
+        kind = _kind(reason)
+        if kind:
+            that, command = KINDS[kind]
+            which = that.format(s="" if number > 1 else "s")
+            terminalreporter.write_line(f"left out: {things} {which}; to add: {command}", yellow=True)
         else:
             terminalreporter.write_line(f"left out: {things}: {reason}", yellow=True)
     if _refused(left_out):
@@ -63,12 +67,17 @@ def _left_out(reporter: pytest.TerminalReporter) -> Counter[tuple[str, str]]:
     return skipped
 
 
-def _needs_torch(reason: str) -> bool:
-    return reason == NEEDS_TORCH or "'torch'" in reason
+def _kind(reason: str) -> str:
+    if reason == NEEDS_TORCH or "'torch'" in reason:
+        return "torch"
+    return "cuda" if "PyCUDA" in reason else ""
 
 
 def _refused(left_out: Counter[tuple[str, str]]) -> bool:
     allowed = os.environ.get(LEFT_OUT, "anything")
-    if allowed not in {"anything", "torch", "nothing"}:
-        raise pytest.UsageError(f"{LEFT_OUT} is {allowed!r} (expected: anything, torch or nothing)")
-    return any(allowed == "nothing" or not _needs_torch(reason) for _, reason in left_out) and allowed != "anything"
+    words = set(allowed.split(","))
+    if words not in ({"anything"}, {"nothing"}) and not words <= KINDS.keys():
+        raise pytest.UsageError(
+            f"{LEFT_OUT} is {allowed!r} (expected: anything, nothing, or torch,cuda or one of them)"
+        )
+    return any(_kind(reason) not in words for _, reason in left_out) and words != {"anything"}

@@ -19,7 +19,9 @@
     ├── InputEvicted                    the server no longer keeps a forward's input
     ├── MalformedMessage                a message contradicts itself
     ├── LimitExceeded                   larger than the server's limit
+    ├── DeviceOutOfMemory               the server's GPU has no room for the call now
     ├── ServerUnavailable               not there, gone, or stopping            (also a ConnectionError)
+    │   └── DeviceLost                  the server's GPU has failed, and the server ends
     ├── DeadlineExceeded                no answer in time                       (also a TimeoutError)
     ├── CallCancelled                   the call was given up
     ├── IncompatibleServer              another protocol, or not a sharednorm server
@@ -166,8 +168,16 @@ class LimitExceeded(SharedNormError, reason="LIMIT_EXCEEDED", code=RESOURCE_EXHA
     """A request is larger than the server allows; the message says which limit."""
 
 
+class DeviceOutOfMemory(SharedNormError, reason="DEVICE_OUT_OF_MEMORY", code=RESOURCE_EXHAUSTED):
+    """The GPU has no room for a call, also without the inputs that were kept for backwards. Later it may have."""
+
+
 class ServerUnavailable(SharedNormError, ConnectionError, reason="UNAVAILABLE", code=UNAVAILABLE):
     """The server is not there, has gone in the middle of a call, or is stopping."""
+
+
+class DeviceLost(ServerUnavailable, reason="DEVICE_LOST", code=UNAVAILABLE):
+    """The server's GPU has failed and cannot be used any more by that process, which ends; nothing was changed."""
 
 
 class DeadlineExceeded(SharedNormError, TimeoutError, reason="DEADLINE_EXCEEDED", code=DEADLINE_EXCEEDED):

@@ -41,6 +41,19 @@ class Moments:
 
 
 @dataclass(frozen=True, eq=False)
+class RunningStatistics:
+    """Running mean and variance of a layer, float32 (C,), read-only."""
+
+    mean: Vector
+    var: Vector
+
+    def __post_init__(self) -> None:
+        """See that nobody can write to the arrays."""
+        self.mean.setflags(write=False)
+        self.var.setflags(write=False)
+
+
+@dataclass(frozen=True, eq=False)
 class LayerState:
     """Parameters, statistics and gradients of a layer at one version. Arrays are float32 (C,), read-only.
 
@@ -144,25 +157,48 @@ def require_initialized(state: LayerState, layer: str) -> None:
         raise LayerEmpty(f"{layer} was created with empty=True: call load() before using it")
 
 
-def step(state: LayerState, config: LayerConfig, batch: Moments) -> LayerState:
+def batch_weight(state: LayerState, config: LayerConfig) -> float:
+    """Return what the next batch weighs in the running statistics, which keep the rest of 1.
+
+    With n the step's number since the statistics began that is f = max(initFactor / n, minFactor), or 1 - f for
+    `Averaging.PRINTED`.
+    """
+    factor = config.factor(state.num_of_props + 1)
+    return factor if config.averaging is Averaging.STANDARD else 1.0 - factor
+
+
+def step(
+    state: LayerState, config: LayerConfig, batch: Moments, statistics: RunningStatistics | None = None
+) -> LayerState:
     """Return the state after one training forward: its statistics have taken in a batch.
 
-    With n the step's number since the statistics began and f = max(initFactor / n, minFactor),
-    `running = (1 - f) * running + f * batch`, or with the weights exchanged for `Averaging.PRINTED`.
-    The variance taken in is the unbiased one. Computed in float64, rounded once to float32.
+    `running = (1 - w) * running + w * batch` with w of `batch_weight`. The variance taken in is the unbiased one.
+    Computed in float64, rounded once to float32.
+
+    Args:
+        state: The state before.
+        config: The layer's.
+        batch: Moments of the batch.
+        statistics: What that formula gives for this state and this batch, where a device has computed it already.
 
     Raises:
         NonFiniteInput: The batch's moments are not finite, or do not fit float32, and the layer refuses that.
     """
-    number = state.num_of_props + 1
-    factor = config.factor(number)
-    weight = factor if config.averaging is Averaging.STANDARD else 1.0 - factor
     with np.errstate(over="ignore", invalid="ignore"):
-        mean = _average(state.mean, batch.mean, weight)
-        var = _average(state.var, batch.unbiased_var, weight)
         if config.nonfinite is NonFinitePolicy.REFUSE:
             _refuse_nonfinite(batch)
-    return replace(state, mean=mean, var=var, num_of_props=number, version=state.version + 1)
+        if statistics is None:
+            weight = batch_weight(state, config)
+            statistics = RunningStatistics(
+                _average(state.mean, batch.mean, weight), _average(state.var, batch.unbiased_var, weight)
+            )
+    return replace(
+        state,
+        mean=statistics.mean,
+        var=statistics.var,
+        num_of_props=state.num_of_props + 1,
+        version=state.version + 1,
+    )
 
 
 def accumulate_gradients(

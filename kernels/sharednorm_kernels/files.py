@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -10,17 +11,30 @@ FATBIN = FOLDER / "sharednorm.fatbin"
 MAIN_SOURCE = FOLDER / "sharednorm.cu"
 CUDA_COMPILER = Path("/usr/local/cuda/bin/nvcc")
 
+ELSEWHERE = "SHAREDNORM_FATBIN"
+"""Environment variable: the path of compiled kernels that are used instead, for those who build them elsewhere."""
+
 
 class FatbinMissing(RuntimeError):
     """The compiled kernels are not there; the message says what to run."""
 
 
-def fatbin(path: Path = FATBIN) -> bytes:
+def fatbin_path() -> Path:
+    """Return where the compiled kernels are, or should be: where SHAREDNORM_FATBIN says, or in this package."""
+    elsewhere = os.environ.get(ELSEWHERE)
+    return Path(elsewhere) if elsewhere else FATBIN
+
+
+def fatbin(path: Path | None = None) -> bytes:
     """Return the compiled kernels: machine code for compute capability 8.x and 9.0, and PTX for later ones.
 
     Raises:
-        FatbinMissing: They have not been compiled; the message names the command.
+        FatbinMissing: They have not been compiled, or are not where SHAREDNORM_FATBIN says; the message tells how to
+            mend that.
     """
+    path = path or fatbin_path()
+    if os.environ.get(ELSEWHERE) and not path.is_file():
+        raise FatbinMissing(f"{ELSEWHERE} names {path}, which is not a file (expected: what `make kernels` makes)")
     if path.is_file():
         return path.read_bytes()
     if nvcc() is not None:

@@ -21,13 +21,14 @@ if TYPE_CHECKING:
     from sharednorm_server.server import RunningServer
 
 UNUSABLE = 2
+DEVICE_LOST = 3
 INTERRUPTED = 130
 
 _log = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code: 0 done, 1 failed, 2 not possible like this.
+    """Run a command and return its exit code: 0 done, 1 failed, 2 not possible like this, 3 a GPU was lost.
 
     Args:
         argv: The arguments; None for those of this process.
@@ -67,6 +68,9 @@ def _serve(arguments: argparse.Namespace) -> int:
         workers=arguments.workers,
         max_tensor_bytes=parse_size(arguments.max_tensor_bytes),
         saved_input_bytes=parse_size(arguments.saved_input_bytes),
+        device_memory_bytes=None
+        if arguments.device_memory_bytes is None
+        else parse_size(arguments.device_memory_bytes),
         grace=arguments.grace,
         insecure=arguments.insecure,
     )
@@ -75,10 +79,14 @@ def _serve(arguments: argparse.Namespace) -> int:
     )
     stop = _stop_on_signals()
     server = _start(config)
+    server.on_device_lost(stop.put)
     print(shown(server.banner), flush=True)  # noqa: T201 - what others wait for
-    stop.get()
+    lost = isinstance(stop.get(), str)
     _log.info("stopping: no new calls, and %g s for those that are running", config.grace)
-    return 0 if server.stop(config.grace) else FAILED
+    ended = server.stop(config.grace)
+    if lost:
+        return DEVICE_LOST
+    return 0 if ended else FAILED
 
 
 def _start(config: ServerConfig) -> RunningServer:
@@ -92,10 +100,11 @@ def _start(config: ServerConfig) -> RunningServer:
     return server.start(config)
 
 
-def _stop_on_signals() -> queue.SimpleQueue[int]:
+def _stop_on_signals() -> queue.SimpleQueue[int | str]:
+    """Return a queue that gets the number of a signal; a device that is lost puts its reason there too."""
     # Not an Event: the handler runs on the main thread, which may hold the lock that Event.set() asks for, since
     # it is the one that waits. SimpleQueue.put() may interrupt a get().
-    stop: queue.SimpleQueue[int] = queue.SimpleQueue()
+    stop: queue.SimpleQueue[int | str] = queue.SimpleQueue()
 
     def handle(received: int, _frame: FrameType | None) -> None:
         # The next one ends the process as it stands.
@@ -137,7 +146,11 @@ def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add = parser.add_argument
     add("--listen", metavar="ADDRESS", default=DEFAULT_LISTEN,
         help="HOST:PORT (port 0: any that is free) or unix:PATH; default %(default)s")  # fmt: skip
-    add("--device", default=defaults.device, help="what computes: cpu; default %(default)s")
+    add(
+        "--device",
+        default=defaults.device,
+        help="what computes: cpu, cuda, cuda:1, or cuda:0,cuda:1 for layers spread over several; default %(default)s",
+    )
     add("--state", default=defaults.state, help="what remembers: memory: (until the server ends); default %(default)s")
     add("--threads", type=int, metavar="N", help="threads of one computation; default: one a CPU")
     add("--workers", type=int, metavar="N", default=defaults.workers,
@@ -145,6 +158,8 @@ def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add("--max-tensor-bytes", metavar="SIZE", default="8GiB", help="largest tensor; default %(default)s")
     add("--saved-input-bytes", metavar="SIZE", default="1GiB",
         help="inputs kept for backwards, in all; default %(default)s")  # fmt: skip
+    add("--device-memory-bytes", metavar="SIZE",
+        help="most of a GPU's memory to use; default: nine tenths of what is free at the start")  # fmt: skip
     add("--grace", type=float, metavar="SECONDS", default=defaults.grace,
         help="time that running calls are given at the end; default %(default)s")  # fmt: skip
     add("--log-level", choices=("debug", "info", "warning", "error"), default="info", help="default %(default)s")

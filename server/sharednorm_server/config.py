@@ -15,6 +15,9 @@ _UNITS = {"": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
 _SIZE = re.compile(r"([0-9]{1,18})\s*([a-z]*)", re.IGNORECASE | re.ASCII)
 
 
+_CUDA = re.compile(r"cuda(?::([0-9]{1,4}))?", re.ASCII)
+
+
 class StartError(Exception):
     """The server cannot start. The message, one line, says why and what to do."""
 
@@ -25,12 +28,15 @@ class ServerConfig:
 
     Attributes:
         listen: "HOST:PORT", where port 0 picks a free one, or "unix:PATH".
-        device: What computes: "cpu".
+        device: What computes: "cpu", "cuda" for the first GPU, "cuda:1", or "cuda:0,cuda:1" for layers spread over
+            several by their names.
         state: What remembers: "memory:".
         threads: Threads of one computation; None for one a CPU that the process may use.
         workers: Most calls that run at a time; others wait. 1 to 1024.
         max_tensor_bytes: Largest tensor that is accepted, at least 1.
         saved_input_bytes: Most bytes of inputs that are kept for backwards; 0 keeps none.
+        device_memory_bytes: Most bytes of a GPU's memory that are used, at least 1; None for nine tenths of what is
+            free on each when the server starts.
         grace: Seconds that running calls are given to end when the server stops, 0 to 1e8.
         insecure: Whether it may listen without encryption where other machines can reach it.
 
@@ -45,6 +51,7 @@ class ServerConfig:
     workers: int = 32
     max_tensor_bytes: int = 8 << 30
     saved_input_bytes: int = 1 << 30
+    device_memory_bytes: int | None = None
     grace: float = 60.0
     insecure: bool = False
 
@@ -54,6 +61,8 @@ class ServerConfig:
         _check(1 <= self.workers <= MAX_WORKERS, "workers", self.workers, f"1 to {MAX_WORKERS}")
         _check(self.max_tensor_bytes >= 1, "max-tensor-bytes", self.max_tensor_bytes, "at least 1")
         _check(self.saved_input_bytes >= 0, "saved-input-bytes", self.saved_input_bytes, "at least 0")
+        room = self.device_memory_bytes
+        _check(room is None or room >= 1, "device-memory-bytes", room, "at least 1")
         _check(0 <= self.grace <= MAX_SECONDS, "grace", self.grace, f"a number of seconds, 0 to {MAX_SECONDS:g}")
 
 
@@ -68,6 +77,23 @@ def parse_size(text: str) -> int:
     if match is None or unit not in _UNITS:
         raise InvalidConfiguration(f"{ascii(text)[:60]} is not a size (expected: for example 1000, 64MiB or 2GiB)")
     return int(match[1]) * _UNITS[unit]
+
+
+def parse_devices(text: str) -> tuple[int, ...]:
+    """Return the numbers of the GPUs that a `--device` names; none for "cpu".
+
+    Raises:
+        InvalidConfiguration: It is neither "cpu" nor a list of GPUs, or it names one twice.
+    """
+    if text == "cpu":
+        return ()
+    matches = [_CUDA.fullmatch(word.strip()) for word in text.split(",")]
+    found = [int(match[1] or 0) for match in matches if match is not None]
+    if len(found) < len(matches) or len(set(found)) < len(found):
+        raise InvalidConfiguration(
+            f"{ascii(text)[:60]} is no device (expected: cpu, cuda, cuda:1, or several GPUs as cuda:0,cuda:1)"
+        )
+    return tuple(found)
 
 
 def _check(fine: bool, name: str, value: object, expected: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from sharednorm.config import Vector
@@ -88,10 +89,10 @@ class SavedInputs:
             if entry is not None and entry.layer is layer:
                 self._drop(token)
 
-    def release_layer(self, layer: Layer) -> None:
-        """Drop all inputs of a layer."""
+    def release_if(self, condition: Callable[[Layer], bool]) -> None:
+        """Drop all inputs of the layers that a condition holds for."""
         with self._lock:
-            for token in [token for token, entry in self._entries.items() if entry.layer is layer]:
+            for token in [token for token, entry in self._entries.items() if condition(entry.layer)]:
                 self._drop(token)
 
     def _drop(self, token: str) -> None:

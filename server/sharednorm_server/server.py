@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
@@ -14,11 +14,10 @@ from grpc_reflection.v1alpha import reflection
 
 from sharednorm import wire
 from sharednorm_server.calls import CallPool
-from sharednorm_server.config import ServerConfig, StartError
-from sharednorm_server.device import Device
+from sharednorm_server.config import ServerConfig, StartError, parse_devices
 from sharednorm_server.device.cpu import CpuDevice
 from sharednorm_server.listen import parse_endpoint
-from sharednorm_server.requests import ServiceInfo
+from sharednorm_server.placement import Placement
 from sharednorm_server.service import LayerService
 from sharednorm_server.servicer import SERVICE_NAME, Limits, Servicer
 from sharednorm_server.store import Store
@@ -48,10 +47,17 @@ class RunningServer:
     """
 
     def __init__(
-        self, address: str, info: ServiceInfo, grpc_server: grpc.Server, pool: CallPool, status: health.HealthServicer
+        self,
+        address: str,
+        service: LayerService,
+        grpc_server: grpc.Server,
+        pool: CallPool,
+        status: health.HealthServicer,
     ) -> None:
+        info = service.info
         self.address = address
         self.banner = f"sharednorm {info.version} listening on {address}, device {info.device}, state {info.store}"
+        self._service = service
         self._grpc_server = grpc_server
         self._pool = pool
         self._status = status
@@ -72,6 +78,18 @@ class RunningServer:
                 self._result = self._stop(grace)
             return self._result
 
+    def on_device_lost(self, callback: Callable[[str], None]) -> None:
+        """Have a function called once a device has failed for good; it gets the reason, and should stop the server.
+
+        By then the health service says NOT_SERVING, and calls that compute fail with `DeviceLost`.
+        """
+
+        def lost(reason: str) -> None:
+            self._status.enter_graceful_shutdown()
+            callback(reason)
+
+        self._service.on_device_lost(lost)
+
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until the server has stopped; return False if that took longer than so many seconds."""
         return not self._grpc_server.wait_for_termination(timeout)
@@ -89,6 +107,8 @@ class RunningServer:
             _log.warning("calls were still running after %g s and have been cut off", grace)
         self._grpc_server.stop(min(_WATCHERS_GRACE, max(0.0, end - time.monotonic()))).wait()
         self._pool.shutdown(wait=False)
+        if ended:  # a call that was cut off may still compute
+            self._service.close()
         return ended
 
 
@@ -97,12 +117,13 @@ def start(config: ServerConfig) -> RunningServer:
 
     Raises:
         InvalidConfiguration: The address is not one, or the arithmetic that the environment names is not there.
-        StartError: The address cannot be listened on, or the device or store is not part of this release.
+        StartError: The address cannot be listened on, the device is not there, or the store is not part of this
+            release.
     """
     _require_private(config)
-    store, device = _open_store(config), _open_device(config)
-    device.warm_up()
-    return serve(config, LayerService(store, device, config.saved_input_bytes))
+    store, placement = _open_store(config), _open_devices(config)
+    placement.warm_up()
+    return serve(config, LayerService(store, placement, config.saved_input_bytes))
 
 
 def serve(config: ServerConfig, service: LayerService) -> RunningServer:
@@ -123,7 +144,7 @@ def serve(config: ServerConfig, service: LayerService) -> RunningServer:
     grpc_server.start()
     for name in ("", SERVICE_NAME):
         status.set(name, health_pb2.HealthCheckResponse.SERVING)
-    return RunningServer(address, service.info, grpc_server, pool, status)
+    return RunningServer(address, service, grpc_server, pool, status)
 
 
 def _require_private(config: ServerConfig) -> None:
@@ -134,10 +155,23 @@ def _require_private(config: ServerConfig) -> None:
         )
 
 
-def _open_device(config: ServerConfig) -> Device:
-    if config.device != "cpu":
-        raise StartError(f"there is no device {config.device!r} in this release (available: cpu): pass --device cpu")
-    return CpuDevice(threads=config.threads)
+def _open_devices(config: ServerConfig) -> Placement:
+    ordinals = parse_devices(config.device)
+    if not ordinals:
+        return Placement(CpuDevice(threads=config.threads))
+    try:
+        from sharednorm_server.device.cuda import CudaDevice  # noqa: PLC0415 - needs the extra, and a driver
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "pycuda":
+            raise
+        raise StartError(
+            f"--device {config.device} needs PyCUDA: pip install 'sharednorm[cuda]', which needs the CUDA toolkit"
+        ) from error
+    except ImportError as error:
+        raise StartError(
+            f"--device {config.device} needs NVIDIA's driver: {error} (`sharednorm doctor` says more)"
+        ) from error
+    return Placement(*(CudaDevice(ordinal, config.device_memory_bytes) for ordinal in ordinals))
 
 
 def _open_store(config: ServerConfig) -> Store:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable
 from dataclasses import fields, replace
+from typing import TypeVar
 
 import numpy as np
 
@@ -18,12 +19,12 @@ from sharednorm.config import Array, LayerConfig, Vector, check_dtype, is_finite
 from sharednorm.errors import (
     BackwardWithoutForward,
     CallCancelled,
+    DeviceOutOfMemory,
     InvalidConfiguration,
     MalformedMessage,
 )
 from sharednorm.state import (
     LayerState,
-    Moments,
     StateUpdate,
     accumulate_gradients,
     initial_state,
@@ -33,9 +34,10 @@ from sharednorm.state import (
     updated,
 )
 from sharednorm_server.checks import check_facts, require_same_config, require_same_tensor
-from sharednorm_server.device import Device, DeviceTensor
+from sharednorm_server.device import Device, DeviceTensor, TrainedBatch
 from sharednorm_server.layers import Layer, LayerRegistry
 from sharednorm_server.paging import name_of_token, page_size, token_of_name
+from sharednorm_server.placement import Placement
 from sharednorm_server.requests import (
     BackwardAnswer,
     BackwardCall,
@@ -52,6 +54,8 @@ from sharednorm_server.store import LayerKey, LayerRecord, Store
 # then inside it, so that a stream of updates cannot keep it from ever happening.
 _PATIENCE = 3
 
+T = TypeVar("T")
+
 
 class LayerService:
     """Keeps layers and computes with them. Every method may be called from many threads at once.
@@ -60,20 +64,29 @@ class LayerService:
 
     Args:
         store: What remembers.
-        device: What computes.
+        placement: What computes.
         saved_input_bytes: Most bytes of inputs that are kept for backwards.
     """
 
-    def __init__(self, store: Store, device: Device, saved_input_bytes: int) -> None:
+    def __init__(self, store: Store, placement: Placement, saved_input_bytes: int) -> None:
         self._store = store
-        self._device = device
+        self._placement = placement
         self._layers = LayerRegistry(store)
         self._saved = SavedInputs(saved_input_bytes)
 
     @property
     def info(self) -> ServiceInfo:
         """What the service is made of."""
-        return ServiceInfo(__version__, self._device.description, self._store.description)
+        return ServiceInfo(__version__, self._placement.description, self._store.description)
+
+    def on_device_lost(self, callback: Callable[[str], None]) -> None:
+        """Have a function called once a device has failed for good, and with it the service; it gets the reason."""
+        self._placement.on_lost(callback)
+
+    def close(self) -> None:
+        """Let go of devices and store, after the last call."""
+        self._placement.close()
+        self._store.close()
 
     # --- Layers -------------------------------------------------------------------------------------
 
@@ -133,7 +146,8 @@ class LayerService:
 
     def delete_layer(self, key: LayerKey) -> None:
         """Forget a layer, and the inputs kept for it."""
-        self._saved.release_layer(self._layers.delete(key))
+        deleted = self._layers.delete(key)
+        self._saved.release_if(lambda layer: layer is deleted)
 
     def set_train(self, key: LayerKey, train: bool) -> LayerRecord:
         """Set the mode of calls that choose none; return the layer."""
@@ -185,8 +199,18 @@ class LayerService:
             CallCancelled: Nobody waits for the step any more.
         """
         layer, train = self._forward_layer(call, x.shape)
-        tensor = self._device.load(x)
+        tensor = self._compute(layer, lambda device: device.load(x))
         return self._step(layer, call, tensor, wanted) if train else self._evaluate(layer, call, tensor)
+
+    def _compute(self, layer: Layer, compute: Callable[[Device], T]) -> T:
+        """Compute on a layer's device; if that has no room, once more without the inputs that are kept there."""
+        device = self._placement.of(layer.key)
+        try:
+            return compute(device)
+        except DeviceOutOfMemory:
+            pass  # out of this block the error is gone, and with it what its frames hold of the device
+        self._saved.release_if(lambda other: self._placement.of(other.key) is device)
+        return compute(device)
 
     def _forward_layer(self, call: ForwardCall, shape: tuple[int, ...]) -> tuple[Layer, bool]:
         layer = self._layers.find(call.key)
@@ -198,26 +222,38 @@ class LayerService:
 
     def _evaluate(self, layer: Layer, call: ForwardCall, x: DeviceTensor) -> ForwardAnswer:
         record = layer.record
-        output = self._device.evaluate(x, record.state, record.config)
+        output = self._compute(layer, lambda device: device.evaluate(x, record.state, record.config))
         self._release(layer, call)
         return ForwardAnswer(output, False, record.state.version, record.state.num_of_props)
 
     def _step(self, layer: Layer, call: ForwardCall, x: DeviceTensor, wanted: Wanted) -> ForwardAnswer:
         record = layer.record
-        used, config = record.state, record.config
-        output, batch = self._device.forward(x, used, config)
+        config = record.config
+        first = used = record.state
+        trained = self._compute(layer, lambda device: device.forward(x, first, config))
         attempt = 0
         while True:
             with layer.exclusive() as record:
                 if not _trains(call, record):
                     break  # the default has become eval meanwhile, and whoever set it may have read the statistics
+                if not _same_statistics(first, record.state):
+                    trained = replace(trained, statistics=None)  # another step came first
                 if not _same_parameters(used, record.state) and attempt >= _PATIENCE:
-                    used, output = record.state, self._device.normalize_batch(x, batch, record.state, config)
+                    used, trained = record.state, self._with_parameters(layer, record, x, trained)
                 if _same_parameters(used, record.state):
-                    return self._commit_step(layer, record, call, x, output, batch, wanted)
-            used, output = record.state, self._device.normalize_batch(x, batch, record.state, config)
+                    return self._commit_step(layer, record, call, x, trained, wanted)
+            used, trained = record.state, self._with_parameters(layer, record, x, trained)
             attempt += 1
         return self._evaluate(layer, call, x)
+
+    def _with_parameters(
+        self, layer: Layer, record: LayerRecord, x: DeviceTensor, trained: TrainedBatch
+    ) -> TrainedBatch:
+        """Make the output of a training forward again, with the parameters that the layer has now."""
+        output = self._compute(
+            layer, lambda device: device.normalize_batch(x, trained.moments, record.state, record.config)
+        )
+        return replace(trained, output=output)
 
     def _commit_step(
         self,
@@ -225,12 +261,12 @@ class LayerService:
         record: LayerRecord,
         call: ForwardCall,
         x: DeviceTensor,
-        output: Array,
-        batch: Moments,
+        trained: TrainedBatch,
         wanted: Wanted,
     ) -> ForwardAnswer:
         # Under the layer's lock: the record is the current one, and the output was made with its parameters.
-        state = step(record.state, record.config, batch)
+        output, batch = trained.output, trained.moments
+        state = step(record.state, record.config, batch, trained.statistics)
         _require_wanted(wanted)
         layer.commit(replace(record, state=state))
         self._release(layer, call)  # before the next one is kept: their handle needs room for one only
@@ -274,8 +310,10 @@ class LayerService:
         if saved is None:
             saved = self._sent_again(layer, call, x)
         config = layer.record.config
-        input_grad, scale_grad, bias_grad = self._device.backward(
-            saved.x, grad, saved.moments, saved.scale, config, input_grad=call.input_grad
+        kept = saved
+        input_grad, scale_grad, bias_grad = self._compute(
+            layer,
+            lambda device: device.backward(kept.x, grad, kept.moments, kept.scale, config, input_grad=call.input_grad),
         )
         if not config.affine:
             return BackwardAnswer(input_grad, None, None)
@@ -305,7 +343,8 @@ class LayerService:
         facts = call.forward
         if facts is None or x is None or (x.shape, check_dtype(x.dtype)) != (facts.shape, facts.dtype_name):
             raise MalformedMessage("saved_forward needs the forward's input beside it, of the type and shape it says")
-        return SavedInput(layer, self._device.load(x), facts.moments, facts.scale)
+        tensor = self._compute(layer, lambda device: device.load(x))
+        return SavedInput(layer, tensor, facts.moments, facts.scale)
 
     def _accumulate(
         self, layer: Layer, call: BackwardCall, scale_grad: Vector, bias_grad: Vector, wanted: Wanted
@@ -325,6 +364,10 @@ def _trains(call: ForwardCall, record: LayerRecord) -> bool:
 def _same_parameters(one: LayerState, other: LayerState) -> bool:
     # States are immutable, and one that follows from another shares what did not change.
     return one.scale is other.scale and one.bias is other.bias
+
+
+def _same_statistics(one: LayerState, other: LayerState) -> bool:
+    return one.mean is other.mean and one.var is other.var and one.num_of_props == other.num_of_props
 
 
 def _sets_anything(update: StateUpdate) -> bool:

@@ -1,7 +1,7 @@
 """Build PyCUDA for this interpreter, once per machine, and install it: `python -m tests.emulation.pycuda_wheel`.
 
 PyCUDA comes as source. It is built against the CUDA toolkit, which needs no GPU and no driver: a library with nothing
-in it but the driver's name satisfies the linker, and at run time the real driver is loaded, or the emulated one. The
+in it but the driver's name and one function satisfies the linker, and at run time the real driver is loaded, or the emulated one. The
 wheel is kept under ${XDG_CACHE_HOME:-~/.cache}/sharednorm, by the versions of everything that it depends on.
 """
 
@@ -20,6 +20,7 @@ import venv
 from pathlib import Path
 
 VERSION = "2026.1"
+BUILD = 2  # how it is built here; another way is another wheel
 BUILD_NEEDS = ("setuptools>=77", "wheel", "mako", "pytools", "platformdirs")
 
 SITECONF = """\
@@ -83,7 +84,7 @@ def cached_wheel() -> Path:
         numpy = importlib.metadata.version("numpy")
     except importlib.metadata.PackageNotFoundError:
         raise BuildError(f"{sys.executable} has no numpy, which PyCUDA is built against") from None
-    tag = f"{sys.implementation.cache_tag}-numpy{numpy}-cuda{toolkit_version(root)}"
+    tag = f"{sys.implementation.cache_tag}-numpy{numpy}-cuda{toolkit_version(root)}-{BUILD}"
     directory = cache_directory() / f"pycuda-{VERSION}-{tag}"
     if not directory.is_dir():
         directory.parent.mkdir(parents=True, exist_ok=True)
@@ -102,7 +103,8 @@ def _build(scratch: Path, root: Path, numpy: str) -> Path:
     """Build the wheel, and return the directory in scratch that holds nothing else."""
     stub = scratch / "stub"
     stub.mkdir()
-    (stub / "stub.c").write_text("/* Only the name matters: the linker wants a libcuda.so.1. */\nint stub;\n")
+    # One function that PyCUDA calls: a linker that drops libraries that nobody needs would drop this one.
+    (stub / "stub.c").write_text("int cuInit(unsigned flags) { return 100 + (flags & 0u); }\n")
     _run(["gcc", "-shared", "-Wl,-soname,libcuda.so.1", "-o", str(stub / "libcuda.so"), str(stub / "stub.c")])
 
     venv.create(scratch / "venv", with_pip=True)
@@ -151,7 +153,10 @@ def _run(command: list[str], environment: dict[str, str] | None = None) -> None:
 
 def install() -> None:
     """Install the wheel into the environment of this interpreter."""
-    _run([sys.executable, "-m", "pip", "--disable-pip-version-check", "install", str(cached_wheel())])
+    # Its version says nothing about how it was built.
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install"]
+    _run([*pip, str(cached_wheel())])
+    _run([*pip, "--force-reinstall", "--no-deps", str(cached_wheel())])
 
 
 def main() -> int:

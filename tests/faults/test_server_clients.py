@@ -11,12 +11,12 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from sharednorm.config import Array, LayerConfig
+from sharednorm.config import LayerConfig
 from sharednorm.normalization import arithmetic
-from sharednorm.state import LayerState, Moments
+from sharednorm.state import LayerState
 from sharednorm.v1 import layer_pb2, service_pb2
 from sharednorm_server.config import ServerConfig
-from sharednorm_server.device import DeviceTensor
+from sharednorm_server.device import DeviceTensor, TrainedBatch
 from sharednorm_server.device.cpu import CpuDevice
 from tests.support import oracle, server
 from tests.support.service import KEY, InterruptedDevice, new_service
@@ -149,7 +149,7 @@ class DefectiveDevice(CpuDevice):
         super().__init__(arithmetic("numpy"))
         self._error = error
 
-    def forward(self, x: DeviceTensor, state: LayerState, config: LayerConfig) -> tuple[Array, Moments]:  # noqa: ARG002
+    def forward(self, x: DeviceTensor, state: LayerState, config: LayerConfig) -> TrainedBatch:  # noqa: ARG002
         """Fail."""
         raise self._error
 

@@ -11,8 +11,9 @@ import numpy.typing as npt
 from sharednorm.config import Array, LayerConfig, LayerKind
 from sharednorm.normalization import arithmetic
 from sharednorm.state import LayerState, Moments, StateUpdate
-from sharednorm_server.device import DeviceTensor
+from sharednorm_server.device import DeviceTensor, TrainedBatch
 from sharednorm_server.device.cpu import CpuDevice
+from sharednorm_server.placement import Placement
 from sharednorm_server.requests import LayerKey, LayerRecord
 from sharednorm_server.service import LayerService
 from sharednorm_server.store.memory import MemoryStore
@@ -38,7 +39,7 @@ class InterruptedDevice(CpuDevice):
         self.renormalized = 0
         self.interrupt: Callable[[int], object] = lambda _: None
 
-    def forward(self, x: DeviceTensor, state: LayerState, config: LayerConfig) -> tuple[Array, Moments]:
+    def forward(self, x: DeviceTensor, state: LayerState, config: LayerConfig) -> TrainedBatch:
         """Normalize a batch by its own statistics."""
         result = super().forward(x, state, config)
         self.forwards += 1
@@ -66,7 +67,7 @@ def new_service(
     device: CpuDevice | None = None, saved_input_bytes: int = 1 << 20, store: MemoryStore | None = None
 ) -> LayerService:
     """Return a service without layers."""
-    return LayerService(store or MemoryStore(), device or CpuDevice(arithmetic("numpy")), saved_input_bytes)
+    return LayerService(store or MemoryStore(), Placement(device or CpuDevice(arithmetic("numpy"))), saved_input_bytes)
 
 
 def create(service: LayerService, key: LayerKey = KEY, config: LayerConfig = CONFIG, **state: object) -> None:

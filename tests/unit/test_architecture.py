@@ -33,7 +33,8 @@ CONNECTION = _client("hub", "remote", "_calls", "_channel")
 COMPILED = _client("_numba_arithmetic", "_numba_backward", "_numba_common", "_numba_forward", "_numba_half",
                    "_numba_moments", "_numba_plan", "_numba_vector")  # fmt: skip
 EDGE = _server("__main__", "cli", "commands", "server", "servicer", "calls", "listen")
-MEANING = _server("service", "requests", "layers", "saved_inputs", "checks", "paging")
+MEANING = _server("service", "placement", "requests", "layers", "saved_inputs", "checks", "paging")
+CUDA = ("cuda", "_cuda_gpu", "_cuda_kernels", "_cuda_worker")
 DEVICE, STORE = _server("device."), _server("store.")
 KERNELS = ("sharednorm_kernels.",)
 
@@ -136,6 +137,7 @@ def test_arrows_point_one_way(importers: tuple[str, ...], forbidden: tuple[str, 
         pytest.param(("grpc_health.", "grpc_reflection."), _server("server"), id="health and reflection"),
         pytest.param(("numba.", "llvmlite."), COMPILED, id="numba"),
         pytest.param(COMPILED, (*COMPILED, *_client("normalization")), id="compiled arithmetic"),
+        pytest.param(("pycuda.",), _server(*(f"device.{name}" for name in CUDA)), id="pycuda"),
         pytest.param(("ml_dtypes.",), _client("config"), id="ml_dtypes"),
         pytest.param(("h5py.",), _client("_formats", "files"), id="h5py"),
         pytest.param(("safetensors.",), _client("_formats"), id="safetensors"),
@@ -174,7 +176,7 @@ def test_optional_packages_are_those_of_the_extras() -> None:
         "sharednorm_server",
         "sharednorm_kernels",
     }
-    extras = {"numba", "llvmlite", "ml_dtypes", "h5py", "safetensors", "grpc_health", "grpc_reflection"}
+    extras = {"numba", "llvmlite", "ml_dtypes", "h5py", "safetensors", "pycuda", "grpc_health", "grpc_reflection"}
     assert {_root(found) for found in IMPORTS} - known <= extras
 
 

@@ -38,7 +38,7 @@ def test_help_names_the_commands_and_gives_an_example() -> None:
 def test_help_of_serve_explains_every_option() -> None:
     text = run("serve", "--help").stdout
     for option in ("--listen", "--device", "--state", "--threads", "--workers", "--max-tensor-bytes",
-                   "--saved-input-bytes", "--grace", "--log-level", "--insecure"):  # fmt: skip
+                   "--saved-input-bytes", "--device-memory-bytes", "--grace", "--log-level", "--insecure"):  # fmt: skip
         assert re.search(rf"^  {option}\b", text, re.MULTILINE), option
     assert "example: sharednorm serve" in text
 
@@ -55,7 +55,8 @@ def test_a_wrong_use_is_explained(arguments: tuple[str, ...]) -> None:
     [
         (("--listen", "nonsense"), "'nonsense' is not an address to listen on"),
         (("--listen", "0.0.0.0:0"), "pass --insecure if the network is trusted"),
-        (("--device", "cuda"), "there is no device 'cuda' in this release (available: cpu)"),
+        (("--device", "gpu"), "'gpu' is no device (expected: cpu, cuda, cuda:1, or several GPUs as cuda:0,cuda:1)"),
+        (("--device-memory-bytes", "0"), "device-memory-bytes is 0 (expected: at least 1)"),
         (("--state", "sqlite:///x.db"), "there is no state 'sqlite:///x.db' in this release (available: memory:)"),
         (("--workers", "0"), "workers is 0 (expected: 1 to 1024)"),
         (("--threads", "0"), "threads is 0 (expected: at least 1)"),

@@ -32,7 +32,8 @@ def device(request: pytest.FixtureRequest) -> CpuDevice:
 @pytest.mark.parametrize("name", oracle.DTYPES)
 def test_forward(device: CpuDevice, name: str) -> None:
     x, now = oracle.random_tensor(1, SHAPE, name), state()
-    y, batch = device.forward(device.load(x), now, CONFIG)
+    trained = device.forward(device.load(x), now, CONFIG)
+    y, batch = trained.output, trained.moments
     count, mean, m2 = oracle.batch_moments(x)
     expected = oracle.normalized(x, mean, m2 / count, now.scale.astype(float), now.bias.astype(float), 1e-3)
     assert (y.shape, y.dtype, batch.count) == (x.shape, x.dtype, count)
@@ -44,7 +45,8 @@ def test_forward(device: CpuDevice, name: str) -> None:
 @pytest.mark.parametrize("name", oracle.DTYPES)
 def test_normalize_batch_repeats_the_bits_of_forward(device: CpuDevice, name: str) -> None:
     x = device.load(oracle.random_tensor(2, SHAPE, name))
-    y, batch = device.forward(x, state(), CONFIG)
+    trained = device.forward(x, state(), CONFIG)
+    y, batch = trained.output, trained.moments
     assert device.normalize_batch(x, batch, state(), CONFIG).tobytes() == y.tobytes()
 
 
@@ -61,7 +63,7 @@ def test_evaluate(device: CpuDevice, name: str) -> None:
 def test_backward(device: CpuDevice, input_grad: bool) -> None:
     x, grad, now = oracle.random_tensor(4, SHAPE), oracle.random_tensor(5, SHAPE), state()
     loaded = device.load(x)
-    _, batch = device.forward(loaded, now, CONFIG)
+    batch = device.forward(loaded, now, CONFIG).moments
     dx, scale_grad, bias_grad = device.backward(loaded, grad, batch, now.scale, CONFIG, input_grad=input_grad)
     expected = oracle.gradients(x, grad, now.scale.astype(float), 1e-3)
     np.testing.assert_allclose(scale_grad, expected[1], rtol=2e-6, atol=1e-4)

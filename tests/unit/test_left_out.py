@@ -12,6 +12,7 @@ import pytest
 
 CONFTEST = Path(__file__).parents[1] / "conftest.py"
 NO_TORCH = "def test_one():\n    sys.modules['torch'] = None\n    pytest.importorskip('torch')\n"
+NO_CUDA = "def test_three():\n    pytest.skip('they need PyCUDA, which make test CUDA=1 builds')\n"
 OTHER = "def test_two():\n    pytest.skip('no such machine')\n"
 
 
@@ -35,13 +36,30 @@ def test_a_comparison_with_torch_is_listed_with_its_command(tmp_path: Path, allo
     assert "left out: 1 test that compares with PyTorch; to add: make test TORCH=1" in output
 
 
+@pytest.mark.parametrize("allowed", [None, "anything", "cuda", "torch,cuda"])
+def test_what_needs_pycuda_is_listed_with_its_command(tmp_path: Path, allowed: str | None) -> None:
+    code, output = _run(tmp_path, allowed, NO_CUDA)
+    assert code == 0
+    assert "left out: 1 test that runs on PyCUDA; to add: make test CUDA=1" in output
+
+
 def test_another_reason_is_listed_as_it_is(tmp_path: Path) -> None:
     code, output = _run(tmp_path, None, OTHER)
     assert code == 0
     assert "left out: 1 test: no such machine" in output
 
 
-@pytest.mark.parametrize(("allowed", "test"), [("nothing", NO_TORCH), ("nothing", OTHER), ("torch", OTHER)])
+@pytest.mark.parametrize(
+    ("allowed", "test"),
+    [
+        ("nothing", NO_TORCH),
+        ("nothing", OTHER),
+        ("torch", OTHER),
+        ("torch", NO_CUDA),
+        ("cuda", NO_TORCH),
+        ("torch,cuda", OTHER),
+    ],
+)
 def test_what_is_left_out_against_the_rule_fails_the_run(tmp_path: Path, allowed: str, test: str) -> None:
     code, output = _run(tmp_path, allowed, test)
     assert code == 1
@@ -57,4 +75,4 @@ def test_a_complete_run_passes_and_lists_nothing(tmp_path: Path, allowed: str) -
 def test_a_word_that_is_no_rule_is_refused(tmp_path: Path) -> None:
     code, output = _run(tmp_path, "everything")
     assert code != 0
-    assert "expected: anything, torch or nothing" in output
+    assert "expected: anything, nothing, or torch,cuda or one of them" in output

@@ -120,12 +120,12 @@ def test_release_drops_one() -> None:
     assert saved.nbytes == 40
 
 
-def test_release_layer_drops_all_of_a_layer() -> None:
+def test_release_if_drops_all_of_a_layer() -> None:
     saved = SavedInputs(1000)
     token = saved.put(entry(B))
     for _ in range(3):
         saved.put(entry(A))
-    saved.release_layer(A)
+    saved.release_if(lambda layer: layer is A)
     assert (len(saved), saved.nbytes) == (1, 40)
     assert saved.get(token, B)
 

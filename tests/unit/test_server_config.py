@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from sharednorm.errors import InvalidConfiguration
-from sharednorm_server.config import ServerConfig, StartError, parse_size
+from sharednorm_server.config import ServerConfig, StartError, parse_devices, parse_size
 from sharednorm_server.listen import TcpEndpoint, UnixEndpoint, parse_endpoint
 from sharednorm_server.server import start
 
@@ -130,10 +130,20 @@ def test_plaintext_elsewhere_for_those_who_insist() -> None:
         server.stop(1.0)
 
 
-@pytest.mark.parametrize("device", ["cuda", "cuda:0", "gpu", ""])
-def test_a_device_that_is_not_there_has_no_substitute(device: str) -> None:
-    with pytest.raises(StartError, match=r"available: cpu\)"):
+@pytest.mark.parametrize(
+    "device", ["gpu", "", "cuda:", "cuda:-1", "cuda:x", "cpu,cuda:0", "cuda:0,cuda:0", "cuda,cuda:0"]
+)
+def test_what_is_no_device_has_no_substitute(device: str) -> None:
+    with pytest.raises(InvalidConfiguration, match="expected: cpu, cuda, cuda:1, or several GPUs"):
         start(ServerConfig(listen="127.0.0.1:0", device=device))
+
+
+@pytest.mark.parametrize(
+    ("text", "ordinals"),
+    [("cpu", ()), ("cuda", (0,)), ("cuda:1", (1,)), ("cuda:0,cuda:1", (0, 1)), ("cuda:1, cuda:0", (1, 0))],
+)
+def test_the_gpus_that_a_device_names(text: str, ordinals: tuple[int, ...]) -> None:
+    assert parse_devices(text) == ordinals
 
 
 @pytest.mark.parametrize("state", ["sqlite:///x", "redis://x", "memory", ""])

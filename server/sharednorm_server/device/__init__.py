@@ -6,10 +6,32 @@ returned; outputs come back as NumPy arrays.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 from sharednorm.config import Array, LayerConfig, Vector
-from sharednorm.state import LayerState, Moments
+from sharednorm.state import LayerState, Moments, RunningStatistics
+
+
+class DeviceFault(Exception):
+    """A device has refused what it was asked to do, which is a defect; it goes on. Its log has the details."""
+
+
+@dataclass(frozen=True)
+class TrainedBatch:
+    """What a training forward computed.
+
+    Attributes:
+        output: Shape and element type of the input.
+        moments: Moments of the batch.
+        statistics: The running statistics that follow from those of the state that the forward was given, where
+            the device keeps them; None where whoever commits the step may as well compute them.
+    """
+
+    output: Array
+    moments: Moments
+    statistics: RunningStatistics | None = None
 
 
 class DeviceTensor(Protocol):
@@ -35,6 +57,10 @@ class Device(Protocol):
     """What computes. Every method may be called from many threads at once. Shapes have been checked.
 
     Same input, same device: same bits; also `normalize_batch` returns the bits that `forward` did.
+
+    Raises:
+        DeviceOutOfMemory: It has no room for the call. What others hold of it may be what is too much.
+        DeviceLost: It has failed for good.
     """
 
     @property
@@ -46,12 +72,24 @@ class Device(Protocol):
         """Get ready, so that the first call does not wait; called once, before the server listens."""
         ...
 
-    def load(self, x: Array) -> DeviceTensor:
-        """Bring a tensor to the device. The caller writes to `x` no more: it may be referenced, not copied."""
+    def on_lost(self, callback: Callable[[str], None]) -> None:
+        """Have a function called, from any thread, once the device has failed for good; it gets the reason."""
         ...
 
-    def forward(self, x: DeviceTensor, state: LayerState, config: LayerConfig) -> tuple[Array, Moments]:
-        """Normalize a batch by its own statistics, with the state's scale and bias; return them with the output."""
+    def close(self) -> None:
+        """Let go of the device, after the last call."""
+        ...
+
+    def load(self, x: Array) -> DeviceTensor:
+        """Bring a tensor to the device. The caller writes to `x` no more: it may be referenced, not copied.
+
+        Raises:
+            LimitExceeded: The device cannot compute with a tensor of that shape.
+        """
+        ...
+
+    def forward(self, x: DeviceTensor, state: LayerState, config: LayerConfig) -> TrainedBatch:
+        """Normalize a batch by its own statistics, with the state's scale and bias."""
         ...
 
     def normalize_batch(self, x: DeviceTensor, batch: Moments, state: LayerState, config: LayerConfig) -> Array:

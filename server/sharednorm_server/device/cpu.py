@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy as np
 from sharednorm.config import Array, LayerConfig, LayerKind, Vector, check_dtype
 from sharednorm.normalization import Arithmetic, arithmetic, num_threads, set_num_threads
 from sharednorm.state import LayerState, Moments, blank_state
-from sharednorm_server.device import DeviceTensor
+from sharednorm_server.device import DeviceTensor, TrainedBatch
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,15 @@ class CpuDevice:
         """Compile, or load from numba's cache, what the first float32 calls would wait for."""
         config = LayerConfig(LayerKind.BATCH_NORM_2D, maps=1)
         state, x = blank_state(config), self.load(np.arange(4, dtype=np.float32).reshape(1, 1, 2, 2))
-        _, batch = self.forward(x, state, config)
+        batch = self.forward(x, state, config).moments
         self.evaluate(x, state, config)
         self.backward(x, x.array, batch, state.scale, config, input_grad=True)
+
+    def on_lost(self, callback: Callable[[str], None]) -> None:
+        """Do nothing: this device is there as long as the process is."""
+
+    def close(self) -> None:
+        """Do nothing: this device is there as long as the process is."""
 
     def load(self, x: Array) -> CpuTensor:
         """Reference a tensor.
@@ -61,9 +68,9 @@ class CpuDevice:
         """
         return CpuTensor(x, check_dtype(x.dtype))
 
-    def forward(self, x: DeviceTensor, state: LayerState, config: LayerConfig) -> tuple[Array, Moments]:
-        """Normalize a batch by its own statistics, with the state's scale and bias; return them with the output."""
-        return self._arithmetic.forward(_array(x), state.scale, state.bias, config.epsilon)
+    def forward(self, x: DeviceTensor, state: LayerState, config: LayerConfig) -> TrainedBatch:
+        """Normalize a batch by its own statistics, with the state's scale and bias."""
+        return TrainedBatch(*self._arithmetic.forward(_array(x), state.scale, state.bias, config.epsilon))
 
     def normalize_batch(self, x: DeviceTensor, batch: Moments, state: LayerState, config: LayerConfig) -> Array:
         """Normalize a batch whose moments are known, with the state's scale and bias."""
