@@ -1,4 +1,4 @@
-"""The four backends that one suite runs over, unchanged: `make_layer` makes a layer on each."""
+"""The five backends that one suite runs over, unchanged: `make_layer` makes a layer on each."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 import sharednorm
+from tests.support import cuda
 from tests.support.making import MakeLayer
 from tests.support.server import in_process, server_process
 
-BACKENDS = ("local-numpy", "local-numba", "remote-in-process", "remote-process")
+BACKENDS = ("local-numpy", "local-numba", "remote-in-process", "remote-process", "remote-cuda")
 
 names = itertools.count()
 
@@ -32,6 +33,18 @@ def process_hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[sharednorm
         yield hub
 
 
+@pytest.fixture(scope="session")
+def cuda_hub() -> Iterator[sharednorm.Hub]:
+    """Give a connection over TCP to a server process that computes with CUDA, on the emulated driver or a real GPU."""
+    if not cuda.available():
+        pytest.skip(cuda.NEEDS_PYCUDA)
+    with server_process("--device", "cuda", env=cuda.environment()) as server:
+        with sharednorm.connect(server.address) as hub:
+            yield hub
+        # Also what the driver finds at exit, such as memory that nobody gave back, fails the run.
+        assert server.stop() == 0, server.log()
+
+
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
     """Name the backend that a test runs over."""
@@ -46,7 +59,8 @@ def make_layer(backend: str, request: pytest.FixtureRequest, monkeypatch: pytest
         place: Any = sharednorm
         monkeypatch.setenv("SHAREDNORM_ARITHMETIC", backend.removeprefix("local-"))
     else:
-        place = request.getfixturevalue("in_process_hub" if backend == "remote-in-process" else "process_hub")
+        hubs = {"remote-in-process": "in_process_hub", "remote-process": "process_hub", "remote-cuda": "cuda_hub"}
+        place = request.getfixturevalue(hubs[backend])
 
     def make(kind: str, maps: int, **options: Any) -> sharednorm.Layer:
         layer: sharednorm.Layer = getattr(place, kind)(maps, **{"name": f"contract/{next(names)}", **options})

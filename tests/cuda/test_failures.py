@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import grpc
 import numpy as np
+import numpy.typing as npt
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
@@ -66,7 +67,7 @@ def test_a_launch_that_is_refused_fails_its_call_alone(breakable: Device) -> Non
     service.forward(ForwardCall(KEY), x)
     before = service.get_layer(KEY)
     fail("launch:1")
-    with pytest.raises(DeviceFault, match="cuda:0 refused a call: .*too many resources"):
+    with pytest.raises(DeviceFault, match=r"cuda:0 refused a call: .*too many resources"):
         service.forward(ForwardCall(KEY), x)
     assert service.get_layer(KEY) is before
     assert service.forward(ForwardCall(KEY), x).version == 2
@@ -128,15 +129,18 @@ def test_a_server_that_loses_its_gpu_ends_with_its_own_exit_code() -> None:
     env = {**cuda.environment(), "SHAREDNORM_EMULATED_FAIL": "fault:12"}
     with server_process("--device", "cuda", env=env) as server, sharednorm.connect(server.address) as hub:
         bn = hub.BatchNorm2D(4, name="bn")
-        x, steps = oracle.random_tensor(1, SHAPE), 0
+        x = oracle.random_tensor(1, SHAPE)
+        assert bn(x).shape == SHAPE
         with pytest.raises(ServerUnavailable):
-            for _ in range(100):
-                bn(x)
-                steps += 1
-        assert steps >= 1
+            _use(bn, x, times=100)
         assert server.wait() == DEVICE_LOST
         assert "cuda:0 (Emulated H200) has failed" in server.log()
         assert "PyCUDA ERROR" not in server.log()
+
+
+def _use(bn: sharednorm.Layer, x: npt.NDArray[np.float32], times: int) -> None:
+    for _ in range(times):
+        bn(x)
 
 
 def test_health_tells_before_the_server_has_ended(doomed: Device) -> None:

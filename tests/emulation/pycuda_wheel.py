@@ -1,8 +1,8 @@
 """Build PyCUDA for this interpreter, once per machine, and install it: `python -m tests.emulation.pycuda_wheel`.
 
-PyCUDA comes as source. It is built against the CUDA toolkit, which needs no GPU and no driver: a library with nothing
-in it but the driver's name and one function satisfies the linker, and at run time the real driver is loaded, or the emulated one. The
-wheel is kept under ${XDG_CACHE_HOME:-~/.cache}/sharednorm, by the versions of everything that it depends on.
+PyCUDA comes as source. It is built against the CUDA toolkit, which needs no GPU and no driver: a library of the
+driver's name with one function satisfies the linker, and at run time the real driver is loaded, or the emulated one.
+The wheel is kept under ${XDG_CACHE_HOME:-~/.cache}/sharednorm, by the versions of everything that it depends on.
 """
 
 from __future__ import annotations

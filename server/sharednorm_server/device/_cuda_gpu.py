@@ -74,7 +74,7 @@ class Gpu:
         self, ordinal: int, image: bytes, budget: int | None, post: Callable[[Callable[[Gpu], None]], None]
     ) -> None:
         device = cuda.Device(ordinal)
-        self.name: str = device.name()
+        self.name = f"cuda:{ordinal} ({device.name()})"
         self.limits = limits_of(device)
         self._post = post
         self._context = device.retain_primary_context()

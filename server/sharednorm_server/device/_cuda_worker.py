@@ -12,6 +12,7 @@ import logging
 import queue
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -199,7 +200,7 @@ class CudaWorker:
         except cuda.Error as error:
             failure = self._meaning(gpu, error)
         except Exception:  # noqa: BLE001 - a defect must not end the thread
-            _log.exception("a defect in a task of %s", self._name)
+            _log.error("a defect in a task of %s: %s", self._name, traceback.format_exc())
             failure = DeviceFault(f"a task of {self._name} failed; the log has the details")
         self._settle(gpu)
         future.set_exception(failure)
@@ -209,7 +210,8 @@ class CudaWorker:
         if isinstance(error, cuda.MemoryError):
             return out_of_memory(gpu.name, "its memory is full")
         if self._works(gpu):
-            _log.error("%s refused a call", self._name, exc_info=error)
+            # As a text: whoever keeps the record would keep the frames, and with them objects of PyCUDA.
+            _log.error("%s refused a call: %s", self._name, "".join(traceback.format_exception(error)))
             return DeviceFault(f"{self._name} refused a call: {error}")
         self._lose(gpu, error)
         return self._lost_error()
@@ -249,7 +251,7 @@ class CudaWorker:
         return any(self._flights.values())
 
     def _lose(self, gpu: Gpu, error: Exception) -> None:
-        reason = f"{self._name} ({gpu.name}) has failed: {error}"
+        reason = f"{gpu.name} has failed: {error}"
         _log.critical("%s; this process can use it no more", reason)
         with self._callbacks_lock:
             self._lost = reason
