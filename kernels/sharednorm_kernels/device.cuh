@@ -74,8 +74,15 @@ __device__ __forceinline__ const double *shared_of_block(double *address, unsign
 }
 #endif
 
-// Counts; an integer, so the order of arrival leaves no trace.
-__device__ __forceinline__ void count_one(unsigned *counter) { atomicAdd(counter, 1u); }
+// Operations that the compiler must not contract into one with a single rounding. On the host the kernels are
+// compiled so that it never does.
+#ifdef SHAREDNORM_EMULATED
+__device__ __forceinline__ double product_of(double a, double b) { return a * b; }
+__device__ __forceinline__ double sum_of(double a, double b) { return a + b; }
+#else
+__device__ __forceinline__ double product_of(double a, double b) { return __dmul_rn(a, b); }
+__device__ __forceinline__ double sum_of(double a, double b) { return __dadd_rn(a, b); }
+#endif
 
 // 16 bytes at an address that is a multiple of 16.
 __device__ __forceinline__ uint4 load_16_bytes(const void *from) {

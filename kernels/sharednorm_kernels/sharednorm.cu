@@ -10,8 +10,8 @@
 // Names end with the element type: f32, f16, bf16. Tensors are (images, maps, area), C-contiguous, at multiples of 16
 // bytes, and no output overlaps an input. Parameters and statistics are float32 (maps,). moments: float64 (2, maps):
 // mean and m2, the sum of squared deviations. coefficients: float32 (3, maps) of a forward: hi, factor, offset;
-// (4, maps) of a backward: hi, factor, slope, offset. parts: float64 (maps, parts, 2). nonfinite: one unsigned, which
-// a caller sets to 0 before. weight: what the batch weighs in the running statistics.
+// (4, maps) of a backward: hi, factor, slope, offset. parts: float64 (maps, parts, 2). weight: what the batch
+// weighs in the running statistics.
 // Kernels with parts, and resident ones, need RESERVED * 16 bytes of dynamic shared memory, and the latter their tiles.
 
 #include "naive.cuh"
@@ -20,9 +20,8 @@
 using namespace sharednorm;
 
 #define ENTRY extern "C" __global__ void __launch_bounds__(MAX_THREADS)
-#define STATISTICS_ARGUMENTS                                                                                        \
-    const float *old_mean, const float *old_var, float *new_mean, float *new_var, double weight, unsigned *nonfinite
-#define STATISTICS Statistics{old_mean, old_var, new_mean, new_var, weight, nonfinite}
+#define STATISTICS_ARGUMENTS const float *old_mean, const float *old_var, float *new_mean, float *new_var, double weight
+#define STATISTICS Statistics{old_mean, old_var, new_mean, new_var, weight}
 
 // ---- once a map; one warp a map where parts are merged, one thread a map where not
 

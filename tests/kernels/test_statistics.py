@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sharednorm_kernels import entry, finish_geometry, map_geometry, plan
-from tests.support.kernel_checks import H200, Array, batch_of, geometry, resident_launch
+from tests.support.kernel_checks import H200, VERSIONS, Array, batch_of, run_version
 from tests.support.kernel_run import Batch, Buffer, Kernels
 from tests.support.oracle import DTYPES, batch_moments, normalized, rounding
 
@@ -18,17 +18,6 @@ def _with(value: float, channel: int, name: str) -> Batch:
     x = made.x.copy()
     x[3, channel, 4, 5] = value
     return Batch(x, made.grad, name, made.scale, made.bias)
-
-
-def _run(batch: Batch, kernels: Kernels, version: str) -> None:
-    per_tile = 16 // batch.x.itemsize
-    if version == "split":
-        launch = geometry(batch.view, per_tile, 128, 64, (3, 2))
-        batch.split(kernels, launch, launch)
-    else:
-        parts = (1, 1) if version == "resident" else (2, 1)
-        forward, backward = (resident_launch(batch.view, per_tile, 64, 64, each, parts) for each in (1, 2))
-        batch.resident(kernels, forward, backward)
 
 
 @pytest.mark.parametrize("name", DTYPES)
@@ -79,16 +68,15 @@ def test_moments_of_other_batches_can_be_applied(kernels: Kernels) -> None:
     np.testing.assert_allclose(y, expected, rtol=3e-7, atol=2e-6)
 
 
-@pytest.mark.parametrize("version", ["split", "resident", "cluster"])
+@pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("name", DTYPES)
-def test_a_channel_that_is_not_finite_is_counted_and_stays_alone(
+def test_a_channel_that_is_not_finite_shows_in_its_moments_and_stays_alone(
     kernels: Kernels, name: str, value: float, version: str
 ) -> None:
     batch, clean = _with(value, 2, name), _with(1.0, 2, name)
-    _run(batch, kernels, version)
-    _run(clean, kernels, version)
-    assert (batch.nonfinite.values[0], clean.nonfinite.values[0]) == (1, 0)
+    run_version(batch, kernels, version)
+    run_version(clean, kernels, version)
     others = [0, 1, 3, 4]
     for mine, theirs in (
         (batch.outputs, clean.outputs),
@@ -101,11 +89,12 @@ def test_a_channel_that_is_not_finite_is_counted_and_stays_alone(
     np.testing.assert_array_equal(batch.old_mean.values, old_before)  # the running statistics stay as they were
 
 
-@pytest.mark.parametrize("version", ["split", "resident", "cluster"])
-def test_a_variance_beyond_float32_is_counted(kernels: Kernels, version: str) -> None:
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_variance_beyond_float32_shows_in_the_moments(kernels: Kernels, version: str) -> None:
     batch = _with(3e38, 4, "float32")
-    _run(batch, kernels, version)
-    assert batch.nonfinite.values[0] == 1
+    run_version(batch, kernels, version)
+    np.testing.assert_allclose(batch.moments.values, batch_moments(batch.x)[1:], rtol=1e-12)
+    assert batch.moments.values[1, 4] / (batch.view.count - 1) > np.finfo(np.float32).max
 
 
 def _channels(values: Array, channels: list[int]) -> Array:

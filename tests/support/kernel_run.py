@@ -132,11 +132,10 @@ class Batch:
         self.moments = Buffer((2, maps), np.float64)
         self.affine, self.slopes = Buffer((3, maps), np.float32), Buffer((4, maps), np.float32)
         self.scale_grad, self.bias_grad = Buffer(maps, np.float32), Buffer(maps, np.float32)
-        self.nonfinite = Buffer.of([0], np.uint32)
 
     @property
     def _statistics(self) -> tuple[Buffer | float, ...]:
-        return self.old_mean, self.old_var, self.new_mean, self.new_var, self.weight, self.nonfinite
+        return self.old_mean, self.old_var, self.new_mean, self.new_var, self.weight
 
     def _entry(self, kernel: str) -> str:
         return entry(kernel, self.name)
@@ -216,5 +215,5 @@ class Batch:
     def results(self) -> list[bytes]:
         """Return the bytes of every result, to compare two runs bit for bit."""
         buffers = (self.outputs, self.input_grads, self.moments, self.new_mean, self.new_var, self.scale_grad,
-                   self.bias_grad, self.nonfinite)  # fmt: skip
+                   self.bias_grad)  # fmt: skip
         return [buffer.values.tobytes() for buffer in buffers]
