@@ -32,8 +32,9 @@ def fatbin(path: Path | None = None) -> bytes:
         FatbinMissing: They have not been compiled, or are not where SHAREDNORM_FATBIN says; the message tells how to
             mend that.
     """
+    elsewhere = path is None and bool(os.environ.get(ELSEWHERE))
     path = path or fatbin_path()
-    if os.environ.get(ELSEWHERE) and not path.is_file():
+    if elsewhere and not path.is_file():
         raise FatbinMissing(f"{ELSEWHERE} names {path}, which is not a file (expected: what `make kernels` makes)")
     if path.is_file():
         return path.read_bytes()

@@ -82,7 +82,7 @@ def _ls(arguments: argparse.Namespace) -> int:
         )
         for layer in layers
     ]
-    _print_table([head, *rows])
+    print_table([head, *rows])
     return 0
 
 
@@ -90,19 +90,19 @@ def _stats(arguments: argparse.Namespace) -> int:
     with _connect(arguments) as hub:
         layer = hub.layer(arguments.name)
         state = layer.snapshot()
-        _print_table(_facts(layer, hub, state.version, state.num_of_props, state.initialized))
+        print_table(_facts(layer, hub, state.version, state.num_of_props, state.initialized))
     vectors = [getattr(state, name) for name in _VECTORS]
     print()  # noqa: T201
     summary = [
         (name, *(f"{value:.6g}" for value in (vector.min(), vector.mean(dtype=float), vector.max())))
         for name, vector in zip(_VECTORS, vectors, strict=True)
     ]
-    _print_table([("", "MIN", "MEAN", "MAX"), *summary])
+    print_table([("", "MIN", "MEAN", "MAX"), *summary])
     shown = max(0, min(arguments.maps, layer.maps))
     if shown:
         print()  # noqa: T201
         rows = [(str(index), *(f"{vector[index]:.6g}" for vector in vectors)) for index in range(shown)]
-        _print_table([("MAP", *(name.upper() for name in _VECTORS)), *rows])
+        print_table([("MAP", *(name.upper() for name in _VECTORS)), *rows])
     if shown < layer.maps:
         print(f"({layer.maps - shown} more; --maps {layer.maps} shows all)")  # noqa: T201
     return 0
@@ -135,7 +135,8 @@ def shown(text: str) -> str:
     return printable.encode(encoding, "backslashreplace").decode(encoding)
 
 
-def _print_table(rows: Iterable[Sequence[str]]) -> None:
+def print_table(rows: Iterable[Sequence[str]]) -> None:
+    """Print rows of cells, each column as wide as its widest cell."""
     table = list(rows)
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for row in table:

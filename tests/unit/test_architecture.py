@@ -32,7 +32,7 @@ CODEC = _client("wire", "convert", "_status")
 CONNECTION = _client("hub", "remote", "_calls", "_channel")
 COMPILED = _client("_numba_arithmetic", "_numba_backward", "_numba_common", "_numba_forward", "_numba_half",
                    "_numba_moments", "_numba_plan", "_numba_vector")  # fmt: skip
-EDGE = _server("__main__", "cli", "commands", "server", "servicer", "calls", "listen")
+EDGE = _server("__main__", "cli", "commands", "doctor", "server", "servicer", "calls", "listen")
 MEANING = _server("service", "placement", "requests", "layers", "saved_inputs", "checks", "paging")
 CUDA = ("cuda", "_cuda_gpu", "_cuda_kernels", "_cuda_worker")
 DEVICE, STORE = _server("device."), _server("store.")
@@ -134,7 +134,7 @@ def test_arrows_point_one_way(importers: tuple[str, ...], forbidden: tuple[str, 
     [
         pytest.param(PROTOBUF, (*CODEC, *CONNECTION, *GENERATED, *_server("servicer")), id="protobuf"),
         pytest.param(("grpc.",), (*CONNECTION, *_client("_status"), *GENERATED, *EDGE), id="grpc"),
-        pytest.param(("grpc_health.", "grpc_reflection."), _server("server"), id="health and reflection"),
+        pytest.param(("grpc_health.", "grpc_reflection."), _server("server", "doctor"), id="health and reflection"),
         pytest.param(("numba.", "llvmlite."), COMPILED, id="numba"),
         pytest.param(COMPILED, (*COMPILED, *_client("normalization")), id="compiled arithmetic"),
         pytest.param(("pycuda.",), _server(*(f"device.{name}" for name in CUDA)), id="pycuda"),

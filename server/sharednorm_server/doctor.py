@@ -1,0 +1,148 @@
+"""The command `sharednorm doctor --server`: whether a server answers, and what it is.
+
+It is what a container's health check runs, every few seconds: it imports nothing that computes, ends within its
+timeout, and says nothing on stderr unless something is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Mapping
+
+import grpc
+
+import sharednorm
+from sharednorm._address import Address, parse_address
+from sharednorm.config import MAX_SECONDS
+from sharednorm.convert import error_from_call
+from sharednorm.errors import DeadlineExceeded, IncompatibleServer, InvalidConfiguration, ServerUnavailable
+from sharednorm_server.commands import FAILED, Commands, print_table, shown
+
+SECONDS = 5.0
+SERVICE = "sharednorm.v1.BatchNormService"
+
+_LEAST_SECONDS = 0.001
+_MAX_ANSWER_BYTES = 1 << 16
+_UNITS = (("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10))
+
+
+def add_doctor(commands: Commands[argparse.ArgumentParser]) -> None:
+    """Add `sharednorm doctor`."""
+    parser = commands.add_parser(
+        "doctor",
+        help="ask a server whether it is well",
+        description="Ask a server whether it serves and what it is. Exit code 0 if it does and speaks this release's "
+        "protocol, 1 with one line on stderr if not.",
+        epilog="example: sharednorm doctor --server 127.0.0.1:50051 --timeout 2",
+    )
+    parser.set_defaults(run=_doctor, failure=FAILED)
+    add = parser.add_argument
+    add("--server", metavar="ADDRESS", required=True, help="HOST:PORT or unix:PATH of the server")
+    add("--timeout", type=float, default=SECONDS, metavar="SECONDS",
+        help="longest wait for the server, in all; default %(default)s")  # fmt: skip
+    add("--json", action="store_true", help="print one object in JSON instead of a table")
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    facts = ask(arguments.server, arguments.timeout)
+    if arguments.json:
+        print(json.dumps(facts))  # noqa: T201 - a command's way to speak
+    else:
+        print_table([(name, shown(value)) for name, value in facts.items()])
+    return 0
+
+
+def ask(server: str, timeout: float) -> Mapping[str, str]:
+    """Ask a server for its health, then for what it is, all within a time.
+
+    Args:
+        server: Its address, as `sharednorm.connect` takes it.
+        timeout: Seconds, > 0.
+
+    Raises:
+        InvalidConfiguration: The address is not one, the timeout is out of its range, or the package that knows the
+            health service is not installed.
+        ServerUnavailable: Nobody listens there, or the server says that it does not serve.
+        DeadlineExceeded: It did not answer in time.
+        IncompatibleServer: It is not a sharednorm server, or one that speaks another protocol.
+    """
+    address = parse_address(server)
+    if not 0 < timeout <= MAX_SECONDS:
+        raise InvalidConfiguration(
+            f"timeout is {timeout} (expected: a number of seconds > 0, at most {MAX_SECONDS:g}): pass another --timeout"
+        )
+    end = time.monotonic() + timeout
+    _require_serving(address, end, timeout)
+    try:
+        # What the checks of its health have left. A server that has answered those may still be too busy for this.
+        with sharednorm.connect(server, timeout=max(_LEAST_SECONDS, end - time.monotonic())) as hub:
+            info = hub.info
+    except DeadlineExceeded as error:
+        raise DeadlineExceeded(
+            f"{address.text} is SERVING, but did not say within {timeout:g} s what it is: every worker may be busy "
+            "(pass a larger --timeout, or start it with more --workers)"
+        ) from error
+    return {
+        "server": address.text,
+        "health": "SERVING",
+        "release": info.version,
+        "protocol": str(info.protocol),
+        "device": info.device,
+        "store": info.store,
+        "limits": f"{size(info.max_tensor_bytes)} a tensor, {size(info.max_unary_bytes)} in one message, "
+        f"else in chunks of {size(info.chunk_bytes)}",
+    }
+
+
+def _require_serving(address: Address, end: float, timeout: float) -> None:
+    try:
+        from grpc_health.v1 import health_pb2, health_pb2_grpc  # noqa: PLC0415 - needs the extra
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "grpc_health":
+            raise
+        raise InvalidConfiguration("doctor --server needs grpc_health: pip install 'sharednorm[server]'") from error
+    # As the library's own channels: a proxy is never on the way to this machine itself.
+    options = (
+        ("grpc.enable_http_proxy", 0 if address.local else 1),
+        ("grpc.max_receive_message_length", _MAX_ANSWER_BYTES),
+    )
+    with grpc.insecure_channel(address.target, options) as channel:
+        check = health_pb2_grpc.HealthStub(channel).Check
+        for service in ("", SERVICE):
+            request = health_pb2.HealthCheckRequest(service=service)
+            try:
+                answer = check(request, timeout=max(_LEAST_SECONDS, end - time.monotonic()))
+            except grpc.RpcError as error:
+                raise _explained(error, address, service, timeout) from error
+            if answer.status != health_pb2.HealthCheckResponse.SERVING:
+                status = health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
+                raise ServerUnavailable(
+                    f"{service or 'the server'} at {address.text} is {status} (expected: SERVING): it is stopping, or "
+                    "its log says what is wrong"
+                )
+
+
+def _explained(error: grpc.RpcError, address: Address, service: str, timeout: float) -> Exception:
+    code = error.code() if isinstance(error, grpc.Call) else None
+    if code is grpc.StatusCode.UNIMPLEMENTED:
+        return IncompatibleServer(f"{address.text} has no health service: it is not a sharednorm server")
+    if code is grpc.StatusCode.NOT_FOUND:
+        return IncompatibleServer(
+            f"{address.text} is not a sharednorm server: its health service does not know {service or 'the server'}"
+        )
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return DeadlineExceeded(
+            f"{address.text} did not answer within {timeout:g} s: is it a sharednorm server, and alive? (pass a larger "
+            "--timeout if the way to it is slow)"
+        )
+    return error_from_call(error, address.text, timeout)
+
+
+def size(number: int) -> str:
+    """Return a number of bytes for people: "8 GiB", "139.8 GiB", "17 bytes"."""
+    for unit, factor in _UNITS:
+        if number >= factor:
+            return f"{number / factor:.4g} {unit}"
+    return f"{number} bytes"
