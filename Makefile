@@ -28,10 +28,10 @@ READY  := $(VENV)/.ready
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test serve check bench kernels proto clean
+.PHONY: help demo test serve check bench gpu-check kernels proto clean
 
 help:  ## List the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 demo: $(READY)-demo  ## Several processes share layers on one server, on real data (under a minute)
 	$(BIN)/python -m examples.demo
@@ -57,6 +57,9 @@ bench: $(READY)-demo $(READY)-torch  ## Compare with PyTorch and measure the ser
 	$(BIN)/python -m benchmarks.remote
 	$(BIN)/python -m benchmarks.plot
 	$(BIN)/python -m benchmarks.tables
+
+gpu-check: $(READY)-test $(READY)-torch $(READY)-cuda $(READY)-demo  ## On a machine with a GPU: compile, test and measure everything that runs on it
+	$(BIN)/python -m benchmarks.gpu_check
 
 kernels:  ## Compile the CUDA kernels into a fatbin, which needs nvcc; warnings and spilled registers are errors
 	PYTHONPATH=kernels $(PYTHON) -m sharednorm_kernels.build

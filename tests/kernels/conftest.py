@@ -1,15 +1,24 @@
-"""The kernels, compiled for the host."""
+"""The kernels, compiled for the host; with SHAREDNORM_TEST_GPU=1 those of the fatbin, on a real GPU."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
+from tests.support import cuda
+from tests.support.device_kernels import DeviceKernels
 from tests.support.kernel_image import NEEDED, can_compile, compiled_image
 from tests.support.kernel_run import Kernels
 
 
 @pytest.fixture(scope="session")
-def kernels() -> Kernels:
-    if not can_compile():
+def kernels() -> Iterator[Kernels | DeviceKernels]:
+    if cuda.REAL:
+        on_gpu = DeviceKernels()
+        yield on_gpu
+        on_gpu.close()
+    elif can_compile():
+        yield Kernels(compiled_image())
+    else:
         pytest.skip(NEEDED)
-    return Kernels(compiled_image())

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -41,6 +41,7 @@ class Buffer:
         size = int(np.prod(shape)) * np.dtype(element).itemsize
         raw = np.full(size + 2 * GUARD_BYTES + 32, GUARD, np.uint8)
         begin = GUARD_BYTES + (16 - (raw.ctypes.data + GUARD_BYTES)) % 32
+        self.whole, self.begin = raw, begin
         self._zones = raw[:begin], raw[begin + size :]
         self._raw = raw[begin : begin + size]
         self._raw[:] = POISON
@@ -70,6 +71,14 @@ class Buffer:
         """Fail if something wrote around the values."""
         for zone in self._zones:
             assert (zone == GUARD).all(), "a kernel wrote outside its buffer"
+
+
+class Launcher(Protocol):
+    """What kernels are run on."""
+
+    def run(self, name: str, geometry: Geometry, *arguments: Buffer | float) -> None:
+        """Run a kernel to its end, and check the guard zones of its buffers."""
+        ...
 
 
 class Kernels:
@@ -140,7 +149,7 @@ class Batch:
     def _entry(self, kernel: str) -> str:
         return entry(kernel, self.name)
 
-    def naive(self, kernels: Kernels) -> None:
+    def naive(self, kernels: Launcher) -> None:
         """Compute everything with the naive kernels; the sums are finished as one part a map."""
         view, maps = self.view, self.view.maps
         kernels.run(self._entry("naive_moments"), map_geometry(maps), self.inputs, self.moments, *view.arguments)
@@ -162,7 +171,7 @@ class Batch:
             self.inputs, self.grads, self.slopes, self.input_grads, *view.arguments,
         )  # fmt: skip
 
-    def split(self, kernels: Kernels, reduce: Geometry, apply: Geometry) -> None:
+    def split(self, kernels: Launcher, reduce: Geometry, apply: Geometry) -> None:
         """Compute everything with the split kernels."""
         view, maps = self.view, self.view.maps
         parts = Buffer((maps, reduce.parts, 2), np.float64)
@@ -177,7 +186,7 @@ class Batch:
         )
         self.split_backward(kernels, reduce, apply)
 
-    def split_backward(self, kernels: Kernels, reduce: Geometry, apply: Geometry) -> None:
+    def split_backward(self, kernels: Launcher, reduce: Geometry, apply: Geometry) -> None:
         """Compute the gradients with the split kernels, from the moments that are there."""
         parts = Buffer((self.view.maps, reduce.parts, 2), np.float64)
         kernels.run(
@@ -190,14 +199,14 @@ class Batch:
             self.inputs, self.grads, self.slopes, self.input_grads, *self.view.arguments, *apply.arguments,
         )  # fmt: skip
 
-    def _finish_backward(self, kernels: Kernels, parts: Buffer, number: int) -> None:
+    def _finish_backward(self, kernels: Launcher, parts: Buffer, number: int) -> None:
         kernels.run(
             "finish_backward", finish_geometry(self.view.maps),
             parts, number, self.moments, float(self.view.count), self.scales, self.epsilon,
             self.slopes, self.scale_grad, self.bias_grad, self.view.maps,
         )  # fmt: skip
 
-    def resident(self, kernels: Kernels, forward: Resident, backward: Resident) -> None:
+    def resident(self, kernels: Launcher, forward: Resident, backward: Resident) -> None:
         """Compute everything with the resident kernels."""
         geometry = forward.geometry
         kernels.run(

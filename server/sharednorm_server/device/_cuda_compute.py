@@ -6,11 +6,24 @@ The kernels themselves, their parameters and their layouts are described in shar
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 from sharednorm_kernels import Plan, finish_geometry, map_geometry
-from sharednorm_server.device._cuda_gpu import Gpu
+from sharednorm_server.device._cuda_kernels import Kernels
 
 _F32, _F64 = 4, 8
+
+
+class Launcher(Protocol):
+    """Where launches go: a `Gpu`, for example."""
+
+    kernels: Kernels
+    computing: Any
+    """The pycuda.driver.Stream of the launches."""
+
+    def scratch(self, nbytes: int) -> int:
+        """Return the address of memory that stays until the launches that follow are done."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -47,7 +60,7 @@ class Statistics:
         return self.old_mean, self.old_var, self.new_mean, self.new_var, self.weight
 
 
-def forward(gpu: Gpu, tensors: Tensors, affine: Affine, statistics: Statistics, y: int, moments: int) -> None:
+def forward(gpu: Launcher, tensors: Tensors, affine: Affine, statistics: Statistics, y: int, moments: int) -> None:
     """Normalize a batch by its own statistics; write output, moments and running statistics.
 
     Args:
@@ -81,7 +94,7 @@ def forward(gpu: Gpu, tensors: Tensors, affine: Affine, statistics: Statistics, 
     _apply(gpu, tensors, coefficients, y)
 
 
-def normalize(gpu: Gpu, tensors: Tensors, affine: Affine, moments: int, y: int) -> None:
+def normalize(gpu: Launcher, tensors: Tensors, affine: Affine, moments: int, y: int) -> None:
     """Normalize a batch by its moments, float64 (2, C), which are known; the bits are those of its forward."""
     view = tensors.plan.view
     coefficients = gpu.scratch(3 * _F32 * view.maps)
@@ -92,7 +105,7 @@ def normalize(gpu: Gpu, tensors: Tensors, affine: Affine, moments: int, y: int) 
     _apply(gpu, tensors, coefficients, y)
 
 
-def evaluate(gpu: Gpu, tensors: Tensors, affine: Affine, mean: int, var: int, y: int) -> None:
+def evaluate(gpu: Launcher, tensors: Tensors, affine: Affine, mean: int, var: int, y: int) -> None:
     """Normalize a batch by running statistics, float32 (C,)."""
     maps = tensors.plan.view.maps
     coefficients = gpu.scratch(3 * _F32 * maps)
@@ -104,7 +117,7 @@ def evaluate(gpu: Gpu, tensors: Tensors, affine: Affine, mean: int, var: int, y:
 
 
 def backward(
-    gpu: Gpu, tensors: Tensors, grad: int, moments: int, scale: int, epsilon: float, dx: int | None, params: int
+    gpu: Launcher, tensors: Tensors, grad: int, moments: int, scale: int, epsilon: float, dx: int | None, params: int
 ) -> None:
     """Compute the gradients of a training forward.
 
@@ -146,7 +159,7 @@ def backward(
         )  # fmt: skip
 
 
-def _apply(gpu: Gpu, tensors: Tensors, coefficients: int, y: int) -> None:
+def _apply(gpu: Launcher, tensors: Tensors, coefficients: int, y: int) -> None:
     view, apply = tensors.plan.view, tensors.plan.apply
     gpu.kernels.launch(
         gpu.computing, "apply", tensors.dtype_name, apply,
