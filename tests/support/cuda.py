@@ -7,7 +7,7 @@ import os
 from functools import cache
 
 from tests.emulation.build import driver
-from tests.emulation.load import count, load
+from tests.emulation.load import count, fail, load
 from tests.support.kernel_image import can_compile, compiled_image
 
 NEEDS_PYCUDA = "they need PyCUDA, which make test CUDA=1 builds"
@@ -29,6 +29,12 @@ def prepare() -> None:
         # A GPU that a test loses keeps what it has; what other tests leave behind they find themselves, by `held`.
         os.environ.update({"SHAREDNORM_EMULATED_LEAKS": "ignore", **_kernels()})
         load()
+
+
+def mend() -> None:
+    """End the failures that a test has asked the emulated driver for."""
+    if not REAL:
+        fail()
 
 
 def held() -> list[int]:
