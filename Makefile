@@ -16,6 +16,7 @@ DEVICE ?= cpu
 STATE  ?= memory:
 
 TORCH_VERSION := 2.13.0
+FATBIN := kernels/sharednorm_kernels/sharednorm.fatbin
 
 ifeq ($(origin PYTHON),file)
 VENV ?= .venv
@@ -39,7 +40,7 @@ demo: $(READY)-demo  ## Several processes share layers on one server, on real da
 test: $(READY)-test $(if $(TORCH),$(READY)-torch) $(if $(CUDA),$(READY)-cuda)  ## Run every test that this machine can run; TORCH=1 adds PyTorch, CUDA=1 PyCUDA
 	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
-serve: $(READY)-server  ## Run a server in the foreground; LISTEN=, DEVICE= and STATE= are its options
+serve: $(READY)-server $(if $(findstring cuda,$(DEVICE)),$(READY)-gpu $(FATBIN))  ## Run a server in the foreground; LISTEN=, DEVICE= and STATE= are its options
 	exec $(BIN)/sharednorm serve --listen '$(LISTEN)' --device '$(DEVICE)' --state '$(STATE)'
 
 check: $(READY)-check $(READY)-test $(READY)-demo  ## Lint, types, the contract, and whether the generated code is fresh
@@ -64,13 +65,16 @@ gpu-check: $(READY)-test $(READY)-torch $(READY)-cuda $(READY)-demo  ## On a mac
 kernels:  ## Compile the CUDA kernels into a fatbin, which needs nvcc; warnings and spilled registers are errors
 	PYTHONPATH=kernels $(PYTHON) -m sharednorm_kernels.build
 
+$(FATBIN): $(wildcard kernels/sharednorm_kernels/*.cu kernels/sharednorm_kernels/*.cuh)
+	PYTHONPATH=kernels $(PYTHON) -m sharednorm_kernels.build
+
 proto: $(READY)-check  ## Generate the Python code of proto/ anew
 	$(call generate,$(VENV)/generated)
 	find client/sharednorm/v1 -name '*_pb2*' -delete
 	cp $(VENV)/generated/sharednorm/v1/* client/sharednorm/v1/
 
 clean:  ## Remove what the targets made, virtual environments included
-	rm -rf .venv .venv-* build dist demo-output kernels/sharednorm_kernels/sharednorm.fatbin .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-* build dist demo-output $(FATBIN) .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find client server kernels tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # $(call generate,DIRECTORY): the Python code of proto/, into an empty directory.
@@ -90,6 +94,12 @@ $(READY)-torch: $(READY)-test Makefile
 $(READY)-cuda: $(READY)-test Makefile tests/emulation/pycuda_wheel.py
 	@echo 'building PyCUDA, unless this machine has built it before'
 	$(BIN)/python -m tests.emulation.pycuda_wheel
+	@touch $@
+
+# What a server with a GPU needs: PyCUDA, which pip builds against the CUDA toolkit and the driver of this machine.
+$(READY)-gpu: $(READY)-server
+	@echo 'building PyCUDA, which takes a minute or two'
+	$(BIN)/pip install --quiet --editable '.[cuda]'
 	@touch $@
 
 $(READY)-%: pyproject.toml | $(VENV)/.created

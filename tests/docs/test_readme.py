@@ -127,6 +127,10 @@ def _check_query(command: str) -> None:
     assert "example/bn" in printed
 
 
+def _check_doctor(command: str) -> None:
+    assert "serve --device cpu" in run_python("-m", "sharednorm_server", *shlex.split(command)[1:])
+
+
 def _check_script(command: str) -> None:
     script, *arguments = shlex.split(command)[1:]
     with server_process() as server:
@@ -147,6 +151,7 @@ CHECKS: dict[str, Callable[[str], None]] = {
     ".venv/bin/python -m tests.emulation.process ": _check_sanitizer,
     "pip install ": _check_pip,
     "sharednorm serve": _check_serve,
+    ".venv/bin/sharednorm doctor": _check_doctor,
     ".venv/bin/sharednorm ls": _check_query,
     ".venv/bin/sharednorm stats": _check_query,
     ".venv/bin/python examples/": _check_script,
