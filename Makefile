@@ -14,6 +14,8 @@ CUDA   ?=
 LISTEN ?= 127.0.0.1:50051
 DEVICE ?= cpu
 STATE  ?= memory:
+# Which service of docker/compose.yaml `make up` starts: cuda or cpu.
+PROFILE ?= cuda
 
 TORCH_VERSION := 2.13.0
 FATBIN := kernels/sharednorm_kernels/sharednorm.fatbin
@@ -29,7 +31,7 @@ READY  := $(VENV)/.ready
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test serve check bench gpu-check kernels proto clean
+.PHONY: help demo test serve check bench gpu-check kernels proto images up down image-check clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -47,6 +49,8 @@ check: $(READY)-check $(READY)-test $(READY)-demo  ## Lint, types, the contract,
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/hadolint docker/cpu.Dockerfile docker/cuda.Dockerfile
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker/compose.yaml
 	$(BIN)/buf lint
 	$(BIN)/buf format --diff --exit-code
 	$(call generate,$(VENV)/generated)
@@ -73,9 +77,28 @@ proto: $(READY)-check  ## Generate the Python code of proto/ anew
 	find client/sharednorm/v1 -name '*_pb2*' -delete
 	cp $(VENV)/generated/sharednorm/v1/* client/sharednorm/v1/
 
+images:  ## Build the images of the servers with Docker: sharednorm:cuda and sharednorm:cpu
+	$(call need,docker,install Docker Engine)
+	docker build --file docker/cuda.Dockerfile --tag sharednorm:cuda .
+	docker build --file docker/cpu.Dockerfile --tag sharednorm:cpu .
+
+up:  ## Build and start the server with Docker Compose: on a GPU, or with PROFILE=cpu without one
+	$(call need,docker,install Docker Engine)
+	docker compose --file docker/compose.yaml --profile '$(PROFILE)' up --detach --build --wait '$(PROFILE)'
+
+down:  ## Stop the server that `make up` has started; the volume with its state stays
+	$(call need,docker,install Docker Engine)
+	docker compose --file docker/compose.yaml --profile '*' down
+
+image-check: $(READY)-test $(READY)-cuda  ## Build both images with podman and use the servers in them; Debian, as root, no Docker and no GPU
+	$(BIN)/python -m docker.image_check
+
 clean:  ## Remove what the targets made, virtual environments included
 	rm -rf .venv .venv-* build dist demo-output $(FATBIN) .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find client server kernels tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# $(call need,PROGRAM,WHAT TO DO)
+need = @command -v $1 >/dev/null || { echo '$1 is not installed: $2' >&2; exit 1; }
 
 # $(call generate,DIRECTORY): the Python code of proto/, into an empty directory.
 PROTOC = $(BIN)/python -m grpc_tools.protoc --proto_path=proto \

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 
 from tests.support.distributions import ROOT
 
 
-def make(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run make in the checkout for at most a minute, without the flags of a make that runs this."""
+def make(*arguments: str, path: str | None = None) -> subprocess.CompletedProcess[str]:
+    """Run make in the checkout for at most a minute, without the flags of a make that runs this.
+
+    Args:
+        arguments: Its arguments.
+        path: The PATH of its recipes; None for this process's.
+    """
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    program = shutil.which("make") or "make"
+    if path is not None:
+        environment["PATH"] = path
     return subprocess.run(
-        ["make", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False
+        [program, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False
     )

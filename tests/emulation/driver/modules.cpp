@@ -1,7 +1,7 @@
 // Modules, functions and launches. An image is a shared object; what a launch asks for is held against the device.
 //
-//   SHAREDNORM_EMULATED_IMAGES   a directory to write images to: a sanitizer then names lines, which it cannot of an image
-//                                that is only in memory
+//   SHAREDNORM_EMULATED_IMAGES   a directory to leave images in: a sanitizer then names lines, which it cannot of an image
+//                                that is gone
 
 #include <algorithm>
 #include <cstdlib>
@@ -9,7 +9,6 @@
 
 #include <dlfcn.h>
 #include <elf.h>
-#include <sys/mman.h>
 #include <unistd.h>
 
 #include "driver.h"
@@ -42,12 +41,13 @@ void *open_library(const void *image) {
     const std::size_t bytes = image_bytes(image);
     const char *directory = std::getenv("SHAREDNORM_EMULATED_IMAGES");
     const bool keep = directory != nullptr && *directory != '\0';
-    std::string path = keep ? std::string(directory) + "/image-XXXXXX" : "";
-    const int file = keep ? mkstemp(path.data()) : memfd_create("image", MFD_CLOEXEC);
+    // A name that no other image has had: the linker takes a library that it knows by its name for the same one.
+    std::string path = std::string(keep ? directory : "/tmp") + "/emulated-image-XXXXXX";
+    const int file = mkstemp(path.data());
     if (file < 0) refuse("cuModuleLoadDataEx", CUDA_ERROR_OUT_OF_MEMORY, "no file for the image");
     write_all(file, static_cast<const char *>(image), bytes);
-    if (!keep) path = "/proc/self/fd/" + std::to_string(file);
     void *library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
+    if (!keep) unlink(path.c_str());
     const std::string problem = library == nullptr ? dlerror() : "";
     close(file);
     if (library == nullptr) refuse("cuModuleLoadDataEx", CUDA_ERROR_INVALID_IMAGE, problem);
