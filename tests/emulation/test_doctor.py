@@ -11,7 +11,9 @@ import pytest
 
 from sharednorm_server.doctor import gpus
 from sharednorm_server.doctor.checks import MISSING, OK
+from sharednorm_server.doctor.probe import LEAST_CAPABILITY
 from tests.emulation.build import driver
+from tests.emulation.load import load
 from tests.support import server
 from tests.support.kernel_image import NEEDED, can_compile, compiled_image
 
@@ -132,6 +134,37 @@ def test_pycuda_that_cannot_be_imported(tmp_path: Path) -> None:
     assert "pip install --force-reinstall" in found["pycuda"][1]
     assert verdicts[0].startswith("serve --device cuda: not possible: pycuda: ")
     assert "of another NumPy" in verdicts[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "device", "expected"),
+    [
+        pytest.param({}, "cuda", True, id="ready"),
+        pytest.param({"SHAREDNORM_EMULATED_DEVICES": "2"}, "cuda:1", True, id="the second"),
+        pytest.param({"SHAREDNORM_EMULATED_DEVICE": "capability=7.0"}, "cuda", False, id="too old"),
+        pytest.param({"SHAREDNORM_EMULATED_DEVICES": "0"}, "cuda", False, id="no GPU"),
+        pytest.param({"SHAREDNORM_FATBIN": "/nowhere"}, "cuda", False, id="no kernels"),
+        pytest.param({"SHAREDNORM_FATBIN": __file__}, "cuda", False, id="other kernels"),
+        pytest.param({"SHAREDNORM_EMULATED_FAIL": "lost:1"}, "cuda", False, id="a GPU that fails"),
+    ],
+)
+def test_a_verdict_is_what_a_server_then_does(settings: dict[str, str], device: str, expected: bool) -> None:
+    env = {**environment(), **settings}
+    assert (f"serve --device {device}: ready" in doctor(env)[2]) == expected
+    if expected:
+        with server.server_process("--device", device, env=env) as process:
+            assert server.run(["doctor", "--server", process.address], env=env).returncode == 0
+            assert process.stop() == 0
+    else:
+        result = server.run(["serve", "--device", device, "--listen", "127.0.0.1:0"], env=env)
+        assert (result.returncode, result.stdout) == (2, "")
+
+
+def test_the_oldest_gpu_is_the_same_for_the_server() -> None:
+    load()
+    from sharednorm_server.device import cuda
+
+    assert cuda.LEAST_CAPABILITY == LEAST_CAPABILITY
 
 
 # --- Drivers that break ---------------------------------------------------------------------------------
