@@ -16,7 +16,7 @@ from sharednorm._version import __version__
 from sharednorm.errors import SharedNormError
 from sharednorm_server.commands import FAILED, add_ls, add_stats, shown
 from sharednorm_server.config import DEFAULT_LISTEN, ServerConfig, StartError, parse_size
-from sharednorm_server.doctor import add_doctor
+from sharednorm_server.doctor.command import add_doctor
 
 if TYPE_CHECKING:
     from sharednorm_server.server import RunningServer

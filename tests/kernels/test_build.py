@@ -51,6 +51,7 @@ def test_the_sources_are_there_with_the_main_one() -> None:
 
 
 def test_a_missing_fatbin_names_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SHAREDNORM_FATBIN", raising=False)
     for compiler in (Path("/usr/bin/nvcc"), None):
         monkeypatch.setattr(files, "nvcc", lambda found=compiler: found)
         with pytest.raises(FatbinMissing, match="make kernels") as caught:
@@ -62,6 +63,18 @@ def test_a_fatbin_is_returned_as_it_is(tmp_path: Path) -> None:
     path = tmp_path / "sharednorm.fatbin"
     path.write_bytes(b"\x50\xed\x55\xba")
     assert fatbin(path) == b"\x50\xed\x55\xba"
+
+
+def test_a_fatbin_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SHAREDNORM_FATBIN", raising=False)
+    assert files.fatbin_path() == files.FATBIN
+    path = tmp_path / "elsewhere.fatbin"
+    monkeypatch.setenv("SHAREDNORM_FATBIN", str(path))
+    assert files.fatbin_path() == path
+    with pytest.raises(FatbinMissing, match=r"SHAREDNORM_FATBIN names .*elsewhere\.fatbin, which is not a file"):
+        fatbin()
+    path.write_bytes(b"elsewhere")
+    assert fatbin() == b"elsewhere"
 
 
 @needs_nvcc

@@ -32,10 +32,11 @@ CODEC = _client("wire", "convert", "_status")
 CONNECTION = _client("hub", "remote", "_calls", "_channel")
 COMPILED = _client("_numba_arithmetic", "_numba_backward", "_numba_common", "_numba_forward", "_numba_half",
                    "_numba_moments", "_numba_plan", "_numba_vector")  # fmt: skip
-EDGE = _server("__main__", "cli", "commands", "doctor", "server", "servicer", "calls", "listen")
+EDGE = _server("__main__", "cli", "commands", "server", "servicer", "calls", "listen")
 MEANING = _server("service", "placement", "requests", "layers", "saved_inputs", "checks", "paging")
 CUDA = ("cuda", "_cuda_gpu", "_cuda_kernels", "_cuda_worker")
 DEVICE, STORE = _server("device."), _server("store.")
+DOCTOR = _server("doctor.")
 KERNELS = ("sharednorm_kernels.",)
 
 
@@ -123,6 +124,7 @@ LOCAL = tuple(m for m in MODULES if _within(m, ("sharednorm.",)) and m != "share
         pytest.param(("sharednorm_server.",), CONNECTION, id="the server is not a client of itself"),
         pytest.param(KERNELS, ("sharednorm.", "sharednorm_server.", "numpy."), id="the kernels know nobody"),
         pytest.param(("sharednorm.", *EDGE, *MEANING, *STORE), KERNELS, id="only a device knows the kernels"),
+        pytest.param((*MEANING, *DEVICE, *STORE), DOCTOR, id="nobody leans on the doctor"),
     ],
 )  # fmt: skip
 def test_arrows_point_one_way(importers: tuple[str, ...], forbidden: tuple[str, ...]) -> None:
@@ -133,8 +135,10 @@ def test_arrows_point_one_way(importers: tuple[str, ...], forbidden: tuple[str, 
     ("imported", "users"),
     [
         pytest.param(PROTOBUF, (*CODEC, *CONNECTION, *GENERATED, *_server("servicer")), id="protobuf"),
-        pytest.param(("grpc.",), (*CONNECTION, *_client("_status"), *GENERATED, *EDGE), id="grpc"),
-        pytest.param(("grpc_health.", "grpc_reflection."), _server("server", "doctor"), id="health and reflection"),
+        pytest.param(
+            ("grpc.",), (*CONNECTION, *_client("_status"), *GENERATED, *EDGE, *_server("doctor.ask")), id="grpc"
+        ),
+        pytest.param(("grpc_health.", "grpc_reflection."), _server("server", "doctor.ask"), id="health and reflection"),
         pytest.param(("numba.", "llvmlite."), COMPILED, id="numba"),
         pytest.param(COMPILED, (*COMPILED, *_client("normalization")), id="compiled arithmetic"),
         pytest.param(("pycuda.",), _server(*(f"device.{name}" for name in CUDA)), id="pycuda"),
@@ -150,12 +154,12 @@ def test_each_package_has_its_room(imported: tuple[str, ...], users: tuple[str, 
 
 
 def test_every_room_is_there() -> None:
-    rooms = (*CODEC, *CONNECTION, *COMPILED, *EDGE, *MEANING, *DEVICE, *STORE, *KERNELS, *GENERATED)
+    rooms = (*CODEC, *CONNECTION, *COMPILED, *EDGE, *MEANING, *DEVICE, *STORE, *DOCTOR, *KERNELS, *GENERATED)
     assert [room for room in rooms if room.rstrip(".") not in MODULES] == []
 
 
 def test_every_module_of_the_server_has_its_room() -> None:
-    rooms = (*EDGE, *MEANING, *DEVICE, *STORE, *_server("config"), "sharednorm_server")
+    rooms = (*EDGE, *MEANING, *DEVICE, *STORE, *DOCTOR, *_server("config"), "sharednorm_server")
     assert [m for m in MODULES if _within(m, ("sharednorm_server.",)) and not _within(m, rooms)] == []
 
 

@@ -1,4 +1,4 @@
-"""The command `sharednorm doctor --server`: whether a server answers, and what it is.
+"""`sharednorm doctor --server`: whether a server answers, and what it is.
 
 It is what a container's health check runs, every few seconds: it imports nothing that computes, ends within its
 timeout, and says nothing on stderr unless something is wrong.
@@ -6,8 +6,6 @@ timeout, and says nothing on stderr unless something is wrong.
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 from collections.abc import Mapping
 
@@ -18,40 +16,13 @@ from sharednorm._address import Address, parse_address
 from sharednorm.config import MAX_SECONDS
 from sharednorm.convert import error_from_call
 from sharednorm.errors import DeadlineExceeded, IncompatibleServer, InvalidConfiguration, ServerUnavailable
-from sharednorm_server.commands import FAILED, Commands, print_table, shown
+from sharednorm_server.doctor.checks import size
 
 SECONDS = 5.0
 SERVICE = "sharednorm.v1.BatchNormService"
 
 _LEAST_SECONDS = 0.001
 _MAX_ANSWER_BYTES = 1 << 16
-_UNITS = (("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10))
-
-
-def add_doctor(commands: Commands[argparse.ArgumentParser]) -> None:
-    """Add `sharednorm doctor`."""
-    parser = commands.add_parser(
-        "doctor",
-        help="ask a server whether it is well",
-        description="Ask a server whether it serves and what it is. Exit code 0 if it does and speaks this release's "
-        "protocol, 1 with one line on stderr if not.",
-        epilog="example: sharednorm doctor --server 127.0.0.1:50051 --timeout 2",
-    )
-    parser.set_defaults(run=_doctor, failure=FAILED)
-    add = parser.add_argument
-    add("--server", metavar="ADDRESS", required=True, help="HOST:PORT or unix:PATH of the server")
-    add("--timeout", type=float, default=SECONDS, metavar="SECONDS",
-        help="longest wait for the server, in all; default %(default)s")  # fmt: skip
-    add("--json", action="store_true", help="print one object in JSON instead of a table")
-
-
-def _doctor(arguments: argparse.Namespace) -> int:
-    facts = ask(arguments.server, arguments.timeout)
-    if arguments.json:
-        print(json.dumps(facts))  # noqa: T201 - a command's way to speak
-    else:
-        print_table([(name, shown(value)) for name, value in facts.items()])
-    return 0
 
 
 def ask(server: str, timeout: float) -> Mapping[str, str]:
@@ -138,11 +109,3 @@ def _explained(error: grpc.RpcError, address: Address, service: str, timeout: fl
             "--timeout if the way to it is slow)"
         )
     return error_from_call(error, address.text, timeout)
-
-
-def size(number: int) -> str:
-    """Return a number of bytes for people: "8 GiB", "139.8 GiB", "17 bytes"."""
-    for unit, factor in _UNITS:
-        if number >= factor:
-            return f"{number / factor:.4g} {unit}"
-    return f"{number} bytes"
