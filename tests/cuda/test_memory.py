@@ -165,3 +165,5 @@ def test_a_closed_device_leaves_nothing() -> None:
     device.close()
     assert cuda.held() == before
     device.close()
+    with pytest.raises(RuntimeError, match="cuda:0 has been closed"):
+        device.load(oracle.random_tensor(1, SHAPE))

@@ -1,4 +1,4 @@
-"""docker/: what `make up` starts, said by the compose file and the Dockerfiles; `make image-check` builds and runs them."""
+"""docker/: what `make up` starts, by the compose file and the Dockerfiles; `make image-check` builds and runs them."""
 
 from __future__ import annotations
 

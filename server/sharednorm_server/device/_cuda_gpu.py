@@ -91,7 +91,8 @@ class Gpu:
         self._memory: dict[int, Any] = {}  # by address, which two allocations never share
         self._writes: dict[int, Any] = {}  # the event behind the last copy into a buffer, until somebody has waited
         self._pinned: list[Any] = []
-        self._scratch: list[DeviceBuffer] = []
+        self._small_pinned = pycuda.tools.PageLockedMemoryPool()
+        self._held: list[object] = []
         self._vectors: dict[int, tuple[weakref.ref[Vector], DeviceBuffer, int]] = {}
 
     # --- Memory -------------------------------------------------------------------------------------
@@ -128,12 +129,12 @@ class Gpu:
     def scratch(self, nbytes: int) -> int:
         """Return the address of memory that is held until the GPU is through with the current task."""
         buffer = self.allocate(nbytes)
-        self._scratch.append(buffer)
+        self._held.append(buffer)
         return buffer.address
 
-    def take_scratch(self) -> list[DeviceBuffer]:
-        """Hand over the scratch memory of the current task, which ends here."""
-        taken, self._scratch = self._scratch, []
+    def take_held(self) -> list[object]:
+        """Hand over what the current task, which ends here, needs until the GPU is through with it."""
+        taken, self._held = self._held, []
         return taken
 
     def pin(self, nbytes: int) -> Bytes:
@@ -168,10 +169,17 @@ class Gpu:
         return buffer.address
 
     def upload(self, values: npt.NDArray[Any]) -> int:
-        """Return the address of a small array's copy, for computations of the current task."""
+        """Return the address of a small array's copy, for the computations of the current task."""
         address = self.scratch(values.nbytes)
-        cuda.memcpy_htod_async(address, values, self.computing)
+        self._copy_small(values, address)
         return address
+
+    def _copy_small(self, values: npt.NDArray[Any], address: int) -> None:
+        # Through pinned memory, since a copy from other memory waits until its stream has nothing left to do.
+        pinned = self._small_pinned.allocate(values.shape, values.dtype)
+        pinned[...] = values
+        self._held.append(pinned)
+        cuda.memcpy_htod_async(address, pinned, self.computing)
 
     def synchronize(self) -> None:
         """Wait until the GPU has done everything that it was told."""
@@ -189,7 +197,7 @@ class Gpu:
         if known is not None and known[0]() is values:
             return known[1].address + known[2]
         buffer = self.allocate(values.nbytes)
-        cuda.memcpy_htod_async(buffer.address, values, self.computing)
+        self._copy_small(values, buffer.address)
         self.adopt(values, buffer, 0)
         return buffer.address
 
@@ -217,12 +225,13 @@ class Gpu:
             pinned.base.free()
         self._vectors.clear()
         self._writes.clear()
-        self._scratch.clear()
+        self._held.clear()
+        self._small_pinned.stop_holding()
         for memory in self._memory.values():
             memory.free()
         self._memory.clear()
         self._pool.stop_holding()
-        del self.kernels, self.incoming, self.computing, self.outgoing, self._pool
+        del self.kernels, self.incoming, self.computing, self.outgoing, self._pool, self._small_pinned
         self._context.pop()
         self._context.detach()
 

@@ -96,9 +96,9 @@ class CudaWorker:
         def run(gpu: Gpu) -> None:
             issued = self._attempt(gpu, lambda: task(gpu), future)
             if issued is not None:
-                self._fly(issued, future, (task, gpu.take_scratch()))
+                self._fly(issued, future, (task, gpu.take_held()))
 
-        self._tasks.put(run)
+        self._hand_in(run)
         return future
 
     def call(self, task: Callable[[Gpu], T]) -> T:
@@ -110,8 +110,13 @@ class CudaWorker:
             if result is not None:  # a tuple, so that a task may return None
                 future.set_result(result[0])
 
-        self._tasks.put(run)
+        self._hand_in(run)
         return future.result()
+
+    def _hand_in(self, run: Task) -> None:
+        if self._closed:
+            raise RuntimeError(f"{self._name} has been closed")
+        self._tasks.put(run)
 
     def post(self, task: Task) -> None:
         """Run a task some time, from wherever this is called; if it fails, the log says so."""
@@ -139,8 +144,8 @@ class CudaWorker:
         """Do what has been handed in, give the GPU back, and end the thread. A lost GPU stays as it is."""
         if self._closed:
             return
-        self._closed = True
         if not self.lost:
+            self._closed = True
             self._tasks.put(None)
             self._thread.join(_CLOSE_SECONDS)
             return
@@ -148,6 +153,7 @@ class CudaWorker:
         # thread stays, and must be asleep for good before the interpreter ends, which ends threads that wake.
         with contextlib.suppress(DeviceLost):
             self.call(lambda _: None)
+        self._closed = True
         time.sleep(_ASLEEP_SECONDS)
 
     # --- On the thread ------------------------------------------------------------------------------
@@ -231,7 +237,7 @@ class CudaWorker:
                 gpu.synchronize()
             except cuda.Error as error:
                 self._lose(gpu, error)
-        gpu.take_scratch()
+        gpu.take_held()
 
     def _fly(self, issued: Issued[T], future: Future[T], keep: object) -> None:
         flight = _Flight(issued.mark.event, lambda: future.set_result(issued.value), future.set_exception, keep)
