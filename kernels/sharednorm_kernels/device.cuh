@@ -84,6 +84,22 @@ __device__ __forceinline__ double product_of(double a, double b) { return __dmul
 __device__ __forceinline__ double sum_of(double a, double b) { return __dadd_rn(a, b); }
 #endif
 
+// Atomics, on integers only: the order of arrival leaves no trace in a result.
+__device__ __forceinline__ unsigned add_one(unsigned *counter) { return atomicAdd(counter, 1u); }
+
+// Orders what the thread wrote before with what it does to a counter after, and what it saw of a counter with what it
+// reads after: for the whole device.
+__device__ __forceinline__ void device_fence() { __threadfence(); }
+
+// Waits until a counter has reached a number; other blocks are what makes it grow.
+__device__ __forceinline__ void wait_for(const unsigned *counter, unsigned number) {
+#ifdef SHAREDNORM_EMULATED
+    while (emu_load(counter) < number) __nanosleep(100);
+#else
+    while (*static_cast<const volatile unsigned *>(counter) < number) __nanosleep(100);
+#endif
+}
+
 // 16 bytes at an address that is a multiple of 16.
 __device__ __forceinline__ uint4 load_16_bytes(const void *from) {
 #ifdef SHAREDNORM_EMULATED

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 SUFFIXES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 
@@ -21,6 +21,9 @@ UNROLL = 4  # tiles that a thread has under way
 CLUSTERS = (1, 2, 4, 8)
 _LARGEST = 2**31 - 1
 _LEAST_HELD = 16 * 1024
+_LEAST_TASK = 32 * 1024
+_BLOCKS_A_MULTIPROCESSOR = 2  # of 512 threads: what the launch bounds of the kernels promise room for
+_MOST_TICKETS = 2**32 - 1
 _TILES_A_THREAD = 16  # that a thread of a reduction should have, so that the sum over the group is cheap beside it
 
 
@@ -53,12 +56,14 @@ class DeviceLimits:
             MAX_SHARED_MEMORY_PER_BLOCK_OPTIN.
         shared_bytes_per_multiprocessor: Attribute MAX_SHARED_MEMORY_PER_MULTIPROCESSOR.
         compute_capability: Clusters begin with (9, 0).
+        l2_bytes: Its L2 cache; attribute L2_CACHE_SIZE.
     """
 
     multiprocessors: int
     shared_bytes: int
     shared_bytes_per_multiprocessor: int
     compute_capability: tuple[int, int]
+    l2_bytes: int
 
     @property
     def largest_cluster(self) -> int:
@@ -108,16 +113,19 @@ class Geometry:
 
 
 @dataclass(frozen=True)
-class Resident:
-    """A launch that keeps the maps in shared memory.
+class Fused:
+    """A launch that does all of a forward or a backward.
 
     Attributes:
-        kind: "resident", or "cluster2", "cluster4", "cluster8": the entry is forward_KIND or backward_KIND.
-        geometry: Its launch.
+        kind: "resident", "cluster2", "cluster4", "cluster8", where maps stay in shared memory, or "ticketed", where
+            they stay in the L2 cache: the entry is forward_KIND or backward_KIND.
+        geometry: Its launch. A ticketed one has any number of blocks; they draw their work.
+        lag: Ticketed: how many maps the sums are ahead of the results.
     """
 
     kind: str
     geometry: Geometry
+    lag: int = 0
 
 
 @dataclass(frozen=True)
@@ -135,8 +143,8 @@ class Plan:
     view: View
     reduce: Geometry
     apply: Geometry
-    forward: Resident | None
-    backward: Resident | None
+    forward: Fused | None
+    backward: Fused | None
 
 
 def view_of(shape: Sequence[int]) -> View:
@@ -186,8 +194,8 @@ def plan(shape: Sequence[int], itemsize: int, limits: DeviceLimits) -> Plan:
         view,
         reduce_geometry(view, per_tile, limits),
         apply_geometry(view, per_tile),
-        resident(view, per_tile, limits, tensors=1),
-        resident(view, per_tile, limits, tensors=2),
+        resident(view, per_tile, limits, tensors=1) or ticketed(view, per_tile, limits, tensors=1),
+        resident(view, per_tile, limits, tensors=2) or ticketed(view, per_tile, limits, tensors=2),
     )
 
 
@@ -244,7 +252,7 @@ def apply_geometry(view: View, per_tile: int) -> Geometry:
     return _sized(view, per_tile, group, 256, _cut(view, per_tile, math.ceil(tiles / (group * 2 * UNROLL))))
 
 
-def resident(view: View, per_tile: int, limits: DeviceLimits, *, tensors: int) -> Resident | None:
+def resident(view: View, per_tile: int, limits: DeviceLimits, *, tensors: int) -> Fused | None:
     """Return a launch that keeps `tensors` tensors in shared memory, or None where their maps do not fit.
 
     First choice is room for two blocks a multiprocessor, so that one reads while the other writes; and of the
@@ -270,7 +278,27 @@ def resident(view: View, per_tile: int, limits: DeviceLimits, *, tensors: int) -
     return None
 
 
-def _resident_of(view: View, per_tile: int, tensors: int, blocks: int) -> Resident:
+def ticketed(view: View, per_tile: int, limits: DeviceLimits, *, tensors: int) -> Fused | None:
+    """Return a launch that reads `tensors` tensors again from the L2 cache, or None where it would not find them there.
+
+    As many blocks as fit on the device; a task has at least 32 KiB, so that drawing it costs little. The sums are so
+    many maps ahead that those of a map are done when its results are drawn: what the blocks have in hand at a time,
+    rounded up. What has been summed and not yet applied, one map more, may fill three quarters of the cache; the rest
+    is for what is written.
+    """
+    blocks = _BLOCKS_A_MULTIPROCESSOR * limits.multiprocessors
+    map_bytes = view.images * tiles_of_run(view, 1, per_tile) * TILE_BYTES * tensors
+    cut = _cut(view, per_tile, max(min(blocks, map_bytes // _LEAST_TASK), 1))
+    geometry = _sized(view, per_tile, MAX_THREADS, MAX_THREADS, cut, RESERVED_BYTES)
+    lag = math.ceil(blocks / geometry.parts)
+    if lag >= view.maps or (lag + 1) * map_bytes > limits.l2_bytes * 3 // 4:
+        return None
+    if 2 * view.maps * geometry.parts + blocks > _MOST_TICKETS:
+        return None
+    return Fused("ticketed", replace(geometry, blocks=min(blocks, geometry.blocks)), lag)
+
+
+def _resident_of(view: View, per_tile: int, tensors: int, blocks: int) -> Fused:
     tiles = view.images * tiles_of_run(view, 1, per_tile)
     if blocks == 1:
         group = _group_for(tiles, _TILES_A_THREAD // tensors, MAX_THREADS)
@@ -285,7 +313,7 @@ def _resident_of(view: View, per_tile: int, tensors: int, blocks: int) -> Reside
         turns = _turns(view, per_tile, geometry)
         shared = RESERVED_BYTES + turns * threads * TILE_BYTES * tensors
         choices.append(_sized(view, per_tile, group, threads, cut, shared))
-    return Resident(kind, min(choices, key=lambda each: each.shared_bytes))
+    return Fused(kind, min(choices, key=lambda each: each.shared_bytes))
 
 
 def _turns(view: View, per_tile: int, geometry: Geometry) -> int:

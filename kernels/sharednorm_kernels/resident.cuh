@@ -13,12 +13,6 @@
 
 namespace sharednorm {
 
-// Shared memory: what group_sum needs, three float64 for the cluster, then the tiles.
-constexpr int EXCHANGE = SCRATCH;                 // in doubles
-constexpr int RESERVED = (SCRATCH + 4) * 8 / 16;  // in tiles
-
-__device__ __forceinline__ double *scratch_of(uint4 *memory) { return reinterpret_cast<double *>(memory); }
-
 // Place of a thread's k-th tile.
 __device__ __forceinline__ uint4 *own_tile(uint4 *memory, int k) {
     return memory + RESERVED + k * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x);
@@ -113,10 +107,6 @@ __device__ __forceinline__ void forward_resident(const typename T::Raw *x, typen
         store_tile<T>(y, tile, values);
     }
 }
-
-struct ParameterGradients {
-    float *scale, *bias;  // (maps,)
-};
 
 // Two tiles a place: the input's at 2 k, the gradient's at 2 k + 1.
 template <class T, int BLOCKS>

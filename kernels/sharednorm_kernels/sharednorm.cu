@@ -1,8 +1,10 @@
 // The entries: every kernel under a plain name, for each element type.
 //
-// Versions of a training forward, from the simplest to the fastest; a backward has the same four:
+// Versions of a training forward, from the simplest to the fastest; a backward has the same five:
 //   naive     naive.cuh     one thread a map: the reference to read
 //   split     split.cuh     moments, then finish, then apply: three trips over the tensor, for every shape
+//   ticketed  ticketed.cuh  the same work in one launch, ordered so that the second read finds the cache: for maps that
+//                           fit neither a block nor a cluster
 //   resident  resident.cuh  one group keeps a map in shared memory: two trips, for maps up to what a block can hold
 //   cluster   resident.cuh  a cluster of blocks keeps a map: two trips, on compute capability 9.0 and later
 // Which one serves which shape, and with how many threads, is said by plan() in plans.py.
@@ -11,11 +13,13 @@
 // bytes, and no output overlaps an input. Parameters and statistics are float32 (maps,). moments: float64 (2, maps):
 // mean and m2, the sum of squared deviations. coefficients: float32 (3, maps) of a forward: hi, factor, offset;
 // (4, maps) of a backward: hi, factor, slope, offset. parts: float64 (maps, parts, 2). weight: what the batch
-// weighs in the running statistics.
+// weighs in the running statistics. counters: unsigned (1 + maps), which a caller sets to 0 before each launch.
+// lag: how many maps the sums of a ticketed kernel are ahead. group of a ticketed kernel: all threads of a block.
 // Kernels with parts, and resident ones, need RESERVED * 16 bytes of dynamic shared memory, and the latter their tiles.
 
 #include "naive.cuh"
 #include "resident.cuh"
+#include "ticketed.cuh"
 
 using namespace sharednorm;
 
@@ -27,18 +31,8 @@ using namespace sharednorm;
 
 ENTRY finish_backward(const double *parts, int number, const double *moments, double count, const float *scale,
                       double epsilon, float *coefficients, float *scale_grad, float *bias_grad, int maps) {
-    const long long map = my_map();
-    const Pair sums = add_parts(parts, number, maps, map);
-    if (map < maps && threadIdx.x % WARP == 0) {
-        const Gradients result = gradients_of(Moments{count, moments[map], moments[maps + map]}, sums, scale[map],
-                                              epsilon);
-        coefficients[map] = result.input.hi;
-        coefficients[maps + map] = result.input.factor;
-        coefficients[2ll * maps + map] = result.input.slope;
-        coefficients[3ll * maps + map] = result.input.offset;
-        scale_grad[map] = result.scale;
-        bias_grad[map] = result.bias;
-    }
+    finish_backward_map(parts, number, moments, count, Parameters{scale, nullptr, epsilon}, coefficients,
+                        ParameterGradients{scale_grad, bias_grad}, maps, my_map(), threadIdx.x % WARP == 0);
 }
 SHAREDNORM_KERNEL(finish_backward);
 
@@ -88,8 +82,9 @@ SHAREDNORM_KERNEL(affine_of_running);
     ENTRY moments_##suffix(const T::Raw *x, double *parts, int images, int maps, int area, int image_parts,         \
                            int area_parts, int group, int lanes) {                                                  \
         SHARED_MEMORY(memory);                                                                                      \
-        moments<T>(x, parts, Shape{images, maps, area}, Sharing{image_parts, area_parts, group, lanes},             \
-                   scratch_of(memory));                                                                             \
+        const Shape shape{images, maps, area};                                                                      \
+        const Sharing sharing{image_parts, area_parts, group, lanes};                                               \
+        moments<T>(x, parts, my_share<T>(shape, sharing), shape, sharing, scratch_of(memory));                      \
     }                                                                                                               \
     SHAREDNORM_KERNEL(moments_##suffix);                                                                            \
     ENTRY finish_moments_##suffix(const double *parts, double *moments, int images, int maps, int area,             \
@@ -100,28 +95,34 @@ SHAREDNORM_KERNEL(affine_of_running);
     ENTRY finish_forward_##suffix(const double *parts, const float *scale, const float *bias, double epsilon,       \
                                   STATISTICS_ARGUMENTS, double *moments, float *coefficients, int images, int maps, \
                                   int area, int image_parts, int area_parts) {                                      \
-        finish_forward<T>(parts, Parameters{scale, bias, epsilon}, STATISTICS, moments, coefficients,               \
-                          Shape{images, maps, area}, Sharing{image_parts, area_parts, WARP, 1});                    \
+        finish_forward_map<T>(parts, Parameters{scale, bias, epsilon}, STATISTICS, moments, coefficients,           \
+                              Shape{images, maps, area}, Sharing{image_parts, area_parts, WARP, 1}, my_map(),       \
+                              threadIdx.x % WARP == 0);                                                             \
     }                                                                                                               \
     SHAREDNORM_KERNEL(finish_forward_##suffix);                                                                     \
     ENTRY apply_##suffix(const T::Raw *x, const float *coefficients, T::Raw *y, int images, int maps, int area,     \
                          int image_parts, int area_parts, int group, int lanes) {                                   \
-        apply<T>(x, coefficients, y, Shape{images, maps, area}, Sharing{image_parts, area_parts, group, lanes});    \
+        const Shape shape{images, maps, area};                                                                      \
+        const Sharing sharing{image_parts, area_parts, group, lanes};                                               \
+        apply<T>(x, coefficients, y, my_share<T>(shape, sharing), shape, sharing);                                  \
     }                                                                                                               \
     SHAREDNORM_KERNEL(apply_##suffix);                                                                              \
     ENTRY backward_sums_##suffix(const T::Raw *x, const T::Raw *grad, const double *moments, double *parts,         \
                                  int images, int maps, int area, int image_parts, int area_parts, int group,        \
                                  int lanes) {                                                                       \
         SHARED_MEMORY(memory);                                                                                      \
-        backward_sums<T>(x, grad, moments, parts, Shape{images, maps, area},                                        \
-                         Sharing{image_parts, area_parts, group, lanes}, scratch_of(memory));                       \
+        const Shape shape{images, maps, area};                                                                      \
+        const Sharing sharing{image_parts, area_parts, group, lanes};                                               \
+        backward_sums<T>(x, grad, moments, parts, my_share<T>(shape, sharing), shape, sharing,                      \
+                         scratch_of(memory));                                                                       \
     }                                                                                                               \
     SHAREDNORM_KERNEL(backward_sums_##suffix);                                                                      \
     ENTRY backward_apply_##suffix(const T::Raw *x, const T::Raw *grad, const float *coefficients, T::Raw *dx,       \
                                   int images, int maps, int area, int image_parts, int area_parts, int group,       \
                                   int lanes) {                                                                      \
-        backward_apply<T>(x, grad, coefficients, dx, Shape{images, maps, area},                                     \
-                          Sharing{image_parts, area_parts, group, lanes});                                          \
+        const Shape shape{images, maps, area};                                                                      \
+        const Sharing sharing{image_parts, area_parts, group, lanes};                                               \
+        backward_apply<T>(x, grad, coefficients, dx, my_share<T>(shape, sharing), shape, sharing);                  \
     }                                                                                                               \
     SHAREDNORM_KERNEL(backward_apply_##suffix)
 
@@ -154,9 +155,33 @@ SHAREDNORM_KERNEL(affine_of_running);
 #define CLUSTER_BOUNDS(blocks) __cluster_dims__(blocks, 1, 1) __launch_bounds__(MAX_THREADS, 2)
 #endif
 
+#define TICKETED_ENTRIES(T, suffix)                                                                                 \
+    extern "C" __global__ void BLOCK_BOUNDS forward_ticketed_##suffix(                                              \
+        const T::Raw *x, T::Raw *y, const float *scale, const float *bias, double epsilon, STATISTICS_ARGUMENTS,    \
+        double *moments, float *coefficients, double *parts, unsigned *counters, int images, int maps, int area,    \
+        int image_parts, int area_parts, int group, int lanes, int lag) {                                           \
+        SHARED_MEMORY(memory);                                                                                      \
+        forward_ticketed<T>(x, y, Parameters{scale, bias, epsilon}, STATISTICS, moments, coefficients, parts,       \
+                            counters, Shape{images, maps, area}, Sharing{image_parts, area_parts, group, lanes},    \
+                            lag, scratch_of(memory));                                                               \
+    }                                                                                                               \
+    SHAREDNORM_KERNEL(forward_ticketed_##suffix);                                                                   \
+    extern "C" __global__ void BLOCK_BOUNDS backward_ticketed_##suffix(                                             \
+        const T::Raw *x, const T::Raw *grad, T::Raw *dx, const double *moments, const float *scale, double epsilon, \
+        float *scale_grad, float *bias_grad, float *coefficients, double *parts, unsigned *counters, int images,    \
+        int maps, int area, int image_parts, int area_parts, int group, int lanes, int lag) {                       \
+        SHARED_MEMORY(memory);                                                                                      \
+        backward_ticketed<T>(x, grad, dx, moments, Parameters{scale, nullptr, epsilon}, coefficients,               \
+                             ParameterGradients{scale_grad, bias_grad}, parts, counters,                            \
+                             Shape{images, maps, area}, Sharing{image_parts, area_parts, group, lanes}, lag,        \
+                             scratch_of(memory));                                                                   \
+    }                                                                                                               \
+    SHAREDNORM_KERNEL(backward_ticketed_##suffix)
+
 #define TYPE_ENTRIES(T, suffix)                                         \
     NAIVE_ENTRIES(T, suffix);                                           \
     SPLIT_ENTRIES(T, suffix);                                           \
+    TICKETED_ENTRIES(T, suffix);                                        \
     RESIDENT_ENTRIES(T, suffix, resident, 1, BLOCK_BOUNDS)
 
 TYPE_ENTRIES(Float32, f32);

@@ -15,11 +15,16 @@ namespace sharednorm {
 
 constexpr int UNROLL = 4;
 
+// Shared memory: what group_sum needs, four float64 for what blocks or threads tell each other, then any tiles.
+constexpr int EXCHANGE = SCRATCH;                 // in doubles
+constexpr int RESERVED = (SCRATCH + 4) * 8 / 16;  // in tiles
+
+__device__ __forceinline__ double *scratch_of(uint4 *memory) { return reinterpret_cast<double *>(memory); }
+
 // parts: float64 (maps, parts, 2): mean and m2
 template <class T>
-__device__ __forceinline__ void moments(const typename T::Raw *x, double *parts, const Shape &shape,
-                                        const Sharing &sharing, double *scratch) {
-    const Share share = my_share<T>(shape, sharing);
+__device__ __forceinline__ void moments(const typename T::Raw *x, double *parts, const Share &share,
+                                        const Shape &shape, const Sharing &sharing, double *scratch) {
     const double shift = shift_of<T>(x, shape, share);
     Pair sums{0.0, 0.0};
     for (Walk<T> walk(shape, share, sharing); walk.more();) {
@@ -101,13 +106,14 @@ __device__ __forceinline__ Affine read_affine(const float *coefficients, int map
     return Affine{coefficients[share.map], coefficients[maps + share.map], coefficients[2ll * maps + share.map]};
 }
 
+// Merges the parts of a map, and writes what follows from them if the calling thread is the one that writes.
 template <class T>
-__device__ __forceinline__ void finish_forward(const double *parts, const Parameters &parameters,
-                                               const Statistics &statistics, double *moments, float *coefficients,
-                                               const Shape &shape, const Sharing &sharing) {
-    const long long map = my_map();
+__device__ __forceinline__ void finish_forward_map(const double *parts, const Parameters &parameters,
+                                                   const Statistics &statistics, double *moments, float *coefficients,
+                                                   const Shape &shape, const Sharing &sharing, long long map,
+                                                   bool writes) {
     const Moments batch = merge_parts<T>(parts, shape, sharing, map);
-    if (map < shape.maps && threadIdx.x % WARP == 0) {
+    if (map < shape.maps && writes) {
         moments[map] = batch.mean;
         moments[shape.maps + map] = batch.m2;
         update_statistics(statistics, static_cast<int>(map), batch);
@@ -119,8 +125,7 @@ __device__ __forceinline__ void finish_forward(const double *parts, const Parame
 
 template <class T>
 __device__ __forceinline__ void apply(const typename T::Raw *x, const float *coefficients, typename T::Raw *y,
-                                      const Shape &shape, const Sharing &sharing) {
-    const Share share = my_share<T>(shape, sharing);
+                                      const Share &share, const Shape &shape, const Sharing &sharing) {
     const Affine affine = read_affine(coefficients, shape.maps, share);
     for (Walk<T> walk(shape, share, sharing); walk.more();) {
         Tile tiles[UNROLL];
@@ -143,9 +148,8 @@ __device__ __forceinline__ void apply(const typename T::Raw *x, const float *coe
 // parts: float64 (maps, parts, 2): sums of grad and of grad * (x - hi); mean: float64 (maps,)
 template <class T>
 __device__ __forceinline__ void backward_sums(const typename T::Raw *x, const typename T::Raw *grad,
-                                              const double *mean, double *parts, const Shape &shape,
-                                              const Sharing &sharing, double *scratch) {
-    const Share share = my_share<T>(shape, sharing);
+                                              const double *mean, double *parts, const Share &share,
+                                              const Shape &shape, const Sharing &sharing, double *scratch) {
     const float hi = share.map < shape.maps ? static_cast<float>(mean[share.map]) : 0.0f;
     Pair sums{0.0, 0.0};
     for (Walk<T> walk(shape, share, sharing); walk.more();) {
@@ -170,7 +174,29 @@ __device__ __forceinline__ void backward_sums(const typename T::Raw *x, const ty
     }
 }
 
+struct ParameterGradients {
+    float *scale, *bias;  // (maps,)
+};
+
+// Adds the parts of a map, and writes what follows from them if the calling thread is the one that writes.
 // coefficients: float32 (4, maps): hi, factor, slope, offset
+__device__ __forceinline__ void finish_backward_map(const double *parts, int number, const double *moments, double count,
+                                                    const Parameters &parameters, float *coefficients,
+                                                    const ParameterGradients &gradients, int maps, long long map,
+                                                    bool writes) {
+    const Pair sums = add_parts(parts, number, maps, map);
+    if (map < maps && writes) {
+        const Gradients result = gradients_of(Moments{count, moments[map], moments[maps + map]}, sums,
+                                              parameters.scale[map], parameters.epsilon);
+        coefficients[map] = result.input.hi;
+        coefficients[maps + map] = result.input.factor;
+        coefficients[2ll * maps + map] = result.input.slope;
+        coefficients[3ll * maps + map] = result.input.offset;
+        gradients.scale[map] = result.scale;
+        gradients.bias[map] = result.bias;
+    }
+}
+
 __device__ __forceinline__ InputGradient read_gradient(const float *coefficients, int maps, const Share &share) {
     if (share.map >= maps) return InputGradient{0.0f, 0.0f, 0.0f, 0.0f};
     return InputGradient{coefficients[share.map], coefficients[maps + share.map],
@@ -179,9 +205,8 @@ __device__ __forceinline__ InputGradient read_gradient(const float *coefficients
 
 template <class T>
 __device__ __forceinline__ void backward_apply(const typename T::Raw *x, const typename T::Raw *grad,
-                                               const float *coefficients, typename T::Raw *dx, const Shape &shape,
-                                               const Sharing &sharing) {
-    const Share share = my_share<T>(shape, sharing);
+                                               const float *coefficients, typename T::Raw *dx, const Share &share,
+                                               const Shape &shape, const Sharing &sharing) {
     const InputGradient gradient = read_gradient(coefficients, shape.maps, share);
     for (Walk<T> walk(shape, share, sharing); walk.more();) {
         Tile tiles[UNROLL / 2];

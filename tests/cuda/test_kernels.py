@@ -33,7 +33,7 @@ def test_every_version(kernels: DeviceKernels, shape: tuple[int, ...], name: str
     assert planned.forward is not None
     assert planned.backward is not None
     batch = batch_of(shape, name)
-    batch.resident(kernels, planned.forward, planned.backward)
+    batch.fused(kernels, planned.forward, planned.backward)
     check(batch)
 
 

@@ -56,7 +56,7 @@ def _run(kernels: Kernels, x: Array, version: str) -> Batch:
         planned = plan(SHAPE, 4, SMALL)
         assert planned.forward is not None
         assert planned.backward is not None
-        batch.resident(kernels, planned.forward, planned.backward)
+        batch.fused(kernels, planned.forward, planned.backward)
     return batch
 
 

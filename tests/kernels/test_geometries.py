@@ -25,7 +25,7 @@ def test_every_block_size_and_group(kernels: Kernels, threads: int, group: int) 
     split.split(kernels, geometry(view, per_tile, threads, group, (2, 1)), geometry(view, per_tile, threads, group))
     check(split)
     forward, backward = (resident_launch(view, per_tile, threads, group, tensors) for tensors in (1, 2))
-    resident.resident(kernels, forward, backward)
+    resident.fused(kernels, forward, backward)
     check(resident)
 
 

@@ -32,6 +32,12 @@ def _check(planned: Plan, shape: tuple[int, ...], itemsize: int, device: str) ->
             continue
         launch = resident.geometry
         assert launch.shared_bytes <= limits.shared_bytes
+        if resident.kind == "ticketed":
+            assert 1 <= resident.lag < view.maps
+            assert resident.lag * launch.parts >= launch.blocks
+            assert (resident.lag + 1) * view.count * itemsize * tensors <= limits.l2_bytes * 3 / 4
+            assert launch.group == launch.threads
+            continue
         assert resident.kind == ("resident" if launch.parts == 1 else f"cluster{launch.parts}")
         assert launch.parts <= limits.largest_cluster
         if launch.parts > 1:
@@ -74,8 +80,11 @@ def test_no_thread_has_more_tiles_than_there_is_memory_for(shape: tuple[int, ...
         pytest.param((32, 2048, 7, 7), 4, "resident", "resident", id="small maps"),
         pytest.param((32, 512, 28, 28), 4, "resident", "cluster2", id="98 KiB a map"),
         pytest.param((32, 256, 56, 56), 4, "cluster4", "cluster8", id="392 KiB a map"),
-        pytest.param((32, 64, 112, 112), 4, "cluster8", None, id="1568 KiB a map"),
-        pytest.param((256, 64, 112, 112), 4, None, None, id="12 MiB a map"),
+        pytest.param((32, 64, 112, 112), 4, "cluster8", "ticketed", id="1568 KiB a map"),
+        pytest.param((256, 64, 56, 56), 4, "ticketed", "ticketed", id="3 MiB a map"),
+        pytest.param((256, 64, 112, 112), 4, "ticketed", None, id="12 MiB a map"),
+        pytest.param((256, 64, 112, 112), 2, "ticketed", "ticketed", id="6 MiB a map"),
+        pytest.param((256, 1, 224, 224), 4, None, None, id="one large map"),
         pytest.param((1, 8, 7, 7), 4, "resident", "resident", id="nothing to share"),
     ],
 )
@@ -93,7 +102,7 @@ def test_a_device_without_clusters_gets_none() -> None:
     for shape, itemsize in itertools.product(NETWORK, (2, 4)):
         planned = plan(shape, itemsize, A100)
         kinds = {each.kind for each in (planned.forward, planned.backward) if each}
-        assert kinds <= {"resident"}
+        assert kinds <= {"resident", "ticketed"}
 
 
 def test_few_maps_are_split_so_that_every_multiprocessor_works() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sharednorm_kernels import Resident, plan
+from sharednorm_kernels import Fused, plan
 from tests.support.kernel_checks import H200, SMALL, batch_of, check, resident_launch
 from tests.support.kernel_run import Batch, Kernels
 from tests.support.oracle import DTYPES
@@ -51,7 +51,7 @@ def test_resident_as_planned(kernels: Kernels, shape: tuple[int, ...], name: str
     planned = plan(shape, batch.x.itemsize, SMALL)
     assert planned.forward is not None
     assert planned.backward is not None
-    batch.resident(kernels, planned.forward, planned.backward)
+    batch.fused(kernels, planned.forward, planned.backward)
     check(batch)
 
 
@@ -62,11 +62,11 @@ def test_clusters(kernels: Kernels, shape: tuple[int, ...], name: str, blocks: i
     # Cut along the images where there are enough, else along the area, and both ways; some parts get nothing.
     for parts in {(blocks, 1), (1, blocks), (2, blocks // 2)}:
         batch = batch_of(shape, name)
-        batch.resident(kernels, *_launches(batch, parts, threads=64))
+        batch.fused(kernels, *_launches(batch, parts, threads=64))
         check(batch)
 
 
-def _launches(batch: Batch, parts: tuple[int, int], threads: int) -> tuple[Resident, Resident]:
+def _launches(batch: Batch, parts: tuple[int, int], threads: int) -> tuple[Fused, Fused]:
     per_tile = 16 // batch.x.itemsize
     forward, backward = (resident_launch(batch.view, per_tile, threads, threads, tensors, parts) for tensors in (1, 2))
     return forward, backward

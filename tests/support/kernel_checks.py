@@ -7,16 +7,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from sharednorm_kernels import DeviceLimits, Geometry, Resident, View
+from sharednorm_kernels import DeviceLimits, Fused, Geometry, View
 from sharednorm_kernels.plans import RESERVED_BYTES, TILE_BYTES, lanes_for, tiles_of_run
 from tests.support.kernel_run import Batch, Kernels
 from tests.support.oracle import batch_moments, gradients, normalized, random_tensor, rounding
 
 Array = npt.NDArray[Any]
 
-H200 = DeviceLimits(132, 232_448, 233_472, (9, 0))
-A100 = DeviceLimits(108, 166_912, 167_936, (8, 0))
-SMALL = DeviceLimits(2, 49_152, 65_536, (9, 0))
+H200 = DeviceLimits(132, 232_448, 233_472, (9, 0), 62_914_560)
+A100 = DeviceLimits(108, 166_912, 167_936, (8, 0), 41_943_040)
+SMALL = DeviceLimits(2, 49_152, 65_536, (9, 0), 4 << 20)
 
 
 def batch_of(shape: tuple[int, ...], name: str, seed: int = 1) -> Batch:
@@ -38,7 +38,7 @@ def geometry(
 
 def resident_launch(
     view: View, per_tile: int, threads: int, group: int, tensors: int, parts: tuple[int, int] = (1, 1)
-) -> Resident:
+) -> Fused:
     """Return a launch of a resident kernel: of one block a map, or of a cluster of as many blocks as there are parts.
 
     Shared memory is as much as its busiest thread needs, counted here tile by tile.
@@ -48,7 +48,7 @@ def resident_launch(
     blocks = parts[0] * parts[1]
     shared = RESERVED_BYTES + most * threads * TILE_BYTES * tensors
     made = Geometry(base.blocks, threads, shared, *parts, group, base.lanes)
-    return Resident("resident" if blocks == 1 else f"cluster{blocks}", made)
+    return Fused("resident" if blocks == 1 else f"cluster{blocks}", made)
 
 
 VERSIONS = ("split", "resident", "cluster")
@@ -63,7 +63,7 @@ def run_version(batch: Batch, kernels: Kernels, version: str) -> None:
     else:
         parts = (1, 1) if version == "resident" else (4, 1)
         forward, backward = (resident_launch(batch.view, per_tile, 64, 64, tensors, parts) for tensors in (1, 2))
-        batch.resident(kernels, forward, backward)
+        batch.fused(kernels, forward, backward)
 
 
 def tiles_of_threads(view: View, per_tile: int, launch: Geometry) -> list[int]:

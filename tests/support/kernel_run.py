@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from sharednorm_kernels import Geometry, Resident, View, entry, finish_geometry, map_geometry, value_geometry
+from sharednorm_kernels import Fused, Geometry, View, entry, finish_geometry, map_geometry, value_geometry
 from tests.emulation.process import active
 from tests.support.oracle import dtype
 
@@ -206,23 +206,39 @@ class Batch:
             self.slopes, self.scale_grad, self.bias_grad, self.view.maps,
         )  # fmt: skip
 
-    def resident(self, kernels: Launcher, forward: Resident, backward: Resident) -> None:
-        """Compute everything with the resident kernels."""
+    def fused(self, kernels: Launcher, forward: Fused, backward: Fused) -> None:
+        """Compute everything with kernels that do a pass in one launch."""
         geometry = forward.geometry
         kernels.run(
             self._entry(f"forward_{forward.kind}"), geometry,
             self.inputs, self.outputs, self.scales, self.biases, self.epsilon, *self._statistics, self.moments,
-            *self.view.arguments, *geometry.arguments,
+            *self._scratch(forward, self.affine), *self.view.arguments, *_sharing(forward),
         )  # fmt: skip
         geometry = backward.geometry
         kernels.run(
             self._entry(f"backward_{backward.kind}"), geometry,
             self.inputs, self.grads, self.input_grads, self.moments, self.scales, self.epsilon,
-            self.scale_grad, self.bias_grad, *self.view.arguments, *geometry.arguments,
+            self.scale_grad, self.bias_grad, *self._scratch(backward, self.slopes), *self.view.arguments,
+            *_sharing(backward),
         )  # fmt: skip
+
+    def _scratch(self, launch: Fused, coefficients: Buffer) -> tuple[Buffer, ...]:
+        """Return what a ticketed kernel needs besides: coefficients, parts, and counters that are zero."""
+        if launch.kind != "ticketed":
+            return ()
+        maps = self.view.maps
+        return (
+            coefficients,
+            Buffer((maps, launch.geometry.parts, 2), np.float64),
+            Buffer.of([0] * (1 + maps), np.uint32),
+        )
 
     def results(self) -> list[bytes]:
         """Return the bytes of every result, to compare two runs bit for bit."""
         buffers = (self.outputs, self.input_grads, self.moments, self.new_mean, self.new_var, self.scale_grad,
                    self.bias_grad)  # fmt: skip
         return [buffer.values.tobytes() for buffer in buffers]
+
+
+def _sharing(launch: Fused) -> tuple[int, ...]:
+    return (*launch.geometry.arguments, launch.lag) if launch.kind == "ticketed" else launch.geometry.arguments

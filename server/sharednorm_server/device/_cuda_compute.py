@@ -8,10 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from sharednorm_kernels import Plan, finish_geometry, map_geometry
+from sharednorm_kernels import Fused, Plan, View, finish_geometry, map_geometry
 from sharednorm_server.device._cuda_kernels import Kernels
 
-_F32, _F64 = 4, 8
+_F32, _F64, _COUNTER = 4, 8, 4
 
 
 class Launcher(Protocol):
@@ -77,7 +77,7 @@ def forward(gpu: Launcher, tensors: Tensors, affine: Affine, statistics: Statist
         gpu.kernels.launch(
             gpu.computing, f"forward_{launch.kind}", dtype, launch.geometry,
             tensors.x, y, affine.scale, affine.bias, affine.epsilon, *statistics.arguments, moments,
-            *view.arguments, *launch.geometry.arguments,
+            *_ticketed_scratch(gpu, launch, view, coefficients=3), *view.arguments, *_sharing(launch),
         )  # fmt: skip
         return
     reduce = plan.reduce
@@ -138,7 +138,7 @@ def backward(
         gpu.kernels.launch(
             gpu.computing, f"backward_{launch.kind}", dtype, launch.geometry,
             tensors.x, grad, dx, moments, scale, epsilon, params, bias_grad,
-            *view.arguments, *launch.geometry.arguments,
+            *_ticketed_scratch(gpu, launch, view, coefficients=4), *view.arguments, *_sharing(launch),
         )  # fmt: skip
         return
     reduce, apply = plan.reduce, plan.apply
@@ -157,6 +157,20 @@ def backward(
             gpu.computing, "backward_apply", dtype, apply,
             tensors.x, grad, coefficients, dx, *view.arguments, *apply.arguments,
         )  # fmt: skip
+
+
+def _ticketed_scratch(gpu: Launcher, launch: Fused, view: View, *, coefficients: int) -> tuple[int, ...]:
+    """Return what a ticketed kernel needs besides: coefficients, parts, and counters that are zero."""
+    if launch.kind != "ticketed":
+        return ()
+    counters = gpu.scratch(_COUNTER * (1 + view.maps))
+    gpu.kernels.clear(gpu.computing, counters, 1 + view.maps)
+    parts = gpu.scratch(2 * _F64 * view.maps * launch.geometry.parts)
+    return gpu.scratch(coefficients * _F32 * view.maps), parts, counters
+
+
+def _sharing(launch: Fused) -> tuple[int, ...]:
+    return (*launch.geometry.arguments, launch.lag) if launch.kind == "ticketed" else launch.geometry.arguments
 
 
 def _apply(gpu: Launcher, tensors: Tensors, coefficients: int, y: int) -> None:

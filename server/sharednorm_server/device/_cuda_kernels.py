@@ -27,6 +27,9 @@ _OF_EACH_TYPE = {
     "backward_sums": f"PPPP{_VIEW}{_SHARING}",
     "backward_apply": f"PPPP{_VIEW}{_SHARING}",
 }
+# Ticketed ones also get coefficients, parts and counters, and at the end their lag.
+_FORWARD_TICKETED = f"PPPPd{_STATISTICS}PPPP{_VIEW}{_SHARING}i"
+_BACKWARD_TICKETED = f"PPPPPdPPPPP{_VIEW}{_SHARING}i"
 _FORWARD_AT_ONCE = f"PPPPd{_STATISTICS}P{_VIEW}{_SHARING}"
 _BACKWARD_AT_ONCE = f"PPPPPdPP{_VIEW}{_SHARING}"
 
@@ -68,6 +71,10 @@ class Kernels:
             (geometry.blocks, 1), (geometry.threads, 1, 1), stream, *arguments, shared_size=geometry.shared_bytes
         )
 
+    def clear(self, stream: Any, address: int, words: int) -> None:
+        """Put the writing of zeros into a stream: so many words of 4 bytes."""
+        cuda.memset_d32_async(address, 0, words, stream)
+
     def _find(self, name: str, parameters: str) -> Any:
         function = self._module.get_function(name)
         if self._shared_bytes > _DEFAULT_SHARED_BYTES:
@@ -79,4 +86,6 @@ def _parameters(kernel: str) -> str:
     known = _OF_ALL_TYPES.get(kernel) or _OF_EACH_TYPE.get(kernel)
     if known is not None:
         return known
+    if kernel.endswith("_ticketed"):
+        return _FORWARD_TICKETED if kernel.startswith("forward_") else _BACKWARD_TICKETED
     return _FORWARD_AT_ONCE if kernel.startswith("forward_") else _BACKWARD_AT_ONCE
