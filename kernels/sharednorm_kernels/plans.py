@@ -22,7 +22,8 @@ CLUSTERS = (1, 2, 4, 8)
 _LARGEST = 2**31 - 1
 _LEAST_HELD = 16 * 1024
 _LEAST_TASK = 32 * 1024
-_BLOCKS_A_MULTIPROCESSOR = 2  # of 512 threads: what the launch bounds of the kernels promise room for
+TICKETED_THREADS = 256
+_BLOCKS_A_MULTIPROCESSOR = 3  # of so many threads: what the launch bounds of the ticketed kernels promise room for
 _MOST_TICKETS = 2**32 - 1
 _TILES_A_THREAD = 16  # that a thread of a reduction should have, so that the sum over the group is cheap beside it
 
@@ -289,7 +290,7 @@ def ticketed(view: View, per_tile: int, limits: DeviceLimits, *, tensors: int) -
     blocks = _BLOCKS_A_MULTIPROCESSOR * limits.multiprocessors
     map_bytes = view.images * tiles_of_run(view, 1, per_tile) * TILE_BYTES * tensors
     cut = _cut(view, per_tile, max(min(blocks, map_bytes // _LEAST_TASK), 1))
-    geometry = _sized(view, per_tile, MAX_THREADS, MAX_THREADS, cut, RESERVED_BYTES)
+    geometry = _sized(view, per_tile, TICKETED_THREADS, TICKETED_THREADS, cut, RESERVED_BYTES)
     lag = math.ceil(blocks / geometry.parts)
     if lag >= view.maps or (lag + 1) * map_bytes > limits.l2_bytes * 3 // 4:
         return None

@@ -155,8 +155,11 @@ SHAREDNORM_KERNEL(affine_of_running);
 #define CLUSTER_BOUNDS(blocks) __cluster_dims__(blocks, 1, 1) __launch_bounds__(MAX_THREADS, 2)
 #endif
 
+// Room for three blocks leaves 85 registers to a thread; 64, for four, would spill.
+#define TICKETED_BOUNDS __launch_bounds__(TICKETED_THREADS, 3)
+
 #define TICKETED_ENTRIES(T, suffix)                                                                                 \
-    extern "C" __global__ void BLOCK_BOUNDS forward_ticketed_##suffix(                                              \
+    extern "C" __global__ void TICKETED_BOUNDS forward_ticketed_##suffix(                                              \
         const T::Raw *x, T::Raw *y, const float *scale, const float *bias, double epsilon, STATISTICS_ARGUMENTS,    \
         double *moments, float *coefficients, double *parts, unsigned *counters, int images, int maps, int area,    \
         int image_parts, int area_parts, int group, int lanes, int lag) {                                           \
@@ -166,7 +169,7 @@ SHAREDNORM_KERNEL(affine_of_running);
                             lag, scratch_of(memory));                                                               \
     }                                                                                                               \
     SHAREDNORM_KERNEL(forward_ticketed_##suffix);                                                                   \
-    extern "C" __global__ void BLOCK_BOUNDS backward_ticketed_##suffix(                                             \
+    extern "C" __global__ void TICKETED_BOUNDS backward_ticketed_##suffix(                                             \
         const T::Raw *x, const T::Raw *grad, T::Raw *dx, const double *moments, const float *scale, double epsilon, \
         float *scale_grad, float *bias_grad, float *coefficients, double *parts, unsigned *counters, int images,    \
         int maps, int area, int image_parts, int area_parts, int group, int lanes, int lag) {                       \

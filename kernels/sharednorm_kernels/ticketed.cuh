@@ -19,6 +19,8 @@
 
 namespace sharednorm {
 
+constexpr int TICKETED_THREADS = 256;  // of a block, at most
+
 struct Task {
     int map, part;
     bool sums;

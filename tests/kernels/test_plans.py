@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sharednorm_kernels import Geometry, Plan, plan, sources, view_of
-from sharednorm_kernels.plans import MAX_THREADS, RESERVED_BYTES, lanes_for
+from sharednorm_kernels.plans import MAX_THREADS, RESERVED_BYTES, TICKETED_THREADS, lanes_for
 from tests.support.kernel_checks import A100, H200, SMALL, tiles_of_threads
 
 NETWORK = [
@@ -140,4 +140,5 @@ def test_the_numbers_that_python_and_the_kernels_share_are_the_same() -> None:
     scratch = MAX_THREADS // 32 * 2
     assert found["MAX_THREADS"] == str(MAX_THREADS)
     assert (found["SCRATCH"], found["RESERVED"]) == ("MAX_THREADS / WARP * 2", "(SCRATCH + 4) * 8 / 16")
+    assert found["TICKETED_THREADS"] == str(TICKETED_THREADS)
     assert (scratch + 4) * 8 == RESERVED_BYTES
