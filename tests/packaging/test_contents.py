@@ -12,8 +12,8 @@ import pytest
 
 from tests.support.distributions import ROOT, Distributions, build
 
-FOLDERS = ("benchmarks", "client", "docs", "examples", "kernels", "proto", "server", "tests")
-FILES = ("CHANGELOG.md", "LICENSE", "Makefile", "README.md", "buf.yaml", "pyproject.toml")
+FOLDERS = ("benchmarks", "client", "docs", "docker", "examples", "kernels", "proto", "server", "tests")
+FILES = (".dockerignore", "CHANGELOG.md", "LICENSE", "Makefile", "README.md", "buf.yaml", "pyproject.toml")
 FATBIN = "sharednorm_kernels/sharednorm.fatbin"
 
 
