@@ -79,7 +79,8 @@ __device__ __forceinline__ void add_deviations(Pair &sums, const Values<T> &valu
     }
 }
 
-// Adds grad, and grad * (x - centre): the difference of two near float32 is exact, and else rounded once.
+// Adds grad, and grad * (x - centre). The difference too in float64: 16-bit types have few values, and what float32
+// rounds off a difference is then the same for many of them and adds up.
 template <class T>
 __device__ __forceinline__ void add_products(Pair &sums, const Values<T> &x, const Values<T> &grad, const Tile &tile,
                                              float centre) {
@@ -88,7 +89,7 @@ __device__ __forceinline__ void add_products(Pair &sums, const Values<T> &x, con
         if (tile.counts(i)) {
             const double value = grad.of[i];
             sums.first += value;
-            sums.second = fma(value, static_cast<double>(x.of[i] - centre), sums.second);
+            sums.second = fma(value, static_cast<double>(x.of[i]) - static_cast<double>(centre), sums.second);
         }
     }
 }
