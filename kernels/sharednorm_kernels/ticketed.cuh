@@ -1,4 +1,4 @@
-// Ticketed kernels: the work of the split kernels in one launch, for maps that fit neither a block nor a cluster. Its
+// Ticketed kernels: the work of the split kernels in one launch, for maps that fit neither a block nor a cluster. The
 // order lets the second read of a map find it in the L2 cache: two trips to memory instead of three, and three instead
 // of five for a backward.
 //

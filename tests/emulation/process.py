@@ -35,7 +35,8 @@ def _sanitizer(name: str) -> Sanitizer:
 
 def environment(sanitizer: Sanitizer | None, images: Path) -> dict[str, str]:
     """Return what a process needs besides this one's environment; images is a directory for its images."""
-    needed = {"PYTHONPATH": str(ROOT), "SHAREDNORM_EMULATED_IMAGES": str(images)}
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    needed = {"PYTHONPATH": path, "SHAREDNORM_EMULATED_IMAGES": str(images)}
     if sanitizer is not None:
         needed |= {
             ACTIVE: sanitizer,

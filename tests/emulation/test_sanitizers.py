@@ -14,7 +14,7 @@ def launch(sanitizer: Sanitizer, kernel: str, *options: str) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])
-@pytest.mark.parametrize("kernel", ["with_barrier", "with_fence", "cluster_with_barrier", "arrivals"])
+@pytest.mark.parametrize("kernel", ["with_barrier", "with_fence", "cluster_with_barrier", "arrivals", "own_array"])
 @pytest.mark.parametrize("options", [[], ["--ucontext"]])
 def test_a_right_kernel_passes(sanitizer: Sanitizer, kernel: str, options: list[str]) -> None:
     status, said = launch(sanitizer, kernel, *options)

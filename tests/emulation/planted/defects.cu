@@ -21,6 +21,18 @@ SHAREDNORM_KERNEL(with_barrier);
 extern "C" __global__ void missing_barrier(float *y, unsigned n) { neighbour<false>(y, n); }
 SHAREDNORM_KERNEL(missing_barrier);
 
+// Each thread has an array of its own, in memory: blocks that come one after the other find it at the same addresses.
+__attribute__((noinline)) static void fill(float *values, unsigned n) {
+    for (unsigned i = 0; i < 8; ++i) values[i] = static_cast<float>(n + i);
+}
+
+extern "C" __global__ void own_array(float *y, unsigned n) {
+    float values[8];
+    fill(values, n);
+    y[blockIdx.x * blockDim.x + threadIdx.x] = values[threadIdx.x % 8];
+}
+SHAREDNORM_KERNEL(own_array);
+
 // Every block writes the same place.
 extern "C" __global__ void racing_blocks(float *y, unsigned n) {
     (void)n;
