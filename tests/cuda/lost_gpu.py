@@ -51,6 +51,23 @@ def test_a_lost_gpu_commits_nothing_and_says_so(doomed: Device, rule: str) -> No
     assert late == reasons
 
 
+def test_somebody_who_fails_when_told_keeps_it_from_nobody(doomed: Device) -> None:
+    service = service_on(doomed)
+    heard: list[str] = []
+
+    def fails(reason: str) -> None:
+        heard.append(reason)
+        raise RuntimeError("nobody may suffer from this")
+
+    service.on_device_lost(fails)
+    service.on_device_lost(heard.append)
+    fail("lost:1")
+    for _ in range(2):
+        with pytest.raises(DeviceLost):
+            service.forward(ForwardCall(KEY), oracle.random_tensor(1, SHAPE))
+    assert len(heard) == 2
+
+
 def test_calls_under_way_all_hear_of_it(doomed: Device) -> None:
     service = service_on(doomed)
     failures: list[None] = []

@@ -73,7 +73,7 @@ def test_what_a_lost_gpu_is_to_those_who_use_it() -> None:
     settings = {"SHAREDNORM_LEFT_OUT": "nothing", "PYTEST_ADDOPTS": "-p no:xdist"}
     done = run(["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/cuda/lost_gpu.py"], settings=settings)
     assert done.returncode == 0, done.stdout[-4000:]
-    assert "5 passed" in done.stdout
+    assert "6 passed" in done.stdout
 
 
 def test_a_server_that_loses_its_gpu_ends_with_its_own_exit_code() -> None:
@@ -105,6 +105,17 @@ def test_the_process_of_a_lost_gpu_ends_in_order_also_without_a_server() -> None
         "except Exception as error: print(type(error).__name__)\n"
     )
     assert _ran(code) == "DeviceLost"
+
+
+def test_a_gpu_that_is_lost_while_nobody_uses_it_is_closed_in_order() -> None:
+    code = (
+        "from tests.support import cuda, oracle; cuda.prepare()\n"
+        "from sharednorm_server.device.cuda import CudaDevice\n"
+        "from tests.emulation.load import fail\n"
+        "device = CudaDevice(); tensor = device.load(oracle.random_tensor(1, (4, 4, 8, 8))); device.used_bytes\n"
+        "fail('lost:1'); device.close(); print('closed')\n"
+    )
+    assert _ran(code) == "closed"
 
 
 def test_a_device_that_nobody_closes_is_closed_at_exit() -> None:

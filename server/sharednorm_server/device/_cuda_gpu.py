@@ -8,6 +8,7 @@ knows nothing of streams; so whatever the GPU still reads or writes is held unti
 from __future__ import annotations
 
 import weakref
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -83,15 +84,17 @@ class Gpu:
             self.budget: int = cuda.mem_get_info()[0] // 10 * 9 if budget is None else budget
             self.kernels = Kernels(image, self.limits.shared_bytes)
             self.incoming, self.computing, self.outgoing = (cuda.Stream(_NON_BLOCKING) for _ in range(3))
+            self._pool = pycuda.tools.DeviceMemoryPool()
+            self._small_pinned = pycuda.tools.PageLockedMemoryPool()
         except BaseException:
             self._context.pop()
             self._context.detach()
             raise
-        self._pool = pycuda.tools.DeviceMemoryPool()
-        self._memory: dict[int, Any] = {}  # by address, which two allocations never share
+        self._memory: dict[int, tuple[Any, int]] = {}  # by address: an allocation, and its size as the pool rounds it
+        self._rounded = 0  # all of these sizes
+        self._returned: deque[int] = deque()  # addresses of buffers that nobody holds any more
         self._writes: dict[int, Any] = {}  # the event behind the last copy into a buffer, until somebody has waited
         self._pinned: list[Any] = []
-        self._small_pinned = pycuda.tools.PageLockedMemoryPool()
         self._held: list[object] = []
         self._vectors: dict[int, tuple[weakref.ref[Vector], DeviceBuffer, int]] = {}
 
@@ -100,6 +103,7 @@ class Gpu:
     @property
     def used(self) -> int:
         """Bytes that somebody holds."""
+        self.reclaim()
         return int(self._pool.active_bytes)
 
     def allocate(self, nbytes: int) -> DeviceBuffer:
@@ -109,22 +113,30 @@ class Gpu:
             DeviceOutOfMemory: The budget does not allow it.
             pycuda.driver.MemoryError: The GPU has no more.
         """
-        if self.used + nbytes > self.budget:
-            raise out_of_memory(self.name, f"{nbytes} bytes are needed, {self.used} of {self.budget} are in use")
+        self.reclaim()
+        rounded = int(self._pool.alloc_size(self._pool.bin_number(nbytes)))
+        if self._rounded + rounded > self.budget:
+            raise out_of_memory(self.name, f"{nbytes} bytes are needed, {self._rounded} of {self.budget} are in use")
+        # What the pool keeps for later use counts too; but giving that back waits for the GPU.
+        if self._pool.managed_bytes + rounded > self.budget and self._pool.held_blocks:
+            self._pool.free_held()
         memory = self._pool.allocate(nbytes)
-        if self._pool.managed_bytes > self.budget:
-            self._pool.free_held()  # what the pool keeps for later use counts too
         address = int(memory)
-        self._memory[address] = memory
+        self._memory[address] = memory, rounded
+        self._rounded += rounded
         buffer = DeviceBuffer(address, nbytes)
         # Not at exit: then the thread that could take it back is gone.
-        weakref.finalize(buffer, self._post, lambda gpu: gpu.release(address)).atexit = False
+        weakref.finalize(buffer, _give_back, self._returned, self._post, address).atexit = False
         return buffer
 
-    def release(self, address: int) -> None:
-        """Take back what a buffer was; its last holder has let go of it."""
-        self._writes.pop(address, None)
-        self._memory.pop(address).free()
+    def reclaim(self) -> None:
+        """Take back what buffers were whose last holders have let go of them."""
+        while self._returned:
+            address = self._returned.popleft()
+            self._writes.pop(address, None)
+            memory, rounded = self._memory.pop(address)
+            self._rounded -= rounded
+            memory.free()
 
     def scratch(self, nbytes: int) -> int:
         """Return the address of memory that is held until the GPU is through with the current task."""
@@ -151,9 +163,16 @@ class Gpu:
         event = self._writes[buffer.address] = record(self.incoming)
         return Mark(event, "incoming")
 
-    def copy_out(self, parts: Sequence[Part], target: Bytes) -> Mark:
-        """Copy parts of buffers, one behind the other, into pinned memory, and return the place behind that."""
-        self.outgoing.wait_for_event(record(self.computing))
+    def copy_out(self, parts: Sequence[Part], target: Bytes, *, computed: bool = False) -> Mark:
+        """Copy parts of buffers, one behind the other, into pinned memory, and return the place behind that.
+
+        Args:
+            parts: What is copied.
+            target: Where to.
+            computed: Whether what computes them is known to have ended; else the copy waits for all that is under way.
+        """
+        if not computed:
+            self.outgoing.wait_for_event(record(self.computing))
         begin = 0
         for buffer, offset, nbytes in parts:
             if nbytes:
@@ -227,13 +246,19 @@ class Gpu:
         self._writes.clear()
         self._held.clear()
         self._small_pinned.stop_holding()
-        for memory in self._memory.values():
+        for memory, _ in self._memory.values():
             memory.free()
         self._memory.clear()
+        self._returned.clear()
         self._pool.stop_holding()
         del self.kernels, self.incoming, self.computing, self.outgoing, self._pool, self._small_pinned
         self._context.pop()
         self._context.detach()
+
+
+def _give_back(returned: deque[int], post: Callable[[Callable[[Gpu], None]], None], address: int) -> None:
+    returned.append(address)
+    post(Gpu.reclaim)
 
 
 def record(stream: Any) -> Any:

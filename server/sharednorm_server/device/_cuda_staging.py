@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import contextmanager
-from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from sharednorm.errors import DeviceOutOfMemory
 from sharednorm_server.device._cuda_gpu import Bytes, DeviceBuffer, Gpu, Part
@@ -35,7 +33,7 @@ class Staging:
         self._worker = worker
         self._changed = threading.Condition()
         self._free: deque[Bytes] = deque()
-        self._made = 0
+        self._pinned = self._pinning = 0  # chunks that there are, and those that are being made
         self._most = CHUNKS
 
     def upload(self, data: Bytes, buffer: DeviceBuffer) -> list[Future[None]]:
@@ -46,16 +44,16 @@ class Staging:
         """
         futures = []
         for begin in range(0, data.nbytes, CHUNK_BYTES):
-            chunk = self._take()
+            chunk = self.take()
             part = chunk[: min(CHUNK_BYTES, data.nbytes - begin)]
             part[:] = data[begin : begin + part.nbytes]
             future = self._worker.submit(_copy_in(part, buffer, begin))
-            future.add_done_callback(partial(self._give_back, chunk))
+            self.give_back(chunk, after=future)
             futures.append(future)
         return futures
 
     def download(self, buffer: DeviceBuffer, begin: int, data: Bytes) -> None:
-        """Copy a buffer's bytes from `begin` on to the same place of an array."""
+        """Copy a buffer's bytes from `begin` on to the same place of an array; what computes them has ended."""
         under_way: deque[_Download] = deque()
         try:
             while begin < data.nbytes or under_way:
@@ -66,54 +64,64 @@ class Staging:
                     under_way.append(_Download(future, chunk, begin, nbytes))
                     begin += nbytes
                 else:
-                    first = under_way[0]
-                    first.future.result()
-                    data[first.begin : first.begin + first.nbytes] = first.chunk[: first.nbytes]
-                    self._give_back(under_way.popleft().chunk)
+                    under_way[0].future.result()
+                    _, chunk, at, nbytes = under_way[0]
+                    data[at : at + nbytes] = chunk[:nbytes]
+                    self.give_back(under_way.popleft().chunk)
         finally:
-            for each in under_way:
-                each.future.add_done_callback(partial(self._give_back, each.chunk))
+            while under_way:  # emptied, since a future that failed refers to this frame
+                self.give_back(under_way[0].chunk, after=under_way[0].future)
+                under_way.popleft()
 
-    @contextmanager
-    def chunk(self) -> Iterator[Bytes]:
-        """Lend a chunk, whose use by the GPU must be over when the block ends."""
-        chunk = self._take()
-        try:
-            yield chunk
-        finally:
-            self._give_back(chunk)
+    def take(self) -> Bytes:
+        """Return a chunk, as soon as there is one; `give_back` it.
 
-    def _take(self) -> Bytes:
+        Raises:
+            DeviceOutOfMemory: There is none, and no memory for one.
+        """
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._free or self._made < self._most)
+                self._changed.wait_for(lambda: self._free or self._pinned + self._pinning < self._most)
                 if self._free:
                     return self._free.popleft()
-                self._made += 1
+                self._pinning += 1
             # Without the lock: the GPU's thread takes it to give chunks back.
             try:
-                return self._worker.call(lambda gpu: gpu.pin(CHUNK_BYTES))
-            except DeviceOutOfMemory:
+                chunk = self._worker.call(lambda gpu: gpu.pin(CHUNK_BYTES))
+            except BaseException as error:
                 with self._changed:
-                    self._made -= 1
-                    if not self._made:
-                        raise
-                    self._most = self._made  # those that there are have to do
-            except BaseException:
+                    self._pinning -= 1
+                    enough = isinstance(error, DeviceOutOfMemory) and self._pinned > 0
+                    if enough:
+                        self._most = self._pinned  # those that there are have to do
+                    self._changed.notify_all()
+                if not enough:
+                    raise
+            else:
                 with self._changed:
-                    self._made -= 1
-                raise
+                    self._pinning -= 1
+                    self._pinned += 1
+                return chunk
+
+    def give_back(self, chunk: Bytes, after: Future[Any] | None = None) -> None:
+        """Give a chunk back: now, or when what a future stands for, which uses the chunk, is over."""
+        if after is not None:
+            after.add_done_callback(lambda _: self.give_back(chunk))
+            return
+        with self._changed:
+            self._free.append(chunk)
+            self._changed.notify_all()
+
+    def wait_idle(self, timeout: float) -> bool:
+        """Wait until nobody has a chunk; return False if that took longer than so many seconds."""
+        with self._changed:
+            return self._changed.wait_for(lambda: len(self._free) == self._pinned and not self._pinning, timeout)
 
     def _take_if(self, wait: bool) -> Bytes | None:
         if wait:
-            return self._take()
+            return self.take()
         with self._changed:
             return self._free.popleft() if self._free else None
-
-    def _give_back(self, chunk: Bytes, _: object = None) -> None:
-        with self._changed:
-            self._free.append(chunk)
-            self._changed.notify()
 
 
 class _Download(NamedTuple):
@@ -128,4 +136,4 @@ def _copy_in(source: Bytes, buffer: DeviceBuffer, offset: int) -> Callable[[Gpu]
 
 
 def _copy_out(part: Part, target: Bytes) -> Callable[[Gpu], Issued[None]]:
-    return lambda gpu: Issued(gpu.copy_out([part], target), None)
+    return lambda gpu: Issued(gpu.copy_out([part], target, computed=True), None)

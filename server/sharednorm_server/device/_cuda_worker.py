@@ -7,7 +7,6 @@ result when the event behind that work has come.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import queue
 import threading
@@ -76,11 +75,14 @@ class CudaWorker:
         self._name = name
         self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self._flights: dict[str, deque[_Flight]] = {}  # of each stream, in the order of their events
-        self._landed = 0.0
+        self._flown = 0.0
         self._lost: str | None = None
         self._closed = False
+        self._gate = threading.Lock()  # between the last tasks and the end
+        self._done = threading.Event()
         self._callbacks: list[Callable[[str], None]] = []
         self._callbacks_lock = threading.Lock()
+        self._untold: list[Callable[[str], None]] = []
         opened: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, args=(open_gpu, opened), name=name, daemon=True)
         self._thread.start()
@@ -102,11 +104,11 @@ class CudaWorker:
         return future
 
     def call(self, task: Callable[[Gpu], T]) -> T:
-        """Run a task, and return its result at once, without waiting for the GPU."""
+        """Run a task that puts nothing into a stream, and return its result."""
         future: Future[T] = Future()
 
         def run(gpu: Gpu) -> None:
-            result = self._attempt(gpu, lambda: (task(gpu),), future)
+            result = self._attempt(gpu, lambda: (task(gpu),), future, settle=False)
             if result is not None:  # a tuple, so that a task may return None
                 future.set_result(result[0])
 
@@ -114,15 +116,16 @@ class CudaWorker:
         return future.result()
 
     def _hand_in(self, run: Task) -> None:
-        if self._closed:
-            raise RuntimeError(f"{self._name} has been closed")
-        self._tasks.put(run)
+        with self._gate:
+            if self._closed:
+                raise RuntimeError(f"{self._name} has been closed")
+            self._tasks.put(run)
 
     def post(self, task: Task) -> None:
         """Run a task some time, from wherever this is called; if it fails, the log says so."""
 
         def run(gpu: Gpu) -> None:
-            self._attempt(gpu, lambda: task(gpu), Future())
+            self._attempt(gpu, lambda: task(gpu), Future(), settle=False)
 
         if not self._closed:  # as the process ends, objects go, and nothing may wake the thread any more
             self._tasks.put(run)
@@ -142,19 +145,22 @@ class CudaWorker:
 
     def close(self) -> None:
         """Do what has been handed in, give the GPU back, and end the thread. A lost GPU stays as it is."""
-        if self._closed:
-            return
-        if not self.lost:
+        with self._gate:
+            if self._closed:
+                return
             self._closed = True
             self._tasks.put(None)
-            self._thread.join(_CLOSE_SECONDS)
-            return
-        # A lost context cannot be left in order, and a thread that ends inside one takes the process with it. So the
-        # thread stays, and must be asleep for good before the interpreter ends, which ends threads that wake.
-        with contextlib.suppress(DeviceLost):
-            self.call(lambda _: None)
-        self._closed = True
-        time.sleep(_ASLEEP_SECONDS)
+        self._done.wait(_CLOSE_SECONDS)
+        if self.lost:
+            # The thread stays, and must be asleep for good before the interpreter ends, which ends threads that wake.
+            time.sleep(_ASLEEP_SECONDS)
+        else:
+            self._thread.join(_ASLEEP_SECONDS)
+
+    def abandon(self) -> None:
+        """Take no more tasks, and leave everything as it is: somebody still uses memory of the GPU's thread."""
+        with self._gate:
+            self._closed = True
 
     # --- On the thread ------------------------------------------------------------------------------
 
@@ -162,14 +168,25 @@ class CudaWorker:
         try:
             gpu = open_gpu(self.post)
         except Exception as error:  # noqa: BLE001 - whoever waits for the GPU gets it
-            opened.set_exception(error)
+            # Without the frames and the errors behind it, which hold objects of PyCUDA.
+            error.__cause__ = error.__context__ = None
+            opened.set_exception(error.with_traceback(None))
             return
         opened.set_result(None)
         while self._turn(gpu):
             pass
         while self._land(gpu):
             pass
-        gpu.close()
+        if self._lost is None:
+            try:
+                gpu.close()
+            except cuda.Error as error:
+                self._lose(gpu, error)
+        self._tell()
+        self._done.set()
+        if self._lost is not None:
+            # A lost context cannot be left in order, and a thread that ends inside one takes the process with it.
+            queue.SimpleQueue().get()
 
     def _turn(self, gpu: Gpu) -> bool:
         # A function of its own: an idle thread holds no task, and so nothing that a task held.
@@ -182,13 +199,14 @@ class CudaWorker:
     def _next(self, gpu: Gpu) -> Task | None:
         while True:
             under_way = self._land(gpu)
-            eager = time.monotonic() - self._landed < _EAGER_SECONDS
+            self._tell()
+            eager = time.monotonic() - self._flown < _EAGER_SECONDS
             try:
                 return self._tasks.get(block=not under_way or not eager, timeout=_PAUSE_SECONDS if under_way else None)
             except queue.Empty:
                 continue
 
-    def _attempt(self, gpu: Gpu, attempt: Callable[[], T], future: Future[Any]) -> T | None:
+    def _attempt(self, gpu: Gpu, attempt: Callable[[], T], future: Future[Any], *, settle: bool = True) -> T | None:
         """Run a part of a task; if it fails, give the future what that means and return None.
 
         The one place that looks at the GPU's statuses. The error that the future gets has no frames behind it: they
@@ -208,7 +226,8 @@ class CudaWorker:
         except Exception:  # noqa: BLE001 - a defect must not end the thread
             _log.error("a defect in a task of %s: %s", self._name, traceback.format_exc())
             failure = DeviceFault(f"a task of {self._name} failed; the log has the details")
-        self._settle(gpu)
+        if settle:
+            self._settle(gpu)
         future.set_exception(failure)
         return None
 
@@ -242,7 +261,7 @@ class CudaWorker:
     def _fly(self, issued: Issued[T], future: Future[T], keep: object) -> None:
         flight = _Flight(issued.mark.event, lambda: future.set_result(issued.value), future.set_exception, keep)
         self._flights.setdefault(issued.mark.stream, deque()).append(flight)
-        self._landed = time.monotonic()
+        self._flown = time.monotonic()
 
     def _land(self, gpu: Gpu) -> bool:
         """Give the futures of work that is done their results; return whether any is still under way."""
@@ -251,7 +270,6 @@ class CudaWorker:
                 for flights in self._flights.values():
                     while flights and flights[0].event.query():
                         flights.popleft().land()
-                        self._landed = time.monotonic()
             except cuda.Error as error:
                 self._lose(gpu, error)
         return any(self._flights.values())
@@ -261,12 +279,19 @@ class CudaWorker:
         _log.critical("%s; this process can use it no more", reason)
         with self._callbacks_lock:
             self._lost = reason
-            callbacks = list(self._callbacks)
+            self._untold = list(self._callbacks)
         for flights in self._flights.values():
             while flights:
                 flights.popleft().fail(self._lost_error())
-        for callback in callbacks:
-            callback(reason)
+
+    def _tell(self) -> None:
+        """Tell those who asked that the GPU is lost, once every call has heard of it."""
+        untold, self._untold = self._untold, []
+        for callback in untold:
+            try:
+                callback(str(self._lost))
+            except Exception:  # noqa: BLE001, PERF203 - the others are to hear of it, and the thread is to live on
+                _log.exception("somebody who was told that %s is lost failed", self._name)
 
     def _lost_error(self) -> DeviceLost:
         return DeviceLost(f"{self._lost}; nothing was changed, and the server ends: try again when it is back")

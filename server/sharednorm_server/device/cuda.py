@@ -30,6 +30,7 @@ from sharednorm_server.device._cuda_staging import Staging
 from sharednorm_server.device._cuda_worker import CudaWorker, Issued
 
 LEAST_CAPABILITY = (8, 0)
+_CLOSE_SECONDS = 5.0
 
 # Bytes a map: float64 mean and m2, then float32 running mean and variance; float32 gradients of scale and bias.
 _MOMENTS, _FACTS, _PARAM_GRADS = 16, 24, 8
@@ -54,8 +55,7 @@ class CudaTensor:
     def settle(self) -> None:
         """Raise what went wrong on its way; only after a computation has used it, so that all has happened."""
         while self.uploads:
-            self.uploads[-1].result()
-            self.uploads.pop()
+            self.uploads.pop().result()
 
     def tensors(self, gpu: Gpu) -> Tensors:
         """Return it for the computations of a task, which wait until it has come."""
@@ -110,7 +110,10 @@ class CudaDevice:
     def close(self) -> None:
         """Give the GPU back, after the last call. A lost one stays as it is until the process ends."""
         atexit.unregister(self.close)
-        self._worker.close()
+        if self._worker.lost or self._staging.wait_idle(_CLOSE_SECONDS):
+            self._worker.close()
+        else:
+            self._worker.abandon()
 
     def load(self, x: Array) -> CudaTensor:
         """Bring a tensor to the GPU.
@@ -201,19 +204,25 @@ class CudaDevice:
             The facts, on the GPU and here.
         """
         data = _bytes_of(output) if output is not None else np.empty(0, np.uint8)
-        with self._staging.chunk() as chunk:
-            # What fits into the chunk beside the facts comes with them; for a small tensor that is all.
-            first = min(data.nbytes, chunk.nbytes - facts_bytes)
+        chunk = self._staging.take()
+        # What fits into the chunk beside the facts comes with them; for a small tensor that is all.
+        first = min(data.nbytes, chunk.nbytes - facts_bytes)
 
-            def task(gpu: Gpu) -> Issued[tuple[DeviceBuffer, DeviceBuffer]]:
-                out, facts = gpu.allocate(data.nbytes or 1), gpu.allocate(facts_bytes or 1)
-                compute(gpu, out.address, facts.address)
-                mark = gpu.copy_out([Part(facts, 0, facts_bytes), Part(out, 0, first)], chunk)
-                return Issued(mark, (out, facts))
+        def task(gpu: Gpu) -> Issued[tuple[DeviceBuffer, DeviceBuffer]]:
+            out, facts = gpu.allocate(data.nbytes or 1), gpu.allocate(facts_bytes or 1)
+            compute(gpu, out.address, facts.address)
+            mark = gpu.copy_out([Part(facts, 0, facts_bytes), Part(out, 0, first)], chunk)
+            return Issued(mark, (out, facts))
 
-            out, facts = self._worker.submit(task).result()
+        future: Future[tuple[DeviceBuffer, DeviceBuffer]] | None = None
+        try:
+            future = self._worker.submit(task)
+            out, facts = future.result()
             read = chunk[:facts_bytes].copy()
             data[:first] = chunk[facts_bytes : facts_bytes + first]
+        finally:
+            self._staging.give_back(chunk, after=future)
+            del future  # one that failed refers to this frame
         tensor.settle()
         self._staging.download(out, first, data)
         return facts, read
