@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
+from importlib.metadata import distributions, version
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +162,7 @@ def machine() -> dict[str, object]:
         "cpus": len(os.sched_getaffinity(0)),
         "load before": round(os.getloadavg()[0], 2),  # of other programs: near 0 where figures are to be quoted
         "python": platform.python_version(),
-        "packages": {name: version(name) for name in packages},
+        "packages": {name: version(name) for name in packages if any(distributions(name=name))},
     }
 
 
