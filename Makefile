@@ -79,12 +79,13 @@ proto: $(READY)-check  ## Generate the Python code of proto/ anew
 
 images:  ## Build the images of the servers with Docker: sharednorm:cuda and sharednorm:cpu
 	$(call need,docker,install Docker Engine)
-	docker build --file docker/cuda.Dockerfile --tag sharednorm:cuda .
-	docker build --file docker/cpu.Dockerfile --tag sharednorm:cpu .
+	docker build --build-arg CUDA_TOOLKIT --build-arg CUDA_BASE --build-arg PIP_INDEX_URL \
+	    --file docker/cuda.Dockerfile --tag sharednorm:cuda .
+	docker build --build-arg CPU_BASE --build-arg PIP_INDEX_URL --file docker/cpu.Dockerfile --tag sharednorm:cpu .
 
 up:  ## Build and start the server with Docker Compose: on a GPU, or with PROFILE=cpu without one
 	$(call need,docker,install Docker Engine)
-	docker compose --file docker/compose.yaml --profile '$(PROFILE)' up --detach --build --wait '$(PROFILE)'
+	docker compose --file docker/compose.yaml --profile '$(PROFILE)' up --detach --build --wait --wait-timeout 300 '$(PROFILE)'
 
 down:  ## Stop the server that `make up` has started; the volume with its state stays
 	$(call need,docker,install Docker Engine)

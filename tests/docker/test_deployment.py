@@ -85,6 +85,15 @@ def test_an_image_is_two_stages_not_root_and_asks_for_its_health(name: str) -> N
     assert 'CMD ["sharednorm", "doctor", "--server", "127.0.0.1:50051"]' in health
 
 
+@pytest.mark.parametrize("name", ["cuda", "cpu"])
+def test_make_and_compose_pass_every_build_argument_on(name: str) -> None:
+    arguments = {rest.partition("=")[0] for word, rest in instructions(name) if word == "ARG"}
+    assert set(SERVICES[name]["build"]["args"]) == arguments
+    planned = make("--dry-run", "images").stdout.replace("\\\n", " ")
+    (line,) = [line for line in planned.splitlines() if f"docker/{name}.Dockerfile" in line]
+    assert set(re.findall(r"--build-arg (\w+)", line)) == arguments
+
+
 def test_make_says_what_is_missing(tmp_path: Path) -> None:
     for target in ("images", "up", "down"):
         done = make(target, path=str(tmp_path))
