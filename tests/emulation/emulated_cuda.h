@@ -55,7 +55,8 @@ T shuffle(unsigned mask, T value, unsigned from, const char *file, int line) {
     return value;
 }
 
-// Relaxed, as CUDA's atomics are; a fence before it or after it orders what stands around it.
+// Relaxed, as CUDA's atomics are; a fence before it or after it orders what stands around it. Stricter than CUDA: a
+// fence serves the next atomic after it only, so each atomic that publishes something needs its own.
 template <class T, class Operation>
 T atomic(T *address, Operation operation) {
     before_atomic(address);
@@ -176,7 +177,6 @@ T *emu_map_shared(T *address, unsigned rank) {
 }
 // An atomic read, for a flag that another block sets.
 inline unsigned emu_load(const unsigned *address) {
-    emu::before_atomic(address);
     const unsigned value = __atomic_load_n(address, __ATOMIC_RELAXED);
     emu::after_atomic(address);
     return value;

@@ -40,11 +40,13 @@ extern "C" __global__ void racing_blocks(float *y, unsigned n) {
 }
 SHAREDNORM_KERNEL(racing_blocks);
 
-// The last block adds up what all blocks wrote; y[n - 1] counts them.
+// The last block adds up what all blocks wrote; y[n - 1] counts them. A fence before an earlier atomic does not count.
 template <bool fence>
 static void last_block(float *y, unsigned n) {
     unsigned *counter = reinterpret_cast<unsigned *>(y + n - 1);
     if (threadIdx.x != 0) return;
+    __threadfence();
+    atomicAdd(counter - 1, 1u);
     y[blockIdx.x] = 1.0f;
     if (fence) __threadfence();
     if (atomicAdd(counter, 1u) + 1 != gridDim.x) return;
