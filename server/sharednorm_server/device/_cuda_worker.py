@@ -209,7 +209,7 @@ class CudaWorker:
     def _attempt(self, gpu: Gpu, attempt: Callable[[], T], future: Future[Any], *, settle: bool = True) -> T | None:
         """Run a part of a task; if it fails, give the future what that means and return None.
 
-        The one place that says what a status of a task means. The error that the future gets has no frames behind it: they
+        The one place that says what a task's status means. The error that the future gets has no frames behind it: they
         would keep what they hold of the GPU alive, and have another thread let go of it.
         """
         if self._lost is not None:
