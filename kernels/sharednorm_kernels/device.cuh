@@ -11,6 +11,9 @@
 #include "emulated_cuda.h"
 
 #include <cstring>
+#include <deque>
+#include <utility>
+#include <vector>
 
 #ifndef __launch_bounds__
 #define __launch_bounds__(...)
@@ -111,13 +114,68 @@ __device__ __forceinline__ uint4 load_16_bytes(const void *from) {
 #endif
 }
 
+// The same for what is read for the last time: it makes room in the caches first.
+__device__ __forceinline__ uint4 load_last_16_bytes(const void *from) {
+#ifdef SHAREDNORM_EMULATED
+    return load_16_bytes(from);
+#else
+    return __ldcs(static_cast<const uint4 *>(from));
+#endif
+}
+
+// Writes what nobody reads soon: it makes room in the caches first, and leaves them to what is read again.
 __device__ __forceinline__ void store_16_bytes(void *to, const uint4 &bytes) {
 #ifdef SHAREDNORM_EMULATED
     std::memcpy(__builtin_assume_aligned(to, 16), &bytes, sizeof(bytes));
 #else
-    *static_cast<uint4 *>(to) = bytes;
+    __stcs(static_cast<uint4 *>(to), bytes);
 #endif
 }
+
+// What a thread copies to shared memory while it goes on, in steps: it reads what a step has brought once it has waited
+// for it. Needs no registers, and so can have many bytes under way. On the host a copy happens when it is waited for,
+// so that whoever reads too soon reads what was there before.
+class Copies {
+   public:
+    // 16 bytes, both at multiples of 16.
+    __device__ __forceinline__ void begin(uint4 *to, const void *from) {
+#ifdef SHAREDNORM_EMULATED
+        step_.emplace_back(to, from);
+#else
+        const unsigned place = static_cast<unsigned>(__cvta_generic_to_shared(to));
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(place), "l"(from) : "memory");
+#endif
+    }
+
+    // Ends a step; it may be empty.
+    __device__ __forceinline__ void end_step() {
+#ifdef SHAREDNORM_EMULATED
+        steps_.push_back(std::move(step_));
+        step_.clear();
+#else
+        asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+    }
+
+    // Waits for all steps but the last `STEPS`.
+    template <int STEPS>
+    __device__ __forceinline__ void wait_for_all_but() {
+#ifdef SHAREDNORM_EMULATED
+        for (; steps_.size() > STEPS; steps_.pop_front()) {
+            for (const auto &[to, from] : steps_.front()) *to = load_16_bytes(from);
+        }
+#else
+        asm volatile("cp.async.wait_group %0;" ::"n"(STEPS) : "memory");
+#endif
+    }
+
+#ifdef SHAREDNORM_EMULATED
+   private:
+    using Step = std::vector<std::pair<uint4 *, const void *>>;
+    Step step_;
+    std::deque<Step> steps_;
+#endif
+};
 
 __device__ __forceinline__ float float_of_bits(unsigned bits) {
 #ifdef SHAREDNORM_EMULATED

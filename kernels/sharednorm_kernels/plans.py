@@ -21,11 +21,14 @@ UNROLL = 4  # tiles that a thread has under way
 CLUSTERS = (1, 2, 4, 8)
 _LARGEST = 2**31 - 1
 _LEAST_HELD = 16 * 1024
-_LEAST_TASK = 32 * 1024
+_FILLING = 2  # the largest cluster whose blocks may have a multiprocessor each
+_NEARLY_ALL = 0.9  # of the multiprocessors
+_LEAST_TASK = 128 * 1024
 TICKETED_THREADS = 256
 _BLOCKS_A_MULTIPROCESSOR = 3  # of so many threads: what the launch bounds of the ticketed kernels promise room for
 _MOST_TICKETS = 2**32 - 1
 _TILES_A_THREAD = 16  # that a thread of a reduction should have, so that the sum over the group is cheap beside it
+_RESIDENT_TILES = 8  # the same of a resident launch, whose tiles are all on their way at once
 
 
 @dataclass(frozen=True)
@@ -57,14 +60,12 @@ class DeviceLimits:
             MAX_SHARED_MEMORY_PER_BLOCK_OPTIN.
         shared_bytes_per_multiprocessor: Attribute MAX_SHARED_MEMORY_PER_MULTIPROCESSOR.
         compute_capability: Clusters begin with (9, 0).
-        l2_bytes: Its L2 cache; attribute L2_CACHE_SIZE.
     """
 
     multiprocessors: int
     shared_bytes: int
     shared_bytes_per_multiprocessor: int
     compute_capability: tuple[int, int]
-    l2_bytes: int
 
     @property
     def largest_cluster(self) -> int:
@@ -173,7 +174,7 @@ def finish_geometry(maps: int) -> Geometry:
 
 
 def map_geometry(maps: int) -> Geometry:
-    """Return the launch of kernels with one thread a map: affine_of_moments, affine_of_running, naive reductions."""
+    """Return the launch of kernels with one thread a map: affine_of_moments, naive reductions."""
     return Geometry(math.ceil(maps / 128), 128, 0)
 
 
@@ -231,10 +232,13 @@ def _group_for(tiles: int, tiles_a_thread: int, most: int) -> int:
 
 
 def _cut(view: View, per_tile: int, parts: int) -> tuple[int, int]:
-    """Cut a map into about `parts` parts: images first, whose runs then stay whole, then the area."""
-    image_parts = min(parts, view.images)
+    """Cut a map into about `parts` parts: images first, whose runs then stay whole, then the area.
+
+    No part has more images than another but for the last: whoever has most is what all wait for.
+    """
+    image_parts = math.ceil(view.images / math.ceil(view.images / min(parts, view.images)))
     most = math.ceil(view.area / (per_tile * WARP))
-    return image_parts, min(math.ceil(parts / image_parts), most)
+    return image_parts, min(math.ceil(parts / min(parts, view.images)), most)
 
 
 def reduce_geometry(view: View, per_tile: int, limits: DeviceLimits) -> Geometry:
@@ -249,52 +253,48 @@ def reduce_geometry(view: View, per_tile: int, limits: DeviceLimits) -> Geometry
 def apply_geometry(view: View, per_tile: int) -> Geometry:
     """Return the launch of a split apply: parts so small that a thread has about two rounds of tiles."""
     tiles = view.images * tiles_of_run(view, 1, per_tile)
-    group = _group_for(tiles, 2 * UNROLL, 256)
-    return _sized(view, per_tile, group, 256, _cut(view, per_tile, math.ceil(tiles / (group * 2 * UNROLL))))
+    group = _group_for(tiles, 2 * UNROLL, MAX_THREADS)
+    return _sized(view, per_tile, group, max(group, 256), _cut(view, per_tile, math.ceil(tiles / (group * 2 * UNROLL))))
 
 
 def resident(view: View, per_tile: int, limits: DeviceLimits, *, tensors: int) -> Fused | None:
     """Return a launch that keeps `tensors` tensors in shared memory, or None where their maps do not fit.
 
-    First choice is room for two blocks a multiprocessor, so that one reads while the other writes; and of the
-    clusters the smallest that gives every multiprocessor a block. A block of a cluster holds at least 16 KiB: less
-    is read faster than a cluster meets.
+    The smallest cluster that gives nearly every multiprocessor a block: the fewer blocks have to meet, and the better
+    they fill the device, the faster. One or two blocks may fill a multiprocessor each; larger clusters leave room for
+    two, so that one reads while the other writes. A block of a cluster holds at least 16 KiB: less is read faster than
+    a cluster meets. Measured on an H100 with every choice that there is for the shapes of `benchmarks.gpu`.
     """
     held = view.images * tiles_of_run(view, 1, per_tile) * TILE_BYTES * tensors
-    clusters = [blocks for blocks in CLUSTERS if blocks == 1 or held // blocks >= _LEAST_HELD]
     half = min(limits.shared_bytes, limits.shared_bytes_per_multiprocessor // 2 - 1024)
-    for budget in (half, limits.shared_bytes):
-        fitting = [
-            candidate
-            for blocks in clusters
-            if blocks <= limits.largest_cluster
-            for candidate in [_resident_of(view, per_tile, tensors, blocks)]
-            if candidate.geometry.shared_bytes <= budget
-        ]
-        for candidate in fitting:
-            if candidate.geometry.blocks >= limits.multiprocessors:
-                return candidate
-        if fitting:
-            return fitting[-1]
-    return None
+    fitting = [
+        candidate
+        for blocks in CLUSTERS
+        if blocks == 1 or (blocks <= limits.largest_cluster and held // blocks >= _LEAST_HELD)
+        for candidate in [_resident_of(view, per_tile, tensors, blocks)]
+        if candidate.geometry.shared_bytes <= limits.shared_bytes
+    ]
+    for candidate in fitting:
+        geometry = candidate.geometry
+        roomy = geometry.parts <= _FILLING or geometry.shared_bytes <= half
+        if roomy and geometry.blocks >= limits.multiprocessors * _NEARLY_ALL:
+            return candidate
+    return fitting[-1] if fitting else None
 
 
 def ticketed(view: View, per_tile: int, limits: DeviceLimits, *, tensors: int) -> Fused | None:
-    """Return a launch that reads `tensors` tensors again from the L2 cache, or None where it would not find them there.
+    """Return a launch that hopes to read `tensors` tensors again from the L2 cache, or None where there are few maps.
 
-    As many blocks as fit on the device; a task has at least 32 KiB, so that drawing it costs little. The sums are so
+    As many blocks as fit on the device; a task has at least 128 KiB, so that drawing it costs little. The sums are so
     many maps ahead that those of a map are done when its results are drawn: what the blocks have in hand at a time,
-    rounded up. What has been summed and not yet applied, one map more, may fill three quarters of the cache; the rest
-    is for what is written.
+    rounded up. Where not all of that stays in the cache, one launch instead of three still pays.
     """
     blocks = _BLOCKS_A_MULTIPROCESSOR * limits.multiprocessors
     map_bytes = view.images * tiles_of_run(view, 1, per_tile) * TILE_BYTES * tensors
     cut = _cut(view, per_tile, max(min(blocks, map_bytes // _LEAST_TASK), 1))
     geometry = _sized(view, per_tile, TICKETED_THREADS, TICKETED_THREADS, cut, RESERVED_BYTES)
     lag = math.ceil(blocks / geometry.parts)
-    if lag >= view.maps or (lag + 1) * map_bytes > limits.l2_bytes * 3 // 4:
-        return None
-    if 2 * view.maps * geometry.parts + blocks > _MOST_TICKETS:
+    if lag >= view.maps or 2 * view.maps * geometry.parts + blocks > _MOST_TICKETS:
         return None
     return Fused("ticketed", replace(geometry, blocks=min(blocks, geometry.blocks)), lag)
 
@@ -302,10 +302,10 @@ def ticketed(view: View, per_tile: int, limits: DeviceLimits, *, tensors: int) -
 def _resident_of(view: View, per_tile: int, tensors: int, blocks: int) -> Fused:
     tiles = view.images * tiles_of_run(view, 1, per_tile)
     if blocks == 1:
-        group = _group_for(tiles, _TILES_A_THREAD // tensors, MAX_THREADS)
+        group = _group_for(tiles, _RESIDENT_TILES // tensors, MAX_THREADS)
         kind, threads = "resident", max(group, 128)
     else:
-        kind, threads = f"cluster{blocks}", _group_for(tiles // blocks, _TILES_A_THREAD // tensors, MAX_THREADS)
+        kind, threads = f"cluster{blocks}", _group_for(tiles // blocks, _RESIDENT_TILES // tensors, MAX_THREADS)
         group = threads
     cuts = [(blocks // area_parts, area_parts) for area_parts in CLUSTERS if area_parts <= blocks]
     choices = []

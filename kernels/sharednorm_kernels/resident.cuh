@@ -18,6 +18,22 @@ __device__ __forceinline__ uint4 *own_tile(uint4 *memory, int k) {
     return memory + RESERVED + k * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x);
 }
 
+// How many tiles a thread has under way, of a forward's tensor and of each of a backward's two.
+constexpr int AHEAD = 4;
+
+// Begins to bring a tile to its place; nothing where there is no tile.
+template <class T>
+__device__ __forceinline__ void begin_tile(Copies &copies, uint4 *place, const typename T::Raw *tensor,
+                                           const Tile &tile, long long size) {
+    const long long first = tile.number * PER_TILE<T>;
+    if (tile.valid == 0) return;
+    if (first + PER_TILE<T> <= size) {
+        copies.begin(place, tensor + first);
+    } else {
+        *place = load_tile<T, Again::NO>(tensor, tile, size);
+    }
+}
+
 // Puts three numbers of each block where the others see them, and calls use(numbers) for each rank in order.
 template <int BLOCKS, class Use>
 __device__ __forceinline__ void exchange(double *scratch, const Moments &mine, Use use) {
@@ -71,21 +87,20 @@ __device__ __forceinline__ void forward_resident(const typename T::Raw *x, typen
                                                  uint4 *memory) {
     const Share share = my_share<T>(shape, sharing);
     const double shift = shift_of<T>(x, shape, share);
+    Copies copies;
+    Walk<T> coming(shape, share, sharing);
+    for (int i = 0; i < AHEAD; ++i) {
+        begin_tile<T>(copies, own_tile(memory, i), x, coming.take(), shape.size());
+        copies.end_step();
+    }
     Pair sums{0.0, 0.0};
     int k = 0;
-    for (Walk<T> walk(shape, share, sharing); walk.more();) {
-        Tile tiles[UNROLL];
-        uint4 bytes[UNROLL];
-        UNROLLED
-        for (int i = 0; i < UNROLL; ++i) {
-            tiles[i] = walk.take();
-            bytes[i] = load_tile<T>(x, tiles[i], shape.size());
-        }
-        UNROLLED
-        for (int i = 0; i < UNROLL; ++i, ++k) {
-            if (tiles[i].valid != 0) *own_tile(memory, k) = bytes[i];
-            add_deviations<T>(sums, unpack<T>(bytes[i]), tiles[i], shift);
-        }
+    for (Walk<T> walk(shape, share, sharing); walk.more(); ++k) {
+        const Tile tile = walk.take();
+        copies.wait_for_all_but<AHEAD - 1>();
+        add_deviations<T>(sums, unpack<T>(*own_tile(memory, k)), tile, shift);
+        begin_tile<T>(copies, own_tile(memory, k + AHEAD), x, coming.take(), shape.size());
+        copies.end_step();
     }
     double *scratch = scratch_of(memory);
     const Moments part = moments_of(share.count(), shift, group_sum(sums, sharing.group, scratch));
@@ -119,25 +134,22 @@ __device__ __forceinline__ void backward_resident(const typename T::Raw *x, cons
     const Moments batch{static_cast<double>(shape.images) * shape.area, there ? moments[share.map] : 0.0,
                         there ? moments[shape.maps + share.map] : 0.0};
     const float hi = static_cast<float>(batch.mean);
+    Copies copies;
+    Walk<T> coming(shape, share, sharing);
+    const auto begin_both = [&](int place) {
+        const Tile tile = coming.take();
+        begin_tile<T>(copies, own_tile(memory, 2 * place), x, tile, shape.size());
+        begin_tile<T>(copies, own_tile(memory, 2 * place + 1), grad, tile, shape.size());
+        copies.end_step();
+    };
+    for (int i = 0; i < AHEAD; ++i) begin_both(i);
     Pair sums{0.0, 0.0};
     int k = 0;
-    for (Walk<T> walk(shape, share, sharing); walk.more();) {
-        Tile tiles[UNROLL / 2];
-        uint4 inputs[UNROLL / 2], upper[UNROLL / 2];
-        UNROLLED
-        for (int i = 0; i < UNROLL / 2; ++i) {
-            tiles[i] = walk.take();
-            inputs[i] = load_tile<T>(x, tiles[i], shape.size());
-            upper[i] = load_tile<T>(grad, tiles[i], shape.size());
-        }
-        UNROLLED
-        for (int i = 0; i < UNROLL / 2; ++i, ++k) {
-            if (tiles[i].valid != 0) {
-                *own_tile(memory, 2 * k) = inputs[i];
-                *own_tile(memory, 2 * k + 1) = upper[i];
-            }
-            add_products<T>(sums, unpack<T>(inputs[i]), unpack<T>(upper[i]), tiles[i], hi);
-        }
+    for (Walk<T> walk(shape, share, sharing); walk.more(); ++k) {
+        const Tile tile = walk.take();
+        copies.wait_for_all_but<AHEAD - 1>();
+        add_products<T>(sums, unpack<T>(*own_tile(memory, 2 * k)), unpack<T>(*own_tile(memory, 2 * k + 1)), tile, hi);
+        begin_both(k + AHEAD);
     }
     double *scratch = scratch_of(memory);
     const Pair total = sums_of_map<BLOCKS>(scratch, group_sum(sums, sharing.group, scratch));

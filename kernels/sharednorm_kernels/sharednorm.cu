@@ -46,15 +46,6 @@ ENTRY affine_of_moments(const double *moments, double count, const float *scale,
 }
 SHAREDNORM_KERNEL(affine_of_moments);
 
-ENTRY affine_of_running(const float *mean, const float *var, const float *scale, const float *bias, double epsilon,
-                        float *coefficients, int maps) {
-    const long long map = my_number();
-    if (map < maps) {
-        write_affine(coefficients, maps, map, affine_of(mean[map], var[map], scale[map], bias[map], epsilon));
-    }
-}
-SHAREDNORM_KERNEL(affine_of_running);
-
 // ---- for each element type
 
 #define NAIVE_ENTRIES(T, suffix)                                                                                    \
@@ -104,9 +95,37 @@ SHAREDNORM_KERNEL(affine_of_running);
                          int image_parts, int area_parts, int group, int lanes) {                                   \
         const Shape shape{images, maps, area};                                                                      \
         const Sharing sharing{image_parts, area_parts, group, lanes};                                               \
-        apply<T>(x, coefficients, y, my_share<T>(shape, sharing), shape, sharing);                                  \
+        const Share share = my_share<T>(shape, sharing);                                                            \
+        apply<T>(x, y, read_affine(coefficients, maps, share), share, shape, sharing);                              \
     }                                                                                                               \
     SHAREDNORM_KERNEL(apply_##suffix);                                                                              \
+    ENTRY evaluate_##suffix(const T::Raw *x, const float *mean, const float *var, const float *scale,               \
+                            const float *bias, double epsilon, T::Raw *y, int images, int maps, int area,           \
+                            int image_parts, int area_parts, int group, int lanes) {                                \
+        const Shape shape{images, maps, area};                                                                      \
+        const Sharing sharing{image_parts, area_parts, group, lanes};                                               \
+        const Share share = my_share<T>(shape, sharing);                                                            \
+        Affine affine{0.0f, 0.0f, 0.0f};                                                                            \
+        if (share.map < maps) {                                                                                     \
+            affine = affine_of(mean[share.map], var[share.map], scale[share.map], bias[share.map], epsilon);        \
+        }                                                                                                           \
+        apply<T>(x, y, affine, share, shape, sharing);                                                              \
+    }                                                                                                               \
+    SHAREDNORM_KERNEL(evaluate_##suffix);                                                                           \
+    ENTRY normalize_##suffix(const T::Raw *x, const double *moments, double count, const float *scale,              \
+                             const float *bias, double epsilon, T::Raw *y, int images, int maps, int area,          \
+                             int image_parts, int area_parts, int group, int lanes) {                               \
+        const Shape shape{images, maps, area};                                                                      \
+        const Sharing sharing{image_parts, area_parts, group, lanes};                                               \
+        const Share share = my_share<T>(shape, sharing);                                                            \
+        Affine affine{0.0f, 0.0f, 0.0f};                                                                            \
+        if (share.map < maps) {                                                                                     \
+            affine = affine_of(moments[share.map], moments[maps + share.map] / count, scale[share.map],             \
+                               bias[share.map], epsilon);                                                           \
+        }                                                                                                           \
+        apply<T>(x, y, affine, share, shape, sharing);                                                              \
+    }                                                                                                               \
+    SHAREDNORM_KERNEL(normalize_##suffix);                                                                          \
     ENTRY backward_sums_##suffix(const T::Raw *x, const T::Raw *grad, const double *moments, double *parts,         \
                                  int images, int maps, int area, int image_parts, int area_parts, int group,        \
                                  int lanes) {                                                                       \

@@ -33,7 +33,7 @@ __device__ __forceinline__ void moments(const typename T::Raw *x, double *parts,
         UNROLLED
         for (int i = 0; i < UNROLL; ++i) {
             tiles[i] = walk.take();
-            bytes[i] = load_tile<T>(x, tiles[i], shape.size());
+            bytes[i] = load_tile<T, Again::YES>(x, tiles[i], shape.size());
         }
         UNROLLED
         for (int i = 0; i < UNROLL; ++i) add_deviations<T>(sums, unpack<T>(bytes[i]), tiles[i], shift);
@@ -124,16 +124,15 @@ __device__ __forceinline__ void finish_forward_map(const double *parts, const Pa
 }
 
 template <class T>
-__device__ __forceinline__ void apply(const typename T::Raw *x, const float *coefficients, typename T::Raw *y,
+__device__ __forceinline__ void apply(const typename T::Raw *x, typename T::Raw *y, const Affine &affine,
                                       const Share &share, const Shape &shape, const Sharing &sharing) {
-    const Affine affine = read_affine(coefficients, shape.maps, share);
     for (Walk<T> walk(shape, share, sharing); walk.more();) {
         Tile tiles[UNROLL];
         uint4 bytes[UNROLL];
         UNROLLED
         for (int i = 0; i < UNROLL; ++i) {
             tiles[i] = walk.take();
-            bytes[i] = load_tile<T>(x, tiles[i], shape.size());
+            bytes[i] = load_tile<T, Again::NO>(x, tiles[i], shape.size());
         }
         UNROLLED
         for (int i = 0; i < UNROLL; ++i) {
@@ -158,8 +157,8 @@ __device__ __forceinline__ void backward_sums(const typename T::Raw *x, const ty
         UNROLLED
         for (int i = 0; i < UNROLL / 2; ++i) {
             tiles[i] = walk.take();
-            inputs[i] = load_tile<T>(x, tiles[i], shape.size());
-            gradients[i] = load_tile<T>(grad, tiles[i], shape.size());
+            inputs[i] = load_tile<T, Again::YES>(x, tiles[i], shape.size());
+            gradients[i] = load_tile<T, Again::YES>(grad, tiles[i], shape.size());
         }
         UNROLLED
         for (int i = 0; i < UNROLL / 2; ++i) {
@@ -214,8 +213,8 @@ __device__ __forceinline__ void backward_apply(const typename T::Raw *x, const t
         UNROLLED
         for (int i = 0; i < UNROLL / 2; ++i) {
             tiles[i] = walk.take();
-            inputs[i] = load_tile<T>(x, tiles[i], shape.size());
-            gradients[i] = load_tile<T>(grad, tiles[i], shape.size());
+            inputs[i] = load_tile<T, Again::NO>(x, tiles[i], shape.size());
+            gradients[i] = load_tile<T, Again::NO>(grad, tiles[i], shape.size());
         }
         UNROLLED
         for (int i = 0; i < UNROLL / 2; ++i) {

@@ -196,11 +196,16 @@ class Walk {
     long long begin_, tile_;
 };
 
+// Whether a tile is read again soon, so that the caches should keep it.
+enum class Again { YES, NO };
+
 // Reads a tile of a tensor of `size` values; values past its end, and those of no tile, are zeros.
-template <class T>
+template <class T, Again AGAIN>
 __device__ __forceinline__ uint4 load_tile(const typename T::Raw *tensor, const Tile &tile, long long size) {
     const long long first = tile.number * PER_TILE<T>;
-    if (tile.valid != 0 && first + PER_TILE<T> <= size) return load_16_bytes(tensor + first);
+    if (tile.valid != 0 && first + PER_TILE<T> <= size) {
+        return AGAIN == Again::YES ? load_16_bytes(tensor + first) : load_last_16_bytes(tensor + first);
+    }
     Values<T> values;
     UNROLLED
     for (int i = 0; i < PER_TILE<T>; ++i) {

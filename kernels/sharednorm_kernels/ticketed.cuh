@@ -7,9 +7,12 @@
 // The block that brings the last sums of a map merges its parts, in fixed order, and writes the coefficients; a result
 // waits for that.
 //
+// A block draws its next ticket when it begins a task, so that the answer is there when it ends it.
+//
 // No deadlock, however few blocks are on the device at a time: tickets are handed out in order, only to blocks that
-// run, and all sums of a map have smaller tickets than its results. Sums wait for nothing, so the blocks that drew them
-// finish them; then no result of that map waits any longer. One block alone does all tasks without ever waiting.
+// run, a block does its own in order, and all sums of a map have smaller tickets than its results. So of the tasks that
+// are not done, the one with the smallest ticket has been begun, and waits for nothing that is not done. One block
+// alone does all tasks without ever waiting.
 //
 // Which block does what, and when, is left to chance, and no bit depends on it: a part's sums go to the part's own slot,
 // and all parts of a map have been written before somebody merges them.
@@ -43,11 +46,13 @@ __device__ __forceinline__ void do_tasks(unsigned *counters, const Shape &shape,
     unsigned *board = reinterpret_cast<unsigned *>(scratch + EXCHANGE);  // what the first thread tells the others
     const long long end = 2ll * shape.maps * sharing.parts();
     const unsigned parts = static_cast<unsigned>(sharing.parts());
+    unsigned next = threadIdx.x == 0 ? add_one(counters) : 0;
     for (;;) {
-        if (threadIdx.x == 0) board[0] = add_one(counters);
+        if (threadIdx.x == 0) board[0] = next;
         block_barrier();
         const long long ticket = board[0];
         if (ticket >= end) break;  // for the whole block
+        if (threadIdx.x == 0) next = add_one(counters);  // on its way while the block does what it has drawn
         const Task task = task_of(ticket, sharing.parts(), shape.maps, lag);
         const Share share = share_of<T>(shape, sharing, task.map, task.part);
         unsigned *done = counters + 1 + task.map;
@@ -91,7 +96,9 @@ __device__ __forceinline__ void forward_ticketed(const typename T::Raw *x, typen
             finish_forward_map<T>(parts, parameters, statistics, to_moments, coefficients, shape, sharing, map,
                                   threadIdx.x == 0);
         },
-        [&](const Share &share) { apply<T>(x, coefficients, y, share, shape, sharing); });
+        [&](const Share &share) {
+            apply<T>(x, y, read_affine(coefficients, shape.maps, share), share, shape, sharing);
+        });
 }
 
 // coefficients: float32 (4, maps); parts: float64 (maps, parts, 2)

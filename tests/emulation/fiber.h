@@ -181,17 +181,26 @@ inline Fiber *take_fiber(void (*entry)(void *)) {
     return fiber;
 }
 
+inline void free_fiber(Fiber *fiber) {
+    const std::size_t page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
+    munmap(fiber->stack - page, page + stack_bytes);
+    delete fiber;
+}
+
 inline void return_fiber(Fiber *fiber) {
 #ifdef EMULATION_THREAD
     // The stack goes with its fiber. Another fiber on the same pages would race with this one, as ThreadSanitizer sees it;
     // and to order the two would order their blocks, and hide races between those.
     __tsan_destroy_fiber(fiber->tsan);
-    const std::size_t page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
-    munmap(fiber->stack - page, page + stack_bytes);
-    delete fiber;
+    free_fiber(fiber);
 #else
     host().idle.push_back(fiber);
 #endif
+}
+
+inline void free_idle_fibers() {
+    for (Fiber *fiber : host().idle) free_fiber(fiber);
+    host().idle.clear();
 }
 
 // From the host to a fiber; returns when it switches back or leaves.

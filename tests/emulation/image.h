@@ -1,5 +1,5 @@
 // What a compiled image and the emulated driver tell each other. An image is a shared object that g++ made from the
-// kernels' own .cu files; it exports the two functions below.
+// kernels' own .cu files; it exports the functions below.
 #pragma once
 
 #include <cstddef>
@@ -29,4 +29,6 @@ extern "C" {
 const EmuKernel *emu_find(const char *name);
 // Runs the whole grid on the calling thread, and aborts the process with a message where the kernel breaks a rule.
 void emu_run(const EmuKernel *kernel, const EmuLaunch *launch);
+// Gives back the stacks of the threads that ran: nothing runs now, and the image's module is gone.
+void emu_rest();
 }

@@ -477,3 +477,5 @@ void emu_run(const EmuKernel *kernel, const EmuLaunch *launch) {
     it.run();
     grid = nullptr;
 }
+
+void emu_rest() { free_idle_fibers(); }

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -203,6 +205,24 @@ def test_an_image_for_something_else(cuda: Any, image: bytes, problem: str) -> N
 def test_an_unknown_kernel(cuda: Any, image: bytes) -> None:
     with pytest.raises(cuda.LogicError, match="named symbol not found"):
         cuda.module_from_buffer(image).get_function("no_such_kernel")
+
+
+def test_a_module_that_goes_gives_back_the_stacks_of_its_threads(vector: Any, cuda: Any, image: bytes) -> None:
+    def mappings() -> int:
+        return Path("/proc/self/maps").read_text().count("\n")
+
+    counts = []
+    for _ in range(5):
+        other = type(vector)(cuda, image)
+        other.launch()
+        other.results()
+        during = mappings()
+        other.free()
+        del other
+        gc.collect()
+        counts.append((during, mappings()))
+    assert all(during - after >= 256 for during, after in counts)  # a stack, and the page before it, for each thread
+    assert counts[-1][1] - counts[0][1] < 4 * 16  # the image itself stays
 
 
 def test_a_context_that_goes_with_memory_in_it(capfd: pytest.CaptureFixture[str], cuda: Any) -> None:

@@ -35,7 +35,6 @@ def _check(planned: Plan, shape: tuple[int, ...], itemsize: int, device: str) ->
         if resident.kind == "ticketed":
             assert 1 <= resident.lag < view.maps
             assert resident.lag * launch.parts >= launch.blocks
-            assert (resident.lag + 1) * view.count * itemsize * tensors <= limits.l2_bytes * 3 / 4
             assert launch.group == launch.threads
             continue
         assert resident.kind == ("resident" if launch.parts == 1 else f"cluster{launch.parts}")
@@ -78,12 +77,13 @@ def test_no_thread_has_more_tiles_than_there_is_memory_for(shape: tuple[int, ...
     ("shape", "itemsize", "forward", "backward"),
     [
         pytest.param((32, 2048, 7, 7), 4, "resident", "resident", id="small maps"),
-        pytest.param((32, 512, 28, 28), 4, "resident", "cluster2", id="98 KiB a map"),
-        pytest.param((32, 256, 56, 56), 4, "cluster4", "cluster8", id="392 KiB a map"),
+        pytest.param((32, 512, 28, 28), 4, "resident", "resident", id="98 KiB a map"),
+        pytest.param((32, 256, 56, 56), 4, "cluster2", "cluster8", id="392 KiB a map"),
         pytest.param((32, 64, 112, 112), 4, "cluster8", "ticketed", id="1568 KiB a map"),
         pytest.param((256, 64, 56, 56), 4, "ticketed", "ticketed", id="3 MiB a map"),
-        pytest.param((256, 64, 112, 112), 4, "ticketed", None, id="12 MiB a map"),
+        pytest.param((256, 64, 112, 112), 4, "ticketed", "ticketed", id="12 MiB a map"),
         pytest.param((256, 64, 112, 112), 2, "ticketed", "ticketed", id="6 MiB a map"),
+        pytest.param((32, 64, 56, 56), 2, "cluster2", "cluster2", id="196 KiB a map, and few of them"),
         pytest.param((256, 1, 224, 224), 4, None, None, id="one large map"),
         pytest.param((1, 8, 7, 7), 4, "resident", "resident", id="nothing to share"),
     ],

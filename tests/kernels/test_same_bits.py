@@ -7,7 +7,7 @@ import pytest
 
 from sharednorm.config import Averaging, LayerConfig, LayerKind, NonFinitePolicy
 from sharednorm.state import LayerState, Moments, step
-from sharednorm_kernels import entry, map_geometry, plan
+from sharednorm_kernels import entry, plan
 from tests.support.kernel_checks import H200, VERSIONS, batch_of, run_version
 from tests.support.kernel_run import Batch, Buffer, Kernels
 from tests.support.oracle import DTYPES
@@ -69,14 +69,11 @@ def test_a_side_without_weight_is_not_looked_at(kernels: Kernels, version: str, 
 def test_a_forward_can_be_repeated_from_its_moments(kernels: Kernels, version: str, name: str) -> None:
     batch = batch_of(SHAPE, name)
     run_version(batch, kernels, version)
-    coefficients, again = Buffer((3, batch.view.maps), np.float32), Buffer(SHAPE, batch.x.dtype)
-    kernels.run(
-        "affine_of_moments", map_geometry(batch.view.maps),
-        batch.moments, float(batch.view.count), batch.scales, batch.biases, batch.epsilon, coefficients,
-        batch.view.maps,
-    )  # fmt: skip
+    again = Buffer(SHAPE, batch.x.dtype)
     launch = plan(SHAPE, batch.x.itemsize, H200).apply
     kernels.run(
-        entry("apply", name), launch, batch.inputs, coefficients, again, *batch.view.arguments, *launch.arguments
-    )
+        entry("normalize", name), launch,
+        batch.inputs, batch.moments, float(batch.view.count), batch.scales, batch.biases, batch.epsilon, again,
+        *batch.view.arguments, *launch.arguments,
+    )  # fmt: skip
     assert again.values.tobytes() == batch.outputs.values.tobytes()

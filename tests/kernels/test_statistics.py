@@ -39,12 +39,9 @@ def test_apply_alone_by_running_statistics(kernels: Kernels, name: str) -> None:
     batch = batch_of(SHAPE, name)
     launch = plan(SHAPE, batch.x.itemsize, H200).apply
     kernels.run(
-        "affine_of_running", map_geometry(batch.view.maps),
-        batch.old_mean, batch.old_var, batch.scales, batch.biases, batch.epsilon, batch.affine, batch.view.maps,
-    )  # fmt: skip
-    kernels.run(
-        entry("apply", name), launch,
-        batch.inputs, batch.affine, batch.outputs, *batch.view.arguments, *launch.arguments,
+        entry("evaluate", name), launch,
+        batch.inputs, batch.old_mean, batch.old_var, batch.scales, batch.biases, batch.epsilon, batch.outputs,
+        *batch.view.arguments, *launch.arguments,
     )  # fmt: skip
     expected = normalized(batch.x, batch.old_mean.values, batch.old_var.values, batch.scale, batch.bias, batch.epsilon)
     np.testing.assert_allclose(batch.outputs.values.astype(np.float64), expected, rtol=rounding(name), atol=2e-6)

@@ -2,7 +2,7 @@
 //
 //   SHAREDNORM_EMULATED_DEVICES   how many devices there are (the default is 1)
 //   SHAREDNORM_EMULATED_DEVICE    what they are, where not an H200: memory=BYTES,multiprocessors=N,capability=8.0,
-//                                 shared=BYTES (what a block may opt in to), l2=BYTES
+//                                 shared=BYTES (what a block may opt in to)
 
 #include <algorithm>
 #include <cstdlib>
@@ -70,8 +70,6 @@ void apply(Device &device, const std::string &key, const std::string &value) {
         attributes[CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT] = std::atoi(value.c_str());
     } else if (key == "shared") {
         attributes[CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN] = std::atoi(value.c_str());
-    } else if (key == "l2") {
-        attributes[CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE] = std::atoi(value.c_str());
     } else if (key == "capability" && value.find('.') != std::string::npos) {
         const int major = std::atoi(value.c_str());
         attributes[CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR] = major;

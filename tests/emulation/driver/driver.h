@@ -96,6 +96,7 @@ struct CUmod_st {
     void *library = nullptr;
     decltype(&emu_find) find = nullptr;
     decltype(&emu_run) run = nullptr;
+    decltype(&emu_rest) rest = nullptr;
     std::map<std::string, std::unique_ptr<CUfunc_st>> functions;
 };
 

@@ -61,7 +61,8 @@ CUresult load(const char *name, CUmodule *module, const void *image) {
         loaded->library = open_library(image);
         loaded->find = reinterpret_cast<decltype(&emu_find)>(dlsym(loaded->library, "emu_find"));
         loaded->run = reinterpret_cast<decltype(&emu_run)>(dlsym(loaded->library, "emu_run"));
-        if (loaded->find == nullptr || loaded->run == nullptr) throw Failure{CUDA_ERROR_INVALID_IMAGE};
+        loaded->rest = reinterpret_cast<decltype(&emu_rest)>(dlsym(loaded->library, "emu_rest"));
+        if (loaded->find == nullptr || loaded->run == nullptr || loaded->rest == nullptr) throw Failure{CUDA_ERROR_INVALID_IMAGE};
         *module = loaded.release();
         d.modules.insert(*module);
     });
@@ -149,7 +150,8 @@ CUresult cuModuleUnload(CUmodule module) {
         if (d.modules.count(module) == 0) throw Failure{CUDA_ERROR_INVALID_HANDLE};
         finish_all(module->context);
         d.modules.erase(module);
-        delete module;  // the library stays: a sanitizer may still have to name its lines
+        module->rest();  // the stacks of its threads are many mappings, of which a process has only so many
+        delete module;   // the library stays: a sanitizer may still have to name its lines
     });
 }
 
