@@ -11,6 +11,8 @@ import os
 # whenever a process forks during a call, and then do nothing. See `connect` for what a forked child may do.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
+from sharednorm._connect import connect
+from sharednorm._group import Group
 from sharednorm._version import __version__
 from sharednorm.errors import (
     BackwardInEval,
@@ -20,6 +22,8 @@ from sharednorm.errors import (
     DeadlineExceeded,
     DeviceLost,
     DeviceOutOfMemory,
+    GroupAborted,
+    GroupMismatch,
     HubClosed,
     IncompatibleServer,
     InplaceInTraining,
@@ -36,13 +40,17 @@ from sharednorm.errors import (
     MalformedMessage,
     ModuleError,
     NonFiniteInput,
+    ServerBusy,
     ServerUnavailable,
     SharedNormError,
+    StaleGeneration,
+    StepOutOfOrder,
     TooFewValues,
     UnsupportedDType,
 )
-from sharednorm.hub import Hub, LayerInfo, ServerInfo, connect
+from sharednorm.hub import Hub, LayerInfo, Progress, ServerInfo
 from sharednorm.layers import BatchNorm, BatchNorm1D, BatchNorm2D, BatchNorm3D, Layer, Variable
+from sharednorm.statistics import Statistics, StatisticsDelta
 
 __all__ = [
     "BackwardInEval",
@@ -56,6 +64,9 @@ __all__ = [
     "DeadlineExceeded",
     "DeviceLost",
     "DeviceOutOfMemory",
+    "Group",
+    "GroupAborted",
+    "GroupMismatch",
     "Hub",
     "HubClosed",
     "IncompatibleServer",
@@ -75,9 +86,15 @@ __all__ = [
     "MalformedMessage",
     "ModuleError",
     "NonFiniteInput",
+    "Progress",
+    "ServerBusy",
     "ServerInfo",
     "ServerUnavailable",
     "SharedNormError",
+    "StaleGeneration",
+    "Statistics",
+    "StatisticsDelta",
+    "StepOutOfOrder",
     "TooFewValues",
     "UnsupportedDType",
     "Variable",

@@ -28,12 +28,14 @@ class Address:
         target: As gRPC wants it.
         local: Whether it is on this machine: a unix socket or a loopback address.
         host: Name or number of the host, "" for a unix socket.
+        path: Absolute path of a unix socket, "" otherwise.
     """
 
     text: str
     target: str
     local: bool
     host: str = ""
+    path: str = ""
 
 
 def parse_address(text: object) -> Address:
@@ -68,7 +70,7 @@ def _unix(text: str) -> Address:
             f"operating system's limit): {ascii(absolute)[:160]}"
         )
     # gRPC reads the target as a URI, in which a percent sign would start an escape.
-    return Address(text, f"unix:{quote(os.fsencode(absolute))}", local=True)
+    return Address(text, f"unix:{quote(os.fsencode(absolute))}", local=True, path=absolute)
 
 
 def _is_host(host: str) -> bool:

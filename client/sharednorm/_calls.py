@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar, cast
@@ -12,9 +11,11 @@ from typing import Generic, TypeVar, cast
 import grpc
 from google.protobuf.message import DecodeError, Message
 
-from sharednorm import convert, wire
+from sharednorm import _frames, convert, wire
 from sharednorm._address import Address
 from sharednorm._channel import SERVICE, open_channel, proxy_hint
+from sharednorm._deadline import Deadline
+from sharednorm._progress import Meter
 from sharednorm._version import __version__
 from sharednorm.errors import (
     CallCancelled,
@@ -63,12 +64,14 @@ class TensorMethod(Generic[R, T]):
 
     Attributes:
         name: Of the unary method.
+        number: Of the method on a direct connection.
         answer: Class of its answer, which also stands in the first message of the stream's.
         stream_header: Makes the first message of the stream.
         stream_answer: Class of the messages that come back on the stream.
     """
 
     name: str
+    number: int
     answer: type[T]
     stream_header: Callable[[R], Message]
     stream_answer: type[service_pb2.ForwardStreamResponse | service_pb2.BackwardStreamResponse]
@@ -76,27 +79,18 @@ class TensorMethod(Generic[R, T]):
 
 FORWARD: TensorMethod[service_pb2.ForwardRequest, service_pb2.ForwardResponse] = TensorMethod(
     "Forward",
+    _frames.FORWARD,
     service_pb2.ForwardResponse,
     lambda header: service_pb2.ForwardStreamRequest(header=header),
     service_pb2.ForwardStreamResponse,
 )
 BACKWARD: TensorMethod[service_pb2.BackwardRequest, service_pb2.BackwardResponse] = TensorMethod(
     "Backward",
+    _frames.BACKWARD,
     service_pb2.BackwardResponse,
     lambda header: service_pb2.BackwardStreamRequest(header=header),
     service_pb2.BackwardStreamResponse,
 )
-
-
-class Deadline:
-    """The moment at which a call, with all that it does on the way, has to be over."""
-
-    def __init__(self, timeout: float) -> None:
-        self._end = time.monotonic() + timeout
-
-    def left(self) -> float:
-        """Return the seconds that are left, at least 0."""
-        return max(0.0, self._end - time.monotonic())
 
 
 class Connection:
@@ -114,6 +108,7 @@ class Connection:
         self.address = address
         self.timeout = timeout
         self.info: ServerInfo | None = None
+        self.direct: service_pb2.DirectEndpoint | None = None
         self._process = os.getpid()
         self._closed = False
         self._channel = open_channel(address)
@@ -138,19 +133,21 @@ class Connection:
         if os.getpid() == self._process:
             _close_bounded(self._channel)
 
-    def greet(self) -> ServerInfo:
-        """Ask the server what it is, and remember the answer in `info`.
+    def greet(self, left: Deadline | None = None) -> ServerInfo:
+        """Ask the server what it is, and remember the answer in `info`; None: within the usual timeout.
 
         Raises:
             IncompatibleServer: It speaks another protocol, or is not a sharednorm server.
         """
-        answer = self.call("GetServerInfo", service_pb2.GetServerInfoRequest(), service_pb2.GetServerInfoResponse)
+        request, timeout = service_pb2.GetServerInfoRequest(), None if left is None else left.left()
+        answer = self.call("GetServerInfo", request, service_pb2.GetServerInfoResponse, timeout)
         if answer.protocol != wire.PROTOCOL:
             raise IncompatibleServer(
                 f"the server at {self.address.text} (release {answer.version or 'unknown'}) speaks protocol "
                 f"{answer.protocol}, and this library (release {__version__}) speaks protocol {wire.PROTOCOL}: "
                 "install the same release on both sides"
             )
+        self.direct = answer.direct if answer.HasField("direct") else None
         self.info = ServerInfo(
             answer.version,
             answer.protocol,
@@ -166,42 +163,52 @@ class Connection:
         """Return a deadline that begins now."""
         return Deadline(self.timeout)
 
-    def call(self, method: str, request: Message, answer: type[A]) -> A:
-        """Make a call without a tensor and return its answer."""
-        data = self._unary(method, request.SerializeToString(), self.timeout)
+    def call(self, method: str, request: Message, answer: type[A], timeout: float | None = None) -> A:
+        """Make a call without a tensor and return its answer; None: within the usual timeout."""
+        data = self._unary(method, request.SerializeToString(), self.timeout if timeout is None else timeout)
         try:
             return answer.FromString(data)
         except (DecodeError, UnicodeDecodeError) as error:  # the latter by protobuf's pure Python runtime
             raise MalformedMessage(f"the answer of {self.address.text} to {method} cannot be parsed") from error
 
     def call_tensor(
-        self, method: TensorMethod[R, T], request: R, payloads: Sequence[memoryview], answer_bytes: int, left: Deadline
-    ) -> tuple[T, memoryview]:
+        self,
+        method: TensorMethod[R, T],
+        request: R,
+        data: Sequence[memoryview],
+        answer: memoryview,
+        left: Deadline,
+        meter: Meter,
+    ) -> T:
         """Make a call with a tensor, whole if it is small and in chunks if it is large.
 
         Args:
             method: Which.
             request: The call, without data.
-            payloads: Its data, one part after the other.
-            answer_bytes: Bytes of tensor that the answer has to bring.
+            data: Its data, one part after the other.
+            answer: Filled with the data of the answer.
             left: When the call has to be over.
+            meter: Told how far it has come.
 
         Returns:
-            The answer without data, and `answer_bytes` bytes of data; read-only for small ones.
+            The answer without data.
 
         Raises:
             MalformedMessage: The answer cannot be parsed, or brings another number of bytes.
         """
-        if max(sum(part.nbytes for part in payloads), answer_bytes) <= self._unary_bytes():
-            encoded = wire.encode(request, *payloads)
-            answer, data = wire.decode(method.answer, self._unary(method.name, encoded, left.left()))
-            if data.nbytes != answer_bytes:
-                raise MalformedMessage(f"the answer to {method.name} has {data.nbytes} bytes, not {answer_bytes}")
-            return answer, data
-        return self._stream(method, request, payloads, answer_bytes, left)
+        nbytes = sum(part.nbytes for part in data)
+        if max(nbytes, answer.nbytes) > self._unary_bytes():
+            return self._stream(method, request, data, answer, left, meter)
+        encoded = wire.encode(request, *data)
+        found, got = wire.decode(method.answer, self._unary(method.name, encoded, left.left()))
+        if got.nbytes != answer.nbytes:
+            raise MalformedMessage(f"the answer to {method.name} has {got.nbytes} bytes, not {answer.nbytes}")
+        if answer.nbytes:
+            answer[:] = got
+        return found
 
     def _unary(self, method: str, request: bytes, timeout: float) -> bytes:
-        self._require_open()
+        self.require_open()
         call = self._channel.unary_unary(f"/{SERVICE}/{method}", _identity, _identity)
         try:
             return call(request, timeout=timeout)
@@ -209,18 +216,26 @@ class Connection:
             raise self._typed(error) from _bare(error)
 
     def _stream(
-        self, method: TensorMethod[R, T], request: R, payloads: Sequence[memoryview], answer_bytes: int, left: Deadline
-    ) -> tuple[T, memoryview]:
-        self._require_open()
+        self,
+        method: TensorMethod[R, T],
+        request: R,
+        data: Sequence[memoryview],
+        answer: memoryview,
+        left: Deadline,
+        meter: Meter,
+    ) -> T:
+        self.require_open()
         start = self._channel.stream_stream(f"/{SERVICE}/{method.name}Stream", _identity, _identity)
-        messages = _messages(method.stream_header(request), payloads, self._chunk_bytes())
+        messages = _Messages(method.stream_header(request), data, self._chunk_bytes(), meter)
         try:
-            call = start(messages, timeout=left.left())
+            call = start(iter(messages), timeout=left.left())
         except ValueError as error:
             raise self._typed(error) from error
         try:
-            return _receive(method, call, answer_bytes)
+            return _receive(method, call, answer, meter)
         except grpc.RpcError as error:
+            if messages.error is not None:
+                raise messages.error from None
             raise self._typed(error) from _bare(error)
         finally:
             # Nothing if the call is over; otherwise something went wrong here, and the server should know.
@@ -233,7 +248,8 @@ class Connection:
         liked = self.info.chunk_bytes if self.info else 0
         return min(liked or wire.DEFAULT_CHUNK_BYTES, _MAX_CHUNK_BYTES)
 
-    def _require_open(self) -> None:
+    def require_open(self) -> None:
+        """Raise HubClosed if no call can be made any more."""
         if os.getpid() != self._process:
             raise HubClosed(
                 f"the hub of {self.address.text} belongs to the process that this one was forked from, and its "
@@ -242,9 +258,13 @@ class Connection:
         if self._closed:
             raise HubClosed(f"the hub of {self.address.text} was closed: connect again")
 
+    def was_closed(self) -> HubClosed:
+        """Return the error of a call that `close` has cut off."""
+        return HubClosed(f"the hub of {self.address.text} was closed during the call: connect again")
+
     def _typed(self, error: grpc.RpcError | ValueError) -> SharedNormError:
         if self._closed:
-            return HubClosed(f"the hub of {self.address.text} was closed during the call: connect again")
+            return self.was_closed()
         if isinstance(error, ValueError):
             raise error  # not of a closed channel: a defect here, to be seen as it is
         typed = convert.error_from_call(error, self.address.text, self.timeout)
@@ -279,24 +299,45 @@ def _bare(error: grpc.RpcError | ValueError) -> BaseException:
     return error.with_traceback(None)
 
 
-def _messages(header: Message, payloads: Sequence[memoryview], chunk_bytes: int) -> Iterator[bytes]:
-    # Runs in a thread of gRPC's, which waits for the network between two messages and ends with the call.
-    yield header.SerializeToString()
-    for offset, chunk in wire.chunks(payloads, chunk_bytes):
-        yield wire.encode_chunk(offset, chunk)
+class _Messages:
+    """The messages of a stream towards the server.
+
+    They are made in a thread of gRPC's, which waits for the network between two of them and ends with the call.
+
+    Attributes:
+        error: What the meter has raised there, so that the call was given up.
+    """
+
+    def __init__(self, header: Message, data: Sequence[memoryview], chunk_bytes: int, meter: Meter) -> None:
+        self.error: Exception | None = None
+        self._header, self._data, self._chunk_bytes, self._meter = header, data, chunk_bytes, meter
+
+    def __iter__(self) -> Iterator[bytes]:
+        """Give the header, then the chunks."""
+        yield self._header.SerializeToString()
+        for offset, chunk in wire.chunks(self._data, self._chunk_bytes):
+            yield wire.encode_chunk(offset, chunk)
+            try:
+                self._meter.sent(chunk.nbytes)
+            except Exception as error:  # noqa: BLE001 - the caller's thread raises it
+                self.error = error
+                return
 
 
-def _receive(method: TensorMethod[R, T], messages: Iterable[bytes], answer_bytes: int) -> tuple[T, memoryview]:
-    answer: T | None = None
-    assembler = wire.Assembler(answer_bytes)
+def _receive(method: TensorMethod[R, T], messages: Iterable[bytes], answer: memoryview, meter: Meter) -> T:
+    found: T | None = None
+    order = wire.ChunkOrder(answer.nbytes)
     for message in messages:
         part, chunk = wire.decode(method.stream_answer, message)
-        if part.HasField("header") != (answer is None):
+        if part.HasField("header") != (found is None):
             raise MalformedMessage(f"the answer to {method.name} does not begin with its header, or repeats it")
-        if answer is None:
-            answer = cast("T", part.header)
+        if found is None:
+            found = cast("T", part.header)
         else:
-            assembler.add(part.offset, chunk)
-    if answer is None:
+            order.take(part.offset, chunk.nbytes)
+            answer[part.offset : part.offset + chunk.nbytes] = chunk
+            meter.received(chunk.nbytes)
+    if found is None:
         raise MalformedMessage(f"the answer to {method.name} is empty (expected: a header and chunks)")
-    return answer, assembler.finish() if answer_bytes else memoryview(b"")
+    order.finish()
+    return found

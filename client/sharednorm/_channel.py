@@ -23,7 +23,7 @@ FORK_SUPPORT = "GRPC_ENABLE_FORK_SUPPORT"
 _MAX_RECEIVE_BYTES = max(4 * len(ARRAY_FIELDS) * MAX_MAPS, wire.MAX_UNARY_BYTES + 20 * MAX_MAPS) + (1 << 20)
 
 # Those that read and change nothing. Everything else is sent once.
-_RETRIED = ("GetServerInfo", "GetLayer", "ListLayers", "GetStats")
+_RETRIED = ("GetServerInfo", "GetLayer", "ListLayers", "GetStats", "GetManyStats")
 
 _PROXY_VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy")
 _NO_PROXY_VARIABLES = ("no_grpc_proxy", "no_proxy")

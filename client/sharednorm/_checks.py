@@ -8,11 +8,15 @@ import numpy as np
 import numpy.typing as npt
 
 from sharednorm.config import Array, LayerConfig, check_dtype, dtype_of
-from sharednorm.errors import InvalidShape, UnsupportedDType
+from sharednorm.errors import InplaceInTraining, InvalidShape, UnsupportedDType
 
 
-def check_data(data: Array, config: LayerConfig, calctype: np.dtype[Any] | None, *, train: bool) -> Array:
+def check_data(
+    data: Array, config: LayerConfig, calctype: np.dtype[Any] | None, *, train: bool, together: bool
+) -> Array:
     """Return a forward's input as a plain array, which shares the memory of `data`.
+
+    With `together`, batches of others are normalized with it, so that it may be empty.
 
     Raises:
         UnsupportedDType: Not a NumPy array, or an element type that the layer does not take.
@@ -20,7 +24,7 @@ def check_data(data: Array, config: LayerConfig, calctype: np.dtype[Any] | None,
         TooFewValues: One value a map in training.
     """
     x = _plain(data, "Data")
-    config.check_shape(x.shape, train=train)
+    config.check_shape(x.shape, train=train, together=together)
     check_dtype(x.dtype, calctype)
     return x
 
@@ -33,10 +37,30 @@ def check_grad(grad: Array, x: Array, config: LayerConfig) -> Array:
         InvalidShape: Another shape than x's.
     """
     given = _plain(grad, "Grad")
-    config.check_shape(given.shape, train=False, what="Grad")
+    config.check_shape(given.shape, train=False, what="Grad", together=x.size == 0)
     if given.shape != x.shape:
         raise InvalidShape(f"Grad has shape {given.shape} (expected: {x.shape}, the shape of the forward's data)")
     check_dtype(given.dtype, x.dtype.newbyteorder("="))
+    return given
+
+
+def check_out(out: Array, x: Array, *, train: bool) -> Array:
+    """Return where a forward's output goes as a plain array, which shares the memory of `out`.
+
+    Raises:
+        UnsupportedDType: Not a NumPy array, or another element type than the input's.
+        InvalidShape: Another shape than the input's, or read-only.
+        InplaceInTraining: It overlaps the input of a training forward.
+    """
+    given = _plain(out, "out")
+    if given.shape != x.shape:
+        raise InvalidShape(f"out has shape {given.shape} (expected: {x.shape}, the shape of the data)")
+    if given.dtype.newbyteorder("=") != x.dtype.newbyteorder("="):
+        raise UnsupportedDType(f"out has dtype {given.dtype} (expected: {x.dtype}, that of the data)")
+    if not given.flags.writeable:
+        raise InvalidShape("out is read-only (expected: an array that can be written)")
+    if train and np.may_share_memory(given, x):
+        raise InplaceInTraining("out overlaps the data, which backward needs (expected: other memory, or evalMode())")
     return given
 
 

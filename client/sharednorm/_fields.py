@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from sharednorm.errors import LimitExceeded
 
 # protobuf refuses a field that is longer.
@@ -25,6 +27,7 @@ def varint(value: int, width: int = 1) -> bytes:
     return bytes(out)
 
 
+@lru_cache(maxsize=512)  # a layer's messages have the same sizes again and again
 def field_header(number: int, size: int, *, behind: int = 0, align: int = 1) -> bytes:
     """Return what stands in front of a field of bytes: its tag, and its size.
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from sharednorm._checks import check_data, check_grad, check_writable, dtype_from
+from sharednorm._checks import check_data, check_grad, check_out, check_writable, dtype_from
 from sharednorm._seam import Gradients, LayerBackend, SavedForward
 from sharednorm._view import LayerView
 from sharednorm.config import Array, Vector, check_flag, is_finite
@@ -58,7 +59,7 @@ class BatchNormND(LayerView):
         """Copy and pickle the layer and the handle's mode; the last forward stays with the original."""
         return {**super().__getstate__(), "_pass": _Pass(), "_gradients": _NO_GRADIENTS, "_token": ""}
 
-    def __call__(self, data: Array) -> Array:
+    def __call__(self, data: Array, out: Array | None = None) -> Array:
         """Normalize a batch, and remember it for `backward`.
 
         In train mode by the batch's mean and biased variance, which the running statistics then take in;
@@ -69,30 +70,67 @@ class BatchNormND(LayerView):
                 asks. Any strides and either byte order. It is referenced until the next forward and not
                 copied, so do not write to it before `backward`: a local layer would differentiate at what was
                 written, and a remote one mostly at what was sent, which the server keeps for a while.
+            out: Where to write the output: an array of the same shape and type, any strides; what it holds after an
+                error is undefined. In eval mode it may be `data`. None: a new array.
 
         Returns:
-            A new array of the same shape and type, in C order and the machine's byte order; or `data`
-            itself if the layer is in place.
+            `out`; without it a new array of the same shape and type, in C order and the machine's byte order, or
+            `data` itself if the layer is in place.
 
         Raises:
             UnsupportedDType: Not a NumPy array, or another element type.
-            InvalidShape: Wrong rank, another number of maps, an empty axis; read-only and in place.
+            InvalidShape: Wrong rank, another number of maps, an empty axis; read-only and in place; `out` has another
+                shape or is read-only.
             TooFewValues: One value a map in training.
             NonFiniteInput: A NaN or an infinity in training, unless the layer allows that.
-            InplaceInTraining: The layer is in place and would train.
+            InplaceInTraining: The layer is in place and would train; or `out` overlaps `data` in training.
             LayerEmpty: The layer was created empty and has not been loaded.
         """
+        self._backend.queue.settle()
+        return self._forward(*self._prepared(data, out))
+
+    def forward_async(self, data: Array, out: Array | None = None) -> Future[Array]:
+        """Begin to normalize a batch as `bn(data, out)` does, and return a future of its result.
+
+        Calls of one layer are made in the order in which they were begun, those of different layers at the same time.
+        `backward`, `reset`, a mode that is set, and another `bn(data)` wait for what was begun before. What is wrong
+        with the arguments is raised at once; what happens later, by the future's `result()`.
+        """
+        arguments = self._prepared(data, out)
+        return self._backend.queue.submit(lambda: self._forward(*arguments))
+
+    def flush(self) -> None:
+        """Wait until every step of this handle has been taken.
+
+        Those are what `forward_async` has begun, and with `push="async"` what is on its way to the server.
+
+        Raises:
+            SharedNormError: What an earlier step has ended with on its way, if no other call has raised it yet. What
+                `forward_async` has ended with, its future raises.
+        """
+        self._backend.queue.settle()
+        self._backend.flush()
+
+    def _prepared(self, data: Array, out: Array | None) -> tuple[Array, Array, Array | None, Array | None, bool | None]:
         # In place, the mode must be known before anything is written, and must not change on the way.
         train = self.train if self.inplace else self._train
-        x = check_data(data, self._backend.config, self._calctype, train=bool(train))
+        together = self._backend.together
+        x = check_data(data, self._backend.config, self._calctype, train=bool(train), together=together)
+        target = None if out is None else check_out(out, x, train=bool(train))
         if self.inplace:
             if train:
                 raise InplaceInTraining(f"{self}: an in-place layer cannot train (expected: evalMode() first)")
             check_writable(x)
+            if out is not None and out is not data:
+                raise InvalidConfiguration(f"{self} is in place, and out is another array (expected: none, or data)")
+            return data, x, data, x, train
+        return data, x, out, target, train
+
+    def _forward(self, data: Array, x: Array, out: Array | None, target: Array | None, train: bool | None) -> Array:
         saved = self._pass.saved
         release = self._token if saved is None else saved.token
-        result = self._backend.forward(x, train=train, release=release, out=x if self.inplace else None)
-        output = data if self.inplace else result.data
+        result = self._backend.forward(x, train=train, release=release, out=target)
+        output = result.data if out is None else out
         self._token = ""
         self._pass = _Pass(data, output, result.saved)
         return output
@@ -124,6 +162,7 @@ class BatchNormND(LayerView):
             UnsupportedDType: Not a NumPy array, or another element type than the forward's input.
             InvalidConfiguration: `scale` or `momentum` is not a finite number.
         """
+        self._backend.queue.settle()
         saved = self._pass.saved
         if saved is None:
             if self._pass.data is not None or not self.train:
@@ -178,16 +217,17 @@ class BatchNormND(LayerView):
 
     def trainMode(self) -> None:
         """Set this handle to train mode and forget the last forward."""
-        self._train = True
         self.reset()
+        self._train = True
 
     def evalMode(self) -> None:
         """Set this handle to eval mode and forget the last forward."""
-        self._train = False
         self.reset()
+        self._train = False
 
     def reset(self) -> None:
         """Forget the last forward and its gradients; the mode and the layer stay as they are."""
+        self._backend.queue.settle()
         if self._pass.saved is not None:
             self._token = self._pass.saved.token
         self._pass = _Pass()

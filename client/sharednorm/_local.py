@@ -6,6 +6,7 @@ import threading
 
 import numpy as np
 
+from sharednorm._queue import CallQueue
 from sharednorm._seam import ForwardResult, Gradients, SavedForward
 from sharednorm.config import Array, LayerConfig
 from sharednorm.errors import InplaceInTraining
@@ -14,11 +15,13 @@ from sharednorm.state import (
     LayerState,
     StateUpdate,
     accumulate_gradients,
+    merge_delta,
     require_initialized,
     step,
     update_params,
     updated,
 )
+from sharednorm.statistics import StatisticsDelta
 
 
 class LocalBackend:
@@ -39,6 +42,7 @@ class LocalBackend:
         self._state = state
         self._compute = arithmetic() if compute is None else compute
         self._lock = threading.Lock()
+        self._queue = CallQueue()
 
     def __reduce__(self) -> tuple[type[LocalBackend], tuple[LayerConfig, LayerState]]:
         """Copy and pickle what the layer is; how it is computed is the other process's matter."""
@@ -48,6 +52,19 @@ class LocalBackend:
     def config(self) -> LayerConfig:
         """The layer's configuration."""
         return self._config
+
+    @property
+    def together(self) -> bool:
+        """Return False: a batch is normalized by itself."""
+        return False
+
+    @property
+    def queue(self) -> CallQueue:
+        """The calls of the layer that are made one after the other."""
+        return self._queue
+
+    def flush(self) -> None:
+        """Wait until no step is on its way: at once, since none ever is."""
 
     def read(self) -> LayerState:
         """Return the state of one moment."""
@@ -67,9 +84,9 @@ class LocalBackend:
         require_initialized(state, "the layer")
         if not train:
             return ForwardResult(self._evaluate(state, x, out), None)
-        if out is not None:
+        if out is not None and np.may_share_memory(out, x):
             raise InplaceInTraining("a training forward cannot replace its input, which backward needs")
-        return self._step(state, x)
+        return self._step(state, x, out)
 
     def backward(
         self, saved: SavedForward, grad: Array, *, param_grads: bool, input_grad: bool, scale: float, momentum: float
@@ -90,20 +107,27 @@ class LocalBackend:
         with self._lock:
             self._state = updated(self._state, self._config, update)
 
+    def merge(self, delta: StatisticsDelta) -> bool:
+        """Take statistics that were gathered elsewhere into the running ones, unless that was done before."""
+        with self._lock:
+            require_initialized(self._state, "the layer")
+            before, self._state = self._state, merge_delta(self._state, self._config, delta.id, delta.moments)
+            return self._state is not before
+
     def update_params(self, learn_rate: float) -> None:
         """Add `learn_rate` times the accumulated gradients to scale and bias."""
         with self._lock:
             require_initialized(self._state, "the layer")
             self._state = update_params(self._state, self._config, learn_rate)
 
-    def _step(self, began: LayerState, x: Array) -> ForwardResult:
+    def _step(self, began: LayerState, x: Array, out: Array | None) -> ForwardResult:
         epsilon = self._config.epsilon
-        data, batch = self._compute.forward(x, began.scale, began.bias, epsilon)
+        data, batch = self._compute.forward(x, began.scale, began.bias, epsilon, out)
         with self._lock:
             now = self._state
             after = step(now, self._config, batch)
             if now.scale is not began.scale or now.bias is not began.bias:
-                data = self._compute.normalize(x, batch.mean, batch.biased_var, now.scale, now.bias, epsilon)
+                data = self._compute.normalize(x, batch.mean, batch.biased_var, now.scale, now.bias, epsilon, out)
             self._state = after
         return ForwardResult(data, SavedForward(x, batch, now.scale, after.version))
 

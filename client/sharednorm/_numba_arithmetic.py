@@ -8,11 +8,11 @@ import numpy as np
 import numpy.typing as npt
 
 from sharednorm import _numba_backward, _numba_forward
-from sharednorm._numba_common import APPLY, FINISH, SUMS, UNIT, items_of
-from sharednorm._numba_plan import Plan, plan_of
-from sharednorm._tensors import contiguous, output
-from sharednorm.config import Array, Vector
-from sharednorm.normalization import Wide, affine, parameter_gradients, threads
+from sharednorm._numba_common import APPLY, ARRIVED, FINISH, SUMS, UNIT, arrived_items, items_of
+from sharednorm._numba_plan import LANES, Plan, plan_of
+from sharednorm._tensors import contiguous, output, placed
+from sharednorm.config import Array, Vector, check_dtype
+from sharednorm.normalization import InputGradient, Wide, WriteRange, affine, parameter_gradients, threads
 from sharednorm.state import Moments
 
 # How an element type is told to a kernel; see `_numba_vector`.
@@ -25,6 +25,9 @@ INLINE_VALUES = 1 << 18
 STREAM_BYTES = 1 << 22
 # Fused work needs units that share out among the threads with at most this much waiting for the last.
 IMBALANCE = 1.25
+
+# Most coefficients that are spread out for parts of a result, one a value; beyond, channels are gone through.
+MOST_SPREAD = 1 << 20
 
 NOTHING = np.empty(0, np.float32)
 
@@ -55,29 +58,133 @@ class NumbaArithmetic:
         by = affine(mean, var, scale, bias, epsilon)
         call.hi, call.factor, call.offset = by.hi, by.factor, by.offset
         call.run(APPLY)
-        if out is not None and result is not out:
-            np.copyto(out, result)
-        return result if out is None else out
+        return placed(result, out)
 
-    def forward(self, x: Array, scale: Vector, bias: Vector, epsilon: float) -> tuple[Array, Moments]:
-        """Return the batch normalized by its own mean and biased variance, and its moments."""
+    def forward(
+        self, x: Array, scale: Vector, bias: Vector, epsilon: float, out: Array | None = None
+    ) -> tuple[Array, Moments]:
+        """Return the batch normalized by its own mean and biased variance, into `out` if given, and its moments."""
         source = contiguous(x)
-        result = output(source, None)
+        result = output(source, out)
         call = _Forward(source, result, scale, bias, epsilon)
         for task in _tasks(call.plan, threads.count):
             call.run(task)
-        return result, call.moments
+        return placed(result, out), call.moments
 
     def backward(
-        self, x: Array, grad: Array, batch: Moments, scale: Vector, epsilon: float, *, input_grad: bool = True
+        self,
+        x: Array,
+        grad: Array,
+        batch: Moments,
+        scale: Vector,
+        epsilon: float,
+        *,
+        input_grad: bool = True,
+        out: Array | None = None,
     ) -> tuple[Array | None, Vector, Vector]:
         """Return the gradients of one forward: of x (None unless `input_grad`), of scale, and of bias."""
         source, grads = contiguous(x), contiguous(grad)
-        result = output(source, None) if input_grad else None
+        result = _gradient_output(source, grads, out) if input_grad else None
         call = _Backward(source, grads, result, batch, scale, epsilon)
         for task in _tasks(call.plan, threads.count) if input_grad else (SUMS, FINISH):
             call.run(task)
-        return result, *parameter_gradients(batch, epsilon, call.sums[0], call.sums[1])
+        placed_result = None if result is None else placed(result, out)
+        return placed_result, *parameter_gradients(batch, epsilon, call.sums[0], call.sums[1])
+
+    def gradient_sums(self, x: Array, grad: Array, mean: Wide) -> tuple[Wide, Wide]:
+        """Return the sums of `grad` and of `grad * (x - mean)`."""
+        # Only the mean matters: the coefficients that come with the sums are nobody's.
+        unknown = np.ones(len(mean))
+        call = _Backward(
+            contiguous(x), contiguous(grad), None, Moments(1, mean, unknown), unknown.astype(np.float32), 1.0
+        )
+        call.run(SUMS)
+        call.run(FINISH)
+        return call.sums[0], call.sums[1]
+
+    def differentiate(self, x: Array, grad: Array, by: InputGradient, out: Array | None = None) -> Array:
+        """Return the gradient of the input, into `out` if given."""
+        source, grads = contiguous(x), contiguous(grad)
+        result = _gradient_output(source, grads, out)
+        unknown = np.ones(len(by.hi))
+        call = _Backward(source, grads, result, Moments(1, unknown, unknown), by.factor, 1.0)
+        call.coefficients[:] = by.hi, by.factor, by.slope, by.offset
+        call.run(APPLY)
+        return placed(result, out)
+
+    def arriving(self, x: Array) -> _ArrivingInput:
+        """Return what takes the moments of a tensor while its memory is being filled."""
+        return _ArrivingInput(_Forward(x, x, NOTHING, NOTHING, 0.0, wanted=False))
+
+    def arriving_gradient(self, x: Array, grad: Array, batch: Moments) -> _ArrivingGradient:
+        """Return a backward of two tensors, the memory of one of which is being filled."""
+        return _ArrivingGradient(_Backward(x, grad, None, batch, NOTHING, 0.0), batch)
+
+    def normalizing(self, x: Array, mean: Wide, var: Wide, scale: Vector, bias: Vector, epsilon: float) -> WriteRange:
+        """Return what writes parts of a result."""
+        plan, by = _plan(x), affine(mean, var, scale, bias, epsilon)
+        length = _repeat(plan)
+        hi, factor, offset = (_spread(values, plan, length) for values in (by.hi, by.factor, by.offset))
+
+        def write(begin: int, end: int, out: Array) -> None:
+            tag, y = TAGS[check_dtype(x.dtype)], _address(out) - begin * x.itemsize
+            _numba_forward.apply_range(
+                tag, length, plan.channels, plan.space, begin, end, _address(x), y, hi, factor, offset
+            )
+
+        return write
+
+
+class _ArrivingInput:
+    """`normalization.ArrivingInput`: the tiles of a forward, in the order in which they become complete."""
+
+    def __init__(self, call: _Forward) -> None:
+        self._call = call
+        self._done = 0
+
+    def arrived(self, values: int) -> None:
+        """Take the moments of the tiles that are complete."""
+        ready = arrived_items(self._call.plan, values)
+        if ready > self._done:
+            self._call.run(ARRIVED, self._done, ready)
+            self._done = ready
+
+    def moments(self) -> Moments:
+        """Return the moments, when all values are there."""
+        self._call.run(FINISH)
+        return self._call.moments
+
+
+class _ArrivingGradient:
+    """`normalization.ArrivingGradient`: the tiles of a backward, in the order in which they become complete."""
+
+    def __init__(self, call: _Backward, batch: Moments) -> None:
+        self._call = call
+        self._batch = batch
+        self._done = 0
+        self._length = _repeat(call.plan)
+        self._coefficients = call.coefficients
+
+    def arrived(self, values: int) -> None:
+        """Take the sums of the tiles that are complete."""
+        ready = arrived_items(self._call.plan, values)
+        if ready > self._done:
+            self._call.run(ARRIVED, self._done, ready)
+            self._done = ready
+
+    def parameter_gradients(self, scale: Vector, epsilon: float) -> tuple[Vector, Vector]:
+        """Return the gradients of scale and bias, when all values are there."""
+        self._call.finish(scale, epsilon)
+        self._coefficients = np.stack([_spread(c, self._call.plan, self._length) for c in self._call.coefficients])
+        return parameter_gradients(self._batch, epsilon, self._call.sums[0], self._call.sums[1])
+
+    def write(self, begin: int, end: int, out: Array) -> None:
+        """Write values of the input's gradient."""
+        x, grad, plan = self._call.x, self._call.grad, self._call.plan
+        tag, y = TAGS[check_dtype(x.dtype)], _address(out) - begin * x.itemsize
+        _numba_backward.apply_range(
+            tag, self._length, plan.channels, plan.space, begin, end, _address(x), _address(grad), y, self._coefficients
+        )
 
 
 class _Forward:
@@ -97,18 +204,18 @@ class _Forward:
         """What SUMS and FINISH, or UNIT, have found."""
         return Moments(self.plan.samples * self.plan.space, self._mean, self._m2)
 
-    def run(self, task: int) -> None:
-        """Do a task for all of its items."""
-        plan, ticket = self.plan, np.zeros(1, np.int64)
-        items = items_of(plan, task)
-        tag, x, y = TAGS[self._x.dtype.name], _address(self._x), _address(self._y)
+    def run(self, task: int, first: int = 0, items: int | None = None) -> None:
+        """Do a task for its items, from `first` up to `items`, without it for all."""
+        plan, ticket = self.plan, np.full(1, first)
+        items = items_of(plan, task) if items is None else items
+        tag, x, y = TAGS[check_dtype(self._x.dtype)], _address(self._x), _address(self._y)
         streaming = _streams(self._x, self._y)
 
         def work() -> None:
             _numba_forward.forward(tag, plan, task, items, ticket, x, y, self._slots, self._mean, self._m2, self._scale,
                                    self._bias, self._epsilon, self.hi, self.factor, self.offset, streaming)  # fmt: skip
 
-        threads.run(work, _team(plan, task, items))
+        threads.run(work, _team(plan, task, items - first))
 
 
 class _Backward:
@@ -117,25 +224,30 @@ class _Backward:
     def __init__(self, x: Array, grad: Array, y: Array | None, batch: Moments, scale: Vector, epsilon: float) -> None:
         self.plan = _plan(x)
         channels = self.plan.channels
-        self._x, self._grad, self._y = x, grad, x if y is None else y
+        self.x, self.grad, self._y = x, grad, x if y is None else y
         self._mean, self._m2 = _own(batch.mean, np.float64), _own(batch.m2, np.float64)
         self._scale, self._epsilon = _own(scale, np.float32), float(epsilon)
         self._slots = np.empty((channels, self.plan.tiles, 2))
-        self._coefficients = np.empty((4, channels), np.float32)
+        self.coefficients = np.empty((4, channels), np.float32)
         self.sums = np.empty((2, channels))
 
-    def run(self, task: int) -> None:
-        """Do a task for all of its items."""
-        plan, ticket = self.plan, np.zeros(1, np.int64)
-        items = items_of(plan, task)
-        tag, x, grad, y = TAGS[self._x.dtype.name], _address(self._x), _address(self._grad), _address(self._y)
-        streaming = _streams(self._x, self._y)
+    def finish(self, scale: Vector, epsilon: float) -> None:
+        """Merge the sums, and take the coefficients for a scale and an epsilon that were not known before."""
+        self._scale, self._epsilon = _own(scale, np.float32), float(epsilon)
+        self.run(FINISH)
+
+    def run(self, task: int, first: int = 0, items: int | None = None) -> None:
+        """Do a task for its items, from `first` up to `items`, without it for all."""
+        plan, ticket = self.plan, np.full(1, first)
+        items = items_of(plan, task) if items is None else items
+        tag, x, grad, y = TAGS[check_dtype(self.x.dtype)], _address(self.x), _address(self.grad), _address(self._y)
+        streaming = _streams(self.x, self._y)
 
         def work() -> None:
             _numba_backward.backward(tag, plan, task, items, ticket, x, grad, y, self._slots, self._mean, self._m2,
-                                     self._scale, self._epsilon, self.sums, self._coefficients, streaming)  # fmt: skip
+                                     self._scale, self._epsilon, self.sums, self.coefficients, streaming)  # fmt: skip
 
-        threads.run(work, _team(plan, task, items))
+        threads.run(work, _team(plan, task, items - first))
 
 
 def _plan(x: Array) -> Plan:
@@ -152,8 +264,32 @@ def _tasks(plan: Plan, count: int) -> tuple[int, ...]:
 
 
 def _team(plan: Plan, task: int, items: int) -> int:
-    values = plan.channels * plan.tiles if task == FINISH else plan.samples * plan.channels * plan.space
+    values = plan.samples * plan.channels * plan.space
+    if task == FINISH:
+        values = plan.channels * plan.tiles
+    elif task == ARRIVED:
+        values = values // (plan.units * plan.tiles) * items
     return 1 if values <= INLINE_VALUES else min(threads.count, items)
+
+
+def _gradient_output(x: Array, grad: Array, out: Array | None) -> Array:
+    # Written as it goes only where neither of what is read lies.
+    apart = out is None or not (np.may_share_memory(out, x) or np.may_share_memory(out, grad))
+    return output(x, out if apart else None)
+
+
+def _repeat(plan: Plan) -> int:
+    # After how many values the coefficients of parts repeat: after as many rows of the tensor as make it worth while;
+    # 0 where channels are long enough to be gone through one by one, or the rows too long to be spread out.
+    row = plan.channels * plan.space
+    return row * max(1, 1024 // row) if plan.spread and row <= MOST_SPREAD else 0
+
+
+def _spread(values: Vector, plan: Plan, length: int) -> npt.NDArray[np.float32]:
+    if not length:
+        return _own(values, np.float32)
+    row = np.repeat(values, plan.space)
+    return np.concatenate([np.tile(row, length // row.size), np.zeros(LANES, np.float32)])
 
 
 def _streams(x: Array, y: Array) -> bool:

@@ -7,11 +7,13 @@ from typing import Any
 import numpy as np
 
 from sharednorm._numba_common import (
+    ARRIVED,
     CHUNK,
     FINISH,
     STRIP,
     SUMS,
     UNIT,
+    arrived_tile,
     channels_of,
     clip,
     column_tile,
@@ -46,7 +48,7 @@ from sharednorm._numba_vector import (
     widen,
 )
 
-MADE_OF = "f6092a100f995d0b"
+MADE_OF = "15b82e9a66f74437"
 """Hash of the files that these kernels are made of besides this one, the only one that numba's cache watches."""
 
 
@@ -231,14 +233,12 @@ def _apply_tile(tag: Any, plan: Plan, unit: int, tile: int, x: int, g: int, y: i
 
 
 @inlined
-def _apply_chunk(tag: Any, plan: Plan, item: int, x: int, g: int, y: int, coefficients: Any,
-                 streaming: bool) -> None:  # fmt: skip
-    i = item * CHUNK
-    end = min(i + CHUNK, plan.samples * plan.channels * plan.space)
+def _apply_between(tag: Any, channels: int, space: int, i: int, end: int, x: int, g: int, y: int, coefficients: Any,
+                   streaming: bool) -> None:  # fmt: skip
     while i < end:
-        row = i // plan.space
-        channel = row % plan.channels
-        stop = min((row + 1) * plan.space, end)
+        row = i // space
+        channel = row % channels
+        stop = min((row + 1) * space, end)
         _apply_run(tag, x, g, y, i, stop - i, coefficients, channel, streaming)
         i = stop
 
@@ -278,11 +278,46 @@ def backward(tag: Any, plan: Plan, task: int, items: int, ticket: Any, x: int, g
                 _apply_tile(tag, plan, item, tile, x, g, y, coefficients, spare, streaming)
         elif task == SUMS:
             _tile_sums(tag, plan, item // plan.tiles, item % plan.tiles, x, g, mean, slots, wide)
+        elif task == ARRIVED:
+            unit, tile = arrived_tile(plan, item)
+            _tile_sums(tag, plan, unit, tile, x, g, mean, slots, wide)
         elif task == FINISH:
             _finish(plan, item, slots, mean, m2, scale, epsilon, sums, coefficients)
         elif not plan.spread:
-            _apply_chunk(tag, plan, item, x, g, y, coefficients, streaming)
+            begin, end = item * CHUNK, min((item + 1) * CHUNK, plan.samples * plan.channels * plan.space)
+            _apply_between(tag, plan.channels, plan.space, begin, end, x, g, y, coefficients, streaming)
         else:
             _apply_tile(tag, plan, item // plan.tiles, item % plan.tiles, x, g, y, coefficients, spare, streaming)
         item = take_ticket(ticket)
     fence()
+
+
+@kernel
+def apply_range(tag: Any, length: int, channels: int, space: int, begin: int, end: int, x: int, g: int, y: int,
+                coefficients: Any) -> None:  # fmt: skip
+    """Write consecutive values of the gradient of the input, in this thread.
+
+    Args:
+        tag: Says the element type, see `_numba_vector`.
+        length: After how many values the coefficients repeat, if there is one for each value; 0: one a channel.
+        channels: C.
+        space: S.
+        begin: The first value.
+        end: The one behind the last.
+        x: Address of the forward's input, of its value 0.
+        g: Address of the gradient of its output.
+        y: Address that value 0 of the result would have.
+        coefficients: hi, factor, slope and offset of `normalization.InputGradient`; float32 (4, C or length + 16).
+    """
+    if not length:
+        _apply_between(tag, channels, space, begin, end, x, g, y, coefficients, False)
+        return
+    h, f = coefficients[0].ctypes.data, coefficients[1].ctypes.data
+    s, o = coefficients[2].ctypes.data, coefficients[3].ctypes.data
+    i = begin
+    while i < end:
+        column = i % length
+        stop = min(end, i - column + length)
+        skip = 4 * column
+        _apply_spread(tag, x, g, y, i, stop - i, h + skip, f + skip, s + skip, o + skip, False)
+        i = stop

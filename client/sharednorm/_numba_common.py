@@ -21,6 +21,8 @@ APPLY = 2
 """A piece of the output, from the coefficients: a tile where they are spread out, else a chunk."""
 UNIT = 3
 """A unit: all three, while its values are in a core's cache."""
+ARRIVED = 4
+"""A tile, as SUMS; but tiles are counted in the order in which a tensor that arrives in C order completes them."""
 
 CHUNK = 1 << 16
 """Consecutive values in a chunk."""
@@ -38,6 +40,17 @@ def items_of(plan: Plan, task: int) -> int:
     if task == APPLY and not plan.spread:
         return -(-plan.samples * plan.channels * plan.space // CHUNK)
     return plan.units * plan.tiles
+
+
+def arrived_items(plan: Plan, values: int) -> int:
+    """Return how many tickets of ARRIVED are complete once the first `values` of a tensor have come."""
+    if not plan.columns:
+        pieces = plan.tiles // plan.samples
+        rows, rest = divmod(values, plan.space)
+        return rows * pieces + rest // plan.step
+    if values == plan.samples * plan.channels * plan.space:
+        return plan.units * plan.tiles
+    return values // (plan.step * plan.fold * plan.channels * plan.space) * plan.units
 
 
 def kernel(function: Any) -> Any:
@@ -108,6 +121,16 @@ def column_tile(plan: Plan, unit: int, tile: int) -> tuple[int, int, int]:
     if row >= rows:
         return rows * plan.fold * size, 1, plan.samples % plan.fold
     return row * plan.fold * size + unit * plan.group * plan.space, min(plan.step, rows - row), plan.fold
+
+
+@inlined
+def arrived_tile(plan: Plan, item: int) -> tuple[int, int]:
+    """Return the unit and the tile of a ticket of ARRIVED."""
+    if plan.columns:
+        return item % plan.units, item // plan.units
+    pieces = plan.tiles // plan.samples
+    row = item // pieces
+    return row % plan.channels, row // plan.channels * pieces + item % pieces
 
 
 @inlined

@@ -7,10 +7,12 @@ from typing import Any
 import numpy as np
 
 from sharednorm._numba_common import (
+    ARRIVED,
     CHUNK,
     FINISH,
     SUMS,
     UNIT,
+    arrived_tile,
     channels_of,
     clip,
     column_tile,
@@ -41,7 +43,7 @@ from sharednorm._numba_vector import (
     take_ticket,
 )
 
-MADE_OF = "f6092a100f995d0b"
+MADE_OF = "15b82e9a66f74437"
 """Hash of the files that these kernels are made of besides this one, the only one that numba's cache watches."""
 
 
@@ -136,14 +138,12 @@ def _apply_tile(tag: Any, plan: Plan, unit: int, tile: int, x: int, y: int, hi: 
 
 
 @inlined
-def _apply_chunk(tag: Any, plan: Plan, item: int, x: int, y: int, hi: Any, factor: Any, offset: Any,
-                streaming: bool) -> None:  # fmt: skip
-    i = item * CHUNK
-    end = min(i + CHUNK, plan.samples * plan.channels * plan.space)
+def _apply_between(tag: Any, channels: int, space: int, i: int, end: int, x: int, y: int, hi: Any, factor: Any,
+                   offset: Any, streaming: bool) -> None:  # fmt: skip
     while i < end:
-        row = i // plan.space
-        channel = row % plan.channels
-        stop = min((row + 1) * plan.space, end)
+        row = i // space
+        channel = row % channels
+        stop = min((row + 1) * space, end)
         _apply_run(tag, x, y, i, stop - i, hi[channel], factor[channel], offset[channel], streaming)
         i = stop
 
@@ -187,11 +187,45 @@ def forward(tag: Any, plan: Plan, task: int, items: int, ticket: Any, x: int, y:
                 _apply_tile(tag, plan, item, tile, x, y, hi, factor, offset, spare, streaming)
         elif task == SUMS:
             tile_moments(tag, plan, item // plan.tiles, item % plan.tiles, x, slots, columns_mean, columns_m2)
+        elif task == ARRIVED:
+            unit, tile = arrived_tile(plan, item)
+            tile_moments(tag, plan, unit, tile, x, slots, columns_mean, columns_m2)
         elif task == FINISH:
             _finish(plan, item, slots, mean, m2, scale, bias, epsilon, hi, factor, offset)
         elif not plan.spread:
-            _apply_chunk(tag, plan, item, x, y, hi, factor, offset, streaming)
+            begin, end = item * CHUNK, min((item + 1) * CHUNK, plan.samples * plan.channels * plan.space)
+            _apply_between(tag, plan.channels, plan.space, begin, end, x, y, hi, factor, offset, streaming)
         else:
             _apply_tile(tag, plan, item // plan.tiles, item % plan.tiles, x, y, hi, factor, offset, spare, streaming)
         item = take_ticket(ticket)
     fence()
+
+
+@kernel
+def apply_range(tag: Any, length: int, channels: int, space: int, begin: int, end: int, x: int, y: int, hi: Any,
+                factor: Any, offset: Any) -> None:  # fmt: skip
+    """Normalize consecutive values, in this thread.
+
+    Args:
+        tag: Says the element type, see `_numba_vector`.
+        length: After how many values the coefficients repeat, if there is one for each value; 0: one a channel.
+        channels: C.
+        space: S.
+        begin: The first value.
+        end: The one behind the last.
+        x: Address of the input, of its value 0.
+        y: Address that value 0 of the output would have.
+        hi: Upper part of the mean; float32 (C,), or (length + 16,). So for the next two:
+        factor: What a deviation is multiplied by.
+        offset: What is added then.
+    """
+    if not length:
+        _apply_between(tag, channels, space, begin, end, x, y, hi, factor, offset, False)
+        return
+    h, f, o = hi.ctypes.data, factor.ctypes.data, offset.ctypes.data
+    i = begin
+    while i < end:
+        column = i % length
+        stop = min(end, i - column + length)
+        _apply_spread(tag, x, y, i, stop - i, h + 4 * column, f + 4 * column, o + 4 * column, False)
+        i = stop

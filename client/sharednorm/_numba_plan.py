@@ -14,6 +14,7 @@ Every tile leaves its partial result for every channel in a slot of its own. Slo
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import NamedTuple
 
 ROW_SPACE = 1024
@@ -62,6 +63,7 @@ class Plan(NamedTuple):
     spread: int
 
 
+@lru_cache(maxsize=1024)
 def plan_of(samples: int, channels: int, space: int) -> Plan:
     """Return the plan of a shape (N, C, S), every size at least 1."""
     if space >= ROW_SPACE:

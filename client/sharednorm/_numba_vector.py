@@ -30,7 +30,7 @@ V_MASK = ir.VectorType(ir.IntType(1), LANES)
 STORED = {types.float32: (FLOAT, "f32", 4), types.uint16: (I16, "i16", 2), types.int16: (I16, "i16", 2)}
 
 
-class Vector16(types.Type):  # type: ignore[misc]
+class Vector16(types.Type):
     """numba's type of a vector: 16 lanes of float32 or float64."""
 
     def __init__(self, lane: types.Type) -> None:
@@ -39,7 +39,7 @@ class Vector16(types.Type):  # type: ignore[misc]
 
 
 @register_model(Vector16)
-class _Model(models.PrimitiveModel):  # type: ignore[misc]
+class _Model(models.PrimitiveModel):
     def __init__(self, manager: Any, kind: Vector16) -> None:
         super().__init__(manager, kind, V_FLOAT if kind.lane == types.float32 else V_DOUBLE)
 
@@ -47,7 +47,7 @@ class _Model(models.PrimitiveModel):  # type: ignore[misc]
 F32, F64 = Vector16(types.float32), Vector16(types.float64)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def load(_typing: Any, tag: Any, address: Any, index: Any) -> Any:
     """Return the 16 elements from an index on, as float32."""
 
@@ -59,7 +59,7 @@ def load(_typing: Any, tag: Any, address: Any, index: Any) -> Any:
     return F32(tag, address, index), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def load_part(_typing: Any, tag: Any, address: Any, index: Any, count: Any) -> Any:
     """Return the first `count` (0 to 16) of the elements from an index on, as float32; 0 in the other lanes."""
 
@@ -76,7 +76,7 @@ def load_part(_typing: Any, tag: Any, address: Any, index: Any, count: Any) -> A
     return F32(tag, address, index, count), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def store(_typing: Any, tag: Any, address: Any, index: Any, value: Any) -> Any:
     """Store 16 float32 lanes as elements from an index on."""
 
@@ -88,7 +88,7 @@ def store(_typing: Any, tag: Any, address: Any, index: Any, value: Any) -> Any:
     return types.none(tag, address, index, value), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def stream(_typing: Any, tag: Any, address: Any, index: Any, value: Any) -> Any:
     """Store 16 lanes past the caches; the element must be aligned to the 16 elements' bytes."""
 
@@ -102,7 +102,7 @@ def stream(_typing: Any, tag: Any, address: Any, index: Any, value: Any) -> Any:
     return types.none(tag, address, index, value), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def store_part(_typing: Any, tag: Any, address: Any, index: Any, count: Any, value: Any) -> Any:
     """Store the first `count` (0 to 16) lanes."""
 
@@ -119,7 +119,7 @@ def store_part(_typing: Any, tag: Any, address: Any, index: Any, count: Any, val
     return types.none(tag, address, index, count, value), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def width(_typing: Any, tag: Any) -> Any:
     """Return the bytes of an element."""
 
@@ -129,7 +129,7 @@ def width(_typing: Any, tag: Any) -> Any:
     return types.int64(tag), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def load_lanes(_typing: Any, array: Any, index: Any) -> Any:
     """Return the 16 values from an index on of a contiguous float64 array."""
 
@@ -141,7 +141,7 @@ def load_lanes(_typing: Any, array: Any, index: Any) -> Any:
     return F64(array, index), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def store_lanes(_typing: Any, array: Any, index: Any, value: Any) -> Any:
     """Store 16 lanes into a contiguous array of their type from an index on."""
 
@@ -153,7 +153,7 @@ def store_lanes(_typing: Any, array: Any, index: Any, value: Any) -> Any:
     return types.none(array, index, value), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def widen(_typing: Any, value: Any) -> Any:
     """Return float32 lanes as float64."""
 
@@ -163,7 +163,7 @@ def widen(_typing: Any, value: Any) -> Any:
     return F64(value), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def spread(_typing: Any, value: Any) -> Any:
     """Return a vector that holds one number, float32 or float64, in each lane."""
     kind = F32 if value == types.float32 else F64
@@ -177,7 +177,7 @@ def spread(_typing: Any, value: Any) -> Any:
     return kind(value), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def keep(_typing: Any, value: Any, count: Any) -> Any:
     """Return a vector with its first `count` lanes, and 0 in the others."""
     zeros = ir.Constant(V_FLOAT if value.lane == types.float32 else V_DOUBLE, [0.0] * LANES)
@@ -188,7 +188,7 @@ def keep(_typing: Any, value: Any, count: Any) -> Any:
     return value(value, count), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def first(_typing: Any, value: Any) -> Any:
     """Return lane 0."""
 
@@ -198,7 +198,7 @@ def first(_typing: Any, value: Any) -> Any:
     return value.lane(value), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def total(_typing: Any, value: Any) -> Any:
     """Return the sum of the lanes, by halves: lane i and lane i + 8, then i + 4, i + 2, i + 1."""
 
@@ -236,7 +236,7 @@ sub = _lanewise("fsub", "Return the lanes' differences.")
 mul = _lanewise("fmul", "Return the lanes' products.")
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def take_ticket(_typing: Any, counter: Any) -> Any:
     """Return the number in element 0 of an int64 array and add 1 to it, as one step for all threads."""
 
@@ -267,7 +267,7 @@ expect_load = _prefetch(0, "Begin to bring an element into the caches; harmless 
 expect_store = _prefetch(1, "Begin to bring an element into the caches, to be written; harmless at any address.")
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def fence(_typing: Any) -> Any:
     """Make all that this thread has stored, past the caches too, visible to others before what follows."""
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from sharednorm._tensors import contiguous, output, planes
+from sharednorm._tensors import contiguous, output, placed, planes
 from sharednorm.config import Array, Vector
 from sharednorm.normalization import (
     Affine,
     InputGradient,
     Wide,
+    WriteRange,
     affine,
     input_gradient,
     merge,
@@ -45,18 +47,26 @@ class NumpyArithmetic:
         source = contiguous(x)
         result = output(source, out)
         _apply(planes(source), affine(mean, var, scale, bias, epsilon), planes(result))
-        if out is not None and result is not out:
-            np.copyto(out, result)
-        return result if out is None else out
+        return placed(result, out)
 
-    def forward(self, x: Array, scale: Vector, bias: Vector, epsilon: float) -> tuple[Array, Moments]:
-        """Return the batch normalized by its own mean and biased variance, and its moments."""
+    def forward(
+        self, x: Array, scale: Vector, bias: Vector, epsilon: float, out: Array | None = None
+    ) -> tuple[Array, Moments]:
+        """Return the batch normalized by its own mean and biased variance, into `out` if given, and its moments."""
         source = contiguous(x)
         batch = _moments(planes(source))
-        return self.normalize(source, batch.mean, batch.biased_var, scale, bias, epsilon), batch
+        return self.normalize(source, batch.mean, batch.biased_var, scale, bias, epsilon, out), batch
 
     def backward(
-        self, x: Array, grad: Array, batch: Moments, scale: Vector, epsilon: float, *, input_grad: bool = True
+        self,
+        x: Array,
+        grad: Array,
+        batch: Moments,
+        scale: Vector,
+        epsilon: float,
+        *,
+        input_grad: bool = True,
+        out: Array | None = None,
     ) -> tuple[Array | None, Vector, Vector]:
         """Return the gradients of one forward: of x (None unless `input_grad`), of scale, and of bias."""
         whole = contiguous(x)
@@ -65,9 +75,97 @@ class NumpyArithmetic:
         scale_grad, bias_grad = parameter_gradients(batch, epsilon, sum_grad, sum_product)
         if not input_grad:
             return None, scale_grad, bias_grad
-        result = output(whole, None)
+        result = output(whole, out if out is None or not np.may_share_memory(out, grad) else None)
         _differentiate(source, grads, input_gradient(batch, scale, epsilon, sum_grad, sum_product), planes(result))
-        return result, scale_grad, bias_grad
+        return placed(result, out), scale_grad, bias_grad
+
+    def gradient_sums(self, x: Array, grad: Array, mean: Wide) -> tuple[Wide, Wide]:
+        """Return the sums of `grad` and of `grad * (x - mean)`."""
+        return _gradient_sums(planes(contiguous(x)), planes(contiguous(grad)), mean)
+
+    def differentiate(self, x: Array, grad: Array, by: InputGradient, out: Array | None = None) -> Array:
+        """Return the gradient of the input, into `out` if given."""
+        whole = contiguous(x)
+        result = output(whole, out if out is None or not np.may_share_memory(out, grad) else None)
+        _differentiate(planes(whole), planes(contiguous(grad)), by, planes(result))
+        return placed(result, out)
+
+    def arriving(self, x: Array) -> _ArrivingInput:
+        """Return what takes the moments of a tensor once its memory has been filled."""
+        return _ArrivingInput(x)
+
+    def arriving_gradient(self, x: Array, grad: Array, batch: Moments) -> _ArrivingGradient:
+        """Return a backward of two tensors, the memory of one of which is being filled."""
+        return _ArrivingGradient(x, grad, batch)
+
+    def normalizing(self, x: Array, mean: Wide, var: Wide, scale: Vector, bias: Vector, epsilon: float) -> WriteRange:
+        """Return what writes parts of a result."""
+        by, flat = affine(mean, var, scale, bias, epsilon), x.reshape(-1)
+
+        def write(begin: int, end: int, out: Array) -> None:
+            for start in range(begin, end, BLOCK):
+                values = slice(start, min(start + BLOCK, end))
+                c = _channels(x, values)
+                with np.errstate(over="ignore", invalid="ignore"):
+                    y = np.subtract(flat[values], by.hi[c], dtype=np.float32)
+                    y *= by.factor[c]
+                    y += by.offset[c]
+                    out[start - begin : values.stop - begin] = y
+
+        return write
+
+
+class _ArrivingInput:
+    """`normalization.ArrivingInput`, which waits until all is there."""
+
+    def __init__(self, x: Array) -> None:
+        self._x = x
+
+    def arrived(self, values: int) -> None:
+        """Do nothing yet."""
+
+    def moments(self) -> Moments:
+        """Return the moments."""
+        return _moments(planes(self._x))
+
+
+class _ArrivingGradient:
+    """`normalization.ArrivingGradient`, which waits until all is there."""
+
+    def __init__(self, x: Array, grad: Array, batch: Moments) -> None:
+        self._x, self._grad, self._batch = x, grad, batch
+        self._by: InputGradient | None = None
+
+    def arrived(self, values: int) -> None:
+        """Do nothing yet."""
+
+    def parameter_gradients(self, scale: Vector, epsilon: float) -> tuple[Vector, Vector]:
+        """Return the gradients of scale and bias."""
+        sums = _gradient_sums(planes(self._x), planes(self._grad), self._batch.mean)
+        self._by = input_gradient(self._batch, scale, epsilon, *sums)
+        return parameter_gradients(self._batch, epsilon, *sums)
+
+    def write(self, begin: int, end: int, out: Array) -> None:
+        """Write values of the input's gradient."""
+        assert self._by is not None, "write before parameter_gradients"
+        by, x, grad = self._by, self._x.reshape(-1), self._grad.reshape(-1)
+        for start in range(begin, end, BLOCK):
+            values = slice(start, min(start + BLOCK, end))
+            c = _channels(self._x, values)
+            with np.errstate(over="ignore", invalid="ignore"):
+                dx = np.subtract(x[values], by.hi[c], dtype=np.float32)
+                dx *= by.slope[c]
+                dx += np.multiply(grad[values], by.factor[c], dtype=np.float32)
+                dx += by.offset[c]
+                out[start - begin : values.stop - begin] = dx
+
+
+def _channels(x: Array, values: slice) -> np.ndarray[Any, np.dtype[np.int64]]:
+    # The channel of each of consecutive values.
+    numbers = np.arange(values.start, values.stop)
+    numbers //= math.prod(x.shape[2:])
+    numbers %= x.shape[1]
+    return numbers
 
 
 def blocks(shape: tuple[int, ...]) -> Iterator[Slices]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import Future
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -12,6 +13,7 @@ from sharednorm._variable import Variable
 from sharednorm.config import Array, Vector
 from sharednorm.files import Source, Target
 from sharednorm.state import LayerState
+from sharednorm.statistics import StatisticsDelta
 
 
 @runtime_checkable
@@ -164,8 +166,16 @@ class Layer(Protocol):
         """The last backward's own gradient of the bias, of the state's shape; None if not affine."""
         ...
 
-    def __call__(self, data: Array) -> Array:
-        """Normalize a batch, and remember it for `backward`."""
+    def __call__(self, data: Array, out: Array | None = None) -> Array:
+        """Normalize a batch, into `out` if given, and remember it for `backward`."""
+        ...
+
+    def forward_async(self, data: Array, out: Array | None = None) -> Future[Array]:
+        """Begin to normalize a batch, behind what was begun on this layer before; return a future of the output."""
+        ...
+
+    def flush(self) -> None:
+        """Wait until every step of this handle has been taken; raise what one has ended with, if nobody has yet."""
         ...
 
     def backward(
@@ -177,6 +187,27 @@ class Layer(Protocol):
         momentum: float = 0.0,
     ) -> None:
         """Differentiate the last forward, which must have trained, and leave the result in `grad`."""
+        ...
+
+    @property
+    def statsFrozen(self) -> bool:
+        """Whether training steps leave mean, var and numOfProps as they are."""
+        ...
+
+    def freezeStats(self) -> None:
+        """Keep the running statistics as they are, apart from the mode."""
+        ...
+
+    def unfreezeStats(self) -> None:
+        """Have training steps taken into the running statistics again."""
+        ...
+
+    def mergeStats(self, delta: StatisticsDelta) -> bool:
+        """Take statistics that were gathered elsewhere into the running ones, once; return whether it was now."""
+        ...
+
+    def resetStats(self) -> None:
+        """Set mean, var and numOfProps to 0, 1 and 0."""
         ...
 
     def zeroGradParams(self) -> None:

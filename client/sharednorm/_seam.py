@@ -7,10 +7,15 @@ the seam, so that a local and a remote layer cannot drift apart.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
+from sharednorm._queue import CallQueue
 from sharednorm.config import Array, LayerConfig, Vector
 from sharednorm.state import LayerState, Moments, StateUpdate
+from sharednorm.statistics import StatisticsDelta
+
+Parameters: TypeAlias = tuple[Vector, Vector]
+"""Scale and bias, float32 (C,) each."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,8 +26,10 @@ class SavedForward:
         x: The input, referenced and not copied.
         moments: The batch's moments.
         scale: The scale that the forward used, float32 (C,).
-        version: The layer's version with this step applied: the step's place in the order of all.
+        version: The layer's version with this step applied: the step's place in the order of all, from 1; 0 if the
+            forward has not waited until it has one.
         token: The server's name for the input that it keeps; "" where there is none.
+        held: Memory that the server reads that input in, if it is shared: nobody else gets it before this is gone.
     """
 
     x: Array
@@ -30,6 +37,7 @@ class SavedForward:
     scale: Vector
     version: int
     token: str = ""
+    held: tuple[Array, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,14 +71,29 @@ class Gradients:
 class LayerBackend(Protocol):
     """Keeps one layer's state and computes with it.
 
-    Tensors that come here have been checked by the handle: rank, channels, sizes and element type, and two
-    values a channel where the handle has chosen to train. Any strides and either byte order may come. A
-    method that raises has changed nothing. Every method may be called from many threads at once.
+    Tensors that come here have been checked by the handle: rank, channels, sizes and element type, and, unless the
+    batch is normalized `together` with others, two values a channel where the handle has chosen to train. Any strides
+    and either byte order may come. A method that raises has changed nothing. Every method may be called from many
+    threads at once.
     """
 
     @property
     def config(self) -> LayerConfig:
         """The layer's configuration."""
+        ...
+
+    @property
+    def together(self) -> bool:
+        """Whether a training batch is normalized with those of others, so that it may be empty or of one value."""
+        ...
+
+    @property
+    def queue(self) -> CallQueue:
+        """The calls of the layer that are made one after the other."""
+        ...
+
+    def flush(self) -> None:
+        """Wait until no step of this handle is on its way; raise what one has ended with, if no call has yet."""
         ...
 
     def read(self) -> LayerState:
@@ -88,7 +111,7 @@ class LayerBackend(Protocol):
             x: The batch.
             train: Whether to train; None for the layer's default.
             release: Token of a saved forward that no backward will ask for any more; "" if there is none.
-            out: Where to write the output, of x's shape and type; may be x. Only in eval mode.
+            out: Where to write the output, of x's shape and type; it may overlap x in eval mode, and only there.
         """
         ...
 
@@ -110,6 +133,10 @@ class LayerBackend(Protocol):
 
     def update(self, update: StateUpdate) -> None:
         """Replace the parts of the state that an update sets, all at once."""
+        ...
+
+    def merge(self, delta: StatisticsDelta) -> bool:
+        """Take statistics that were gathered elsewhere into the running ones, unless that was done before."""
         ...
 
     def update_params(self, learn_rate: float) -> None:

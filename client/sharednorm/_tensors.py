@@ -50,3 +50,12 @@ def output(x: Array, out: Array | None) -> Array:
     same = out.ctypes.data == x.ctypes.data
     usable = out.flags.c_contiguous and out.dtype.isnative and (same or not np.may_share_memory(out, x))
     return out if usable else results.empty(x.shape, x.dtype)
+
+
+def placed(result: Array, out: Array | None) -> Array:
+    """Return a result where it was asked for: what `output` gave, filled, is copied to `out` if it is not that."""
+    if out is None:
+        return result
+    if result is not out:
+        np.copyto(out, result)
+    return out

@@ -57,6 +57,9 @@ class Threads:
         `work` shares out what there is to do among its calls, and returns when nothing is left. So a helper that
         has not begun by the time the caller is done is not needed any more.
         """
+        if count == 1:
+            work()
+            return
         team = _Team(work)
         self._call_for(team, count - 1)
         try:

@@ -12,9 +12,10 @@ from sharednorm import files
 from sharednorm._seam import LayerBackend
 from sharednorm._variable import Variable
 from sharednorm.config import Vector
-from sharednorm.errors import InvalidConfiguration
+from sharednorm.errors import InvalidConfiguration, InvalidShape
 from sharednorm.files import Source, Target
 from sharednorm.state import LayerState, StateUpdate, check_steps, given, require_initialized
+from sharednorm.statistics import StatisticsDelta
 
 
 class LayerView:
@@ -131,6 +132,55 @@ class LayerView:
     @numOfProps.setter
     def numOfProps(self, steps: int) -> None:
         self._backend.update(StateUpdate(num_of_props=check_steps(steps)))
+
+    @property
+    def statsFrozen(self) -> bool:
+        """Whether training steps, of all handles of the layer, leave mean, var and numOfProps as they are."""
+        return self._backend.read().stats_frozen
+
+    def freezeStats(self) -> None:
+        """Keep the running statistics as they are, for all handles of the layer, until `unfreezeStats`.
+
+        It is apart from the mode: a training forward normalizes by its batch as before, `backward` works, and the step
+        counts in `version`, but not in `numOfProps`. In eval mode nothing changes.
+        """
+        self._backend.update(StateUpdate(stats_frozen=True))
+
+    def unfreezeStats(self) -> None:
+        """Have training steps taken into the running statistics again, which go on where they were."""
+        self._backend.update(StateUpdate(stats_frozen=False))
+
+    def mergeStats(self, delta: StatisticsDelta) -> bool:
+        """Take statistics that were gathered without the layer into its running ones, as one step, once.
+
+        Args:
+            delta: What `Statistics.take` gave, here or elsewhere.
+
+        Returns:
+            Whether it was taken in now. False: it had been before, and nothing has changed. A layer knows the last 1024
+            deltas again.
+
+        Raises:
+            InvalidShape: It is of another number of maps.
+            InvalidConfiguration: The layer's statistics are frozen, or it is not a delta.
+            NonFiniteInput: Its moments do not fit float32, and the layer refuses that.
+            LayerEmpty: The layer was created empty and has not been loaded.
+        """
+        if not isinstance(delta, StatisticsDelta):
+            raise InvalidConfiguration(
+                f"the delta is a {type(delta).__name__} (expected: what Statistics.take() gave, if it gave something)"
+            )
+        if delta.mean.shape != (self.maps,) or delta.m2.shape != (self.maps,):
+            raise InvalidShape(f"the delta is of {delta.mean.size} maps (expected: {self.maps})")
+        return self._backend.merge(delta)
+
+    def resetStats(self) -> None:
+        """Set mean, var and numOfProps to 0, 1 and 0, for all handles of the layer. Parameters stay.
+
+        `reset`, which is PuzzleLib's, forgets the handle's last forward instead.
+        """
+        maps = self._backend.config.maps
+        self._backend.update(StateUpdate(mean=np.zeros(maps), var=np.ones(maps), num_of_props=0))
 
     @property
     def version(self) -> int:

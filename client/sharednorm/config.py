@@ -9,6 +9,7 @@ import enum
 import math
 import unicodedata
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from typing import Any, TypeAlias, TypeGuard, TypeVar
 
 import numpy as np
@@ -24,9 +25,18 @@ Vector: TypeAlias = npt.NDArray[np.float32]
 
 DEFAULT_NAMESPACE = "default"
 MAX_NAME_BYTES = 512
+MAX_GROUP_NAME_CHARACTERS = 256
+MAX_GROUP_MEMBERS = 1024
+MAX_GROUP_SECONDS = 86_400.0
 MAX_NAMESPACE_CHARACTERS = 128
 MAX_MAPS = 1 << 17
 """So that the messages beside a tensor stay within a few MiB: a state of that many maps is 3 MiB."""
+
+MAX_BATCH_ENTRIES = 1024
+"""Most layers that are read, and most steps that are taken, in one call of many."""
+
+MAX_BATCH_MAPS = MAX_MAPS
+"""Most maps that these have together, so that such a call is not larger than one of the widest layer."""
 
 MAX_SECONDS = 1e8
 """Longest time that anybody is asked to wait, three years. Timers of gRPC and of threads overflow beyond."""
@@ -154,13 +164,14 @@ class LayerConfig:
         pairs = ((f.name, getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
         return {name: (mine, theirs) for name, mine, theirs in pairs if mine != theirs}
 
-    def check_shape(self, shape: tuple[int, ...], *, train: bool, what: str = "Data") -> None:
+    def check_shape(self, shape: tuple[int, ...], *, train: bool, what: str = "Data", together: bool = False) -> None:
         """Check that a tensor of that shape may be fed to the layer.
 
         Args:
             shape: The tensor's shape.
             train: Whether it is a training batch, which needs two values a channel.
             what: "Data" or "Grad", for the message.
+            together: Whether batches of others are normalized with it, so that it may have no sample, or one value.
 
         Raises:
             InvalidShape: The rank or the channels are wrong, or an axis has size 0.
@@ -172,13 +183,19 @@ class LayerConfig:
             raise InvalidShape(f"{what} must be {wanted}, got shape {_brief(shape)}")
         if shape[1] != self.maps:
             raise InvalidShape(f"{what} has {shape[1]} maps (expected: {self.maps})")
-        if min(shape) < 1:
+        if min(shape[1:] if together else shape) < 1:
             raise InvalidShape(f"{what} is empty: shape {_brief(shape)} (expected: every size at least 1)")
-        if train and math.prod(shape) == self.maps:
+        if train and not together and math.prod(shape) == self.maps:
             raise TooFewValues(
                 f"{what} of shape {_brief(shape)} has one value a map, of which no variance can be taken "
                 "(expected: at least 2 in train mode; use evalMode() or a larger batch)"
             )
+
+
+@lru_cache(maxsize=64)
+def _name_of(dtype: np.dtype[Any]) -> str:
+    # NumPy puts the name together at each call, which takes as long as a small call's arithmetic.
+    return str(dtype.name)
 
 
 def check_dtype(dtype: np.dtype[Any], calctype: np.dtype[Any] | None = None) -> str:
@@ -193,8 +210,8 @@ def check_dtype(dtype: np.dtype[Any], calctype: np.dtype[Any] | None = None) -> 
     Raises:
         UnsupportedDType: It is none of the three, or not `calctype`.
     """
-    name: str = dtype.name
-    if calctype is not None and name != calctype.name:
+    name = _name_of(dtype)
+    if calctype is not None and name != _name_of(calctype):
         raise UnsupportedDType(f"Expected dtype {calctype}, got {dtype}")
     if name not in DTYPE_NAMES:
         raise UnsupportedDType(
@@ -240,6 +257,20 @@ def check_name(name: object) -> str:
     return name
 
 
+def check_group_name(what: str, name: object) -> str:
+    """Check the name of a group, or of one of its members, and return it.
+
+    Raises:
+        InvalidName: Not a string, empty or blank, over 256 characters, or with control characters.
+    """
+    if not isinstance(name, str) or not name.strip() or len(name) > MAX_GROUP_NAME_CHARACTERS:
+        raise InvalidName(
+            f"the {what}'s name is {_brief(name)} (expected: a string of 1 to {MAX_GROUP_NAME_CHARACTERS} characters)"
+        )
+    _check_characters(what, name)
+    return name
+
+
 def check_namespace(namespace: object) -> str:
     """Check a namespace and return it; the empty one is "default".
 
@@ -282,7 +313,9 @@ def is_finite(value: object) -> TypeGuard[float]:
 
 
 def _check_characters(what: str, text: str) -> None:
-    # Cc is control characters; Cs is lone surrogates, which have no UTF-8.
+    # Cc is control characters; Cs is lone surrogates, which have no UTF-8. What is printable has neither.
+    if text.isprintable():
+        return
     bad = [c for c in text if unicodedata.category(c) in {"Cc", "Cs"}]
     if bad:
         raise InvalidName(

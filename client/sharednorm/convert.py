@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from sharednorm._fields import field_header
+from sharednorm._fields import field_header, varint
 from sharednorm._status import ERROR_KEY, error_from_call, error_from_detail, error_to_detail, error_to_status
 from sharednorm.config import (
     Averaging,
@@ -20,6 +20,7 @@ from sharednorm.config import (
     LayerKind,
     NonFinitePolicy,
     Vector,
+    check_flag,
     check_name,
     check_namespace,
 )
@@ -43,6 +44,8 @@ __all__ = [
     "ref_to_proto",
     "state_from_proto",
     "state_to_proto",
+    "sums_from_proto",
+    "sums_to_proto",
     "update_from_proto",
     "update_to_proto",
     "vector_from_proto",
@@ -67,6 +70,10 @@ _NONFINITE = {
 }
 _MODES = {None: layer_pb2.MODE_UNSPECIFIED, True: layer_pb2.MODE_TRAIN, False: layer_pb2.MODE_EVAL}
 _TRAIN = {int(mode): train for train, mode in _MODES.items()}
+
+
+_FLOAT32 = np.dtype("<f4")
+_NUMBERS = {field.name: field.number for field in layer_pb2.LayerState.DESCRIPTOR.fields}
 
 
 # --- Names and configurations -----------------------------------------------------------------------
@@ -149,10 +156,8 @@ def _member(name: str, numbers: dict[E, Any], number: int, default: E | None) ->
 
 def vector_to_proto(values: npt.ArrayLike) -> tensor_pb2.FloatVector:
     """Return values, rounded to float32 and in row-major order, as a message."""
-    with np.errstate(over="ignore"):
-        array = np.asarray(values, dtype="<f4")
     # The runtime takes arrays value by value, forty times slower than it parses the same bytes.
-    return tensor_pb2.FloatVector.FromString(_packed(1, array))
+    return tensor_pb2.FloatVector.FromString(_packed(1, _float32(values)))
 
 
 def vector_from_proto(message: tensor_pb2.FloatVector, maps: int) -> Vector:
@@ -189,14 +194,53 @@ def moments_from_proto(message: tensor_pb2.Moments, maps: int, *, allow_nonfinit
         raise MalformedMessage(
             f"the moments have {len(message.mean)} means and {len(message.m2)} m2 (expected: {maps} of each)"
         )
-    mean, m2 = np.array(message.mean, dtype=np.float64), np.array(message.m2, dtype=np.float64)
-    mean.setflags(write=False)
-    m2.setflags(write=False)
-    if bool((m2 < 0).any()):
+    both = _doubles(message, maps)
+    both.setflags(write=False)
+    mean, m2 = both
+    if not (m2 >= 0).all() and bool((m2 < 0).any()):
         raise MalformedMessage("the moments have a negative m2 (expected: sums of squares, each >= 0)")
-    if not allow_nonfinite and not (np.isfinite(mean).all() and np.isfinite(m2).all()):
+    if not allow_nonfinite and not np.isfinite(both).all():
         raise MalformedMessage("the moments have a NaN or an infinity (expected: finite values)")
     return Moments(message.count, mean, m2)
+
+
+def sums_to_proto(sums: npt.NDArray[np.float64]) -> tensor_pb2.GradientSums:
+    """Return the two sums of a backward, float64 (2, C), as a message, to the last bit."""
+    wide = np.asarray(sums, dtype="<f8")
+    return tensor_pb2.GradientSums.FromString(_packed(1, wide[0]) + _packed(2, wide[1]))
+
+
+def sums_from_proto(message: tensor_pb2.GradientSums, maps: int) -> npt.NDArray[np.float64]:
+    """Return a message's sums, float64 (2, C).
+
+    Raises:
+        MalformedMessage: There are not `maps` values of each.
+    """
+    if len(message.grad) != maps or len(message.product) != maps:
+        raise MalformedMessage(
+            f"the sums have {len(message.grad)} and {len(message.product)} values (expected: {maps} of each)"
+        )
+    return np.array([message.grad, message.product], dtype=np.float64)
+
+
+def _doubles(message: tensor_pb2.Moments, maps: int) -> npt.NDArray[np.float64]:
+    # mean and m2, (2, C). The runtime gives values one by one. Its bytes end with one packed field behind the other,
+    # unless the message has fields that this release does not know, which show in its size.
+    data, size = message.SerializeToString(), 8 * maps
+    head = len(field_header(2, size))
+    if len(data) != 1 + len(varint(message.count)) + 2 * (head + size):
+        return np.array([message.mean, message.m2], dtype=np.float64)
+    both = np.empty((2, maps))
+    both[0] = np.frombuffer(data, "<f8", maps, len(data) - 2 * size - head)
+    both[1] = np.frombuffer(data, "<f8", maps, len(data) - size)
+    return both
+
+
+def _float32(values: npt.ArrayLike) -> npt.NDArray[Any]:
+    if isinstance(values, np.ndarray) and values.dtype == _FLOAT32:
+        return values
+    with np.errstate(over="ignore"):
+        return np.asarray(values, dtype=_FLOAT32)
 
 
 def _packed(number: int, array: npt.NDArray[Any]) -> bytes:
@@ -210,7 +254,11 @@ def _vector(what: str, message: tensor_pb2.FloatVector, maps: int) -> Vector:
 
 
 def _values(message: tensor_pb2.FloatVector) -> Vector:
-    array = np.array(message.values, dtype=np.float32)
+    data, count = message.SerializeToString(), len(message.values)
+    if count and len(data) == len(field_header(1, 4 * count)) + 4 * count:  # as in `_doubles`
+        array = np.frombuffer(data, "<f4", count, len(data) - 4 * count).astype(np.float32)
+    else:
+        array = np.array(message.values, dtype=np.float32)
     array.setflags(write=False)
     return array
 
@@ -220,9 +268,12 @@ def _values(message: tensor_pb2.FloatVector) -> Vector:
 
 def state_to_proto(state: LayerState, gradients: bool) -> layer_pb2.LayerState:
     """Return a state as a message, with its accumulated gradients or without them."""
-    message = layer_pb2.LayerState(num_of_props=state.num_of_props)
+    parts = []
     for name in ARRAY_FIELDS if gradients else SAVED_FIELDS:
-        getattr(message, name).CopyFrom(vector_to_proto(getattr(state, name)))
+        vector = _packed(1, _float32(getattr(state, name)))
+        parts += [field_header(_NUMBERS[name], len(vector)), vector]
+    message = layer_pb2.LayerState.FromString(b"".join(parts))
+    message.num_of_props, message.stats_frozen = state.num_of_props, state.stats_frozen
     return message
 
 
@@ -234,7 +285,7 @@ def state_from_proto(layer: layer_pb2.Layer, message: layer_pb2.LayerState) -> L
     """
     maps = layer.config.maps
     present = _present(message)
-    vectors: dict[str, Vector] = {}
+    vectors: dict[str, Any] = {}
     for name in ARRAY_FIELDS:
         if name in present:
             vectors[name] = _vector(name, present[name], maps)
@@ -248,6 +299,7 @@ def state_from_proto(layer: layer_pb2.Layer, message: layer_pb2.LayerState) -> L
         num_of_props=present.get("num_of_props", layer.num_of_props),
         version=layer.version,
         initialized=layer.initialized,
+        stats_frozen=present.get("stats_frozen", layer.stats_frozen),
     )
 
 
@@ -262,6 +314,8 @@ def update_to_proto(update: StateUpdate) -> layer_pb2.LayerState:
     message = layer_pb2.LayerState()
     if update.num_of_props is not None:
         message.num_of_props = check_steps(update.num_of_props)
+    if update.stats_frozen is not None:
+        message.stats_frozen = check_flag("stats_frozen", update.stats_frozen)
     for name in ARRAY_FIELDS:
         values = getattr(update, name)
         if values is not None:
@@ -273,7 +327,7 @@ def update_from_proto(message: layer_pb2.LayerState) -> StateUpdate:
     """Return the update that a message asks for. `state.updated` checks lengths and ranges."""
     present = _present(message)
     vectors = {name: _values(present[name]) for name in ARRAY_FIELDS if name in present}
-    return StateUpdate(**vectors, num_of_props=present.get("num_of_props"))
+    return StateUpdate(**vectors, num_of_props=present.get("num_of_props"), stats_frozen=present.get("stats_frozen"))
 
 
 def _present(message: layer_pb2.LayerState) -> dict[str, Any]:

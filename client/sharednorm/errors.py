@@ -19,7 +19,12 @@
     ├── InputEvicted                    the server no longer keeps a forward's input
     ├── MalformedMessage                a message contradicts itself
     ├── LimitExceeded                   larger than the server's limit
+    ├── ServerBusy                      too much is on its way to the server now; later it may not be
     ├── DeviceOutOfMemory               the server's GPU has no room for the call now
+    ├── GroupMismatch                   a group has other settings, or no place (also a ValueError)
+    ├── GroupAborted                    a member of the group is missing
+    │   └── StaleGeneration             the group has gone on without this member
+    ├── StepOutOfOrder                  a member's steps did not come one after the other
     ├── ServerUnavailable               not there, gone, or stopping            (also a ConnectionError)
     │   └── DeviceLost                  the server's GPU has failed, and the server ends
     ├── DeadlineExceeded                no answer in time                       (also a TimeoutError)
@@ -27,6 +32,9 @@
     ├── IncompatibleServer              another protocol, or not a sharednorm server
     ├── HubClosed                       used after `close`
     └── InternalError                   a defect on the server; its log has the details
+
+With `push="async"` an error may be that of an earlier forward's step. Its message says so, and its metadata has
+"steps_lost", how many steps of the handle were not taken, and "steps_unknown", how many may or may not have been.
 
 This is the one table. Each class declares its reason, an UPPER_SNAKE word that identifies it on the
 wire, and its gRPC status code, by number so that this module needs no gRPC; a class registers itself
@@ -49,9 +57,13 @@ NOT_FOUND = 5
 ALREADY_EXISTS = 6
 RESOURCE_EXHAUSTED = 8
 FAILED_PRECONDITION = 9
+ABORTED = 10
 UNIMPLEMENTED = 12
 INTERNAL = 13
 UNAVAILABLE = 14
+
+STEP_OVER = "group_step"
+"""Metadata of an error with which a group's step has ended for all members: its number."""
 
 _registry: dict[str, type[SharedNormError]] = {}
 
@@ -168,8 +180,28 @@ class LimitExceeded(SharedNormError, reason="LIMIT_EXCEEDED", code=RESOURCE_EXHA
     """A request is larger than the server allows; the message says which limit."""
 
 
+class ServerBusy(SharedNormError, reason="SERVER_BUSY", code=RESOURCE_EXHAUSTED):
+    """The server has as much to do as it allows itself. Remote layers try again by themselves until their timeout."""
+
+
 class DeviceOutOfMemory(SharedNormError, reason="DEVICE_OUT_OF_MEMORY", code=RESOURCE_EXHAUSTED):
     """The GPU has no room for a call, also without the inputs that were kept for backwards. Later it may have."""
+
+
+class GroupMismatch(SharedNormError, ValueError, reason="GROUP_MISMATCH", code=FAILED_PRECONDITION):
+    """A group has other settings than this member expects, or no place for it."""
+
+
+class GroupAborted(SharedNormError, reason="GROUP_ABORTED", code=ABORTED):
+    """A member of the group is missing: nobody's step was applied. The next step joins the group again."""
+
+
+class StaleGeneration(GroupAborted, reason="STALE_GENERATION", code=FAILED_PRECONDITION):
+    """The group has gone on without this member, or the server was started anew. The next step joins it again."""
+
+
+class StepOutOfOrder(SharedNormError, reason="STEP_OUT_OF_ORDER", code=FAILED_PRECONDITION):
+    """A member's steps of one layer did not come one after the other, or one was repeated with another content."""
 
 
 class ServerUnavailable(SharedNormError, ConnectionError, reason="UNAVAILABLE", code=UNAVAILABLE):

@@ -21,7 +21,7 @@ import math
 import os
 import secrets
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, TypeAlias
+from typing import IO, TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -166,7 +166,8 @@ def _update(entries: _formats.Entries, config: LayerConfig) -> StateUpdate:
         steps = settled_steps(config, entries)
     if not is_integer(steps):
         raise InvalidFile(f"numOfProps is not an integer but {entries[STEPS].dtype} of shape {entries[STEPS].shape}")
-    update = StateUpdate(**{name: entries[name] for name in SAVED_FIELDS}, num_of_props=steps)
+    saved: dict[str, Any] = {name: entries[name] for name in SAVED_FIELDS}
+    update = StateUpdate(**saved, num_of_props=steps)
     try:
         updated(blank_state(config), config, update)
     except (InvalidShape, InvalidConfiguration, UnsupportedDType) as error:

@@ -1,4 +1,4 @@
-"""The connection to a server, and the layers that stand there.
+"""A server's layers.
 
 hub = sharednorm.connect("gpu-box:50051")
 bn = hub.BatchNorm2D(64, name="stem/bn")    # creates the layer, or attaches to the one of that name
@@ -7,22 +7,40 @@ y = bn(x)
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import operator
+import warnings
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import final
 
 import numpy as np
+import numpy.typing as npt
 
 from sharednorm import convert
-from sharednorm._address import parse_address
-from sharednorm._calls import Connection, ServerInfo
-from sharednorm.config import MAX_SECONDS, LayerConfig, LayerKind, check_flag, check_name, check_namespace, is_finite
-from sharednorm.errors import InvalidConfiguration
-from sharednorm.remote import RemoteBackend, RemoteBatchNorm, is_train
+from sharednorm._calls import ServerInfo
+from sharednorm._checks import dtype_from
+from sharednorm._client_compute import refresh
+from sharednorm._exchange import Exchange
+from sharednorm._group import Group
+from sharednorm._handling import Handling
+from sharednorm._places import HubPlace, attach_again
+from sharednorm._progress import Progress
+from sharednorm._push import Sender
+from sharednorm.config import (
+    Array,
+    LayerConfig,
+    LayerKind,
+    check_flag,
+    check_name,
+)
+from sharednorm.errors import InvalidShape, SharedNormError
+from sharednorm.remote import RemoteBatchNorm, is_train
 from sharednorm.state import StateUpdate, initial_state
 from sharednorm.v1 import layer_pb2, service_pb2
 
-__all__ = ["Hub", "LayerInfo", "ServerInfo", "connect"]
+__all__ = ["Hub", "LayerInfo", "Progress", "ServerInfo"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +54,7 @@ class LayerInfo:
         version: Steps applied since it was created.
         num_of_props: Steps that its running statistics have taken in.
         initialized: False if it was created with `empty=True` and has not been loaded yet.
+        stats_frozen: Whether training steps leave the running statistics as they are.
     """
 
     name: str
@@ -44,52 +63,7 @@ class LayerInfo:
     version: int
     num_of_props: int
     initialized: bool
-
-
-def connect(
-    address: str, *, namespace: str = "default", token: None = None, tls: None = None, timeout: float = 30.0
-) -> Hub:
-    """Connect to a server.
-
-    Processes that use one are spawned, not forked: a child that is forked after the first `connect` can neither
-    use its parent's hubs nor connect anew, and is told so. (It can connect if GRPC_ENABLE_FORK_SUPPORT=1 was in
-    the environment when gRPC was imported, as far as gRPC's own support of that goes.)
-
-    Args:
-        address: Where it listens: "host:port", "[::1]:port" or "unix:/path/of/socket".
-        namespace: Whose layers these are; two namespaces never see each other's.
-        token: Must be None: servers of this release ask for no token.
-        tls: Must be None: servers of this release speak plaintext only.
-        timeout: Seconds that any one call may take, a large tensor's way there and back included; > 0,
-            at most 1e8.
-
-    Raises:
-        InvalidConfiguration: An argument is not what it should be.
-        InvalidName: The namespace is too long, or has control characters.
-        ServerUnavailable: Nobody listens there.
-        DeadlineExceeded: Whoever listens there did not answer in time.
-        IncompatibleServer: It is not a sharednorm server, or one that speaks another protocol.
-        HubClosed: This process was forked from one that was connected.
-    """
-    where = parse_address(address)
-    for name, value in (("token", token), ("tls", tls)):
-        if value is not None:
-            raise InvalidConfiguration(
-                f"{name} is given, and this release has neither tokens nor TLS (expected: None; keep the server on "
-                "loopback or a unix socket, and reach it through an SSH tunnel or the like)"
-            )
-    if not (is_finite(timeout) and 0 < timeout <= MAX_SECONDS):
-        raise InvalidConfiguration(
-            f"timeout is {ascii(timeout)[:120]} (expected: a finite number of seconds > 0, at most {MAX_SECONDS:g})"
-        )
-    checked = check_namespace(namespace)
-    connection = Connection(where, float(timeout))
-    try:
-        connection.greet()
-    except BaseException:
-        connection.close()
-        raise
-    return Hub(connection, checked)
+    stats_frozen: bool
 
 
 @final
@@ -103,14 +77,18 @@ class Hub:
     answer as it should, and HubClosed after `close`.
     """
 
-    def __init__(self, connection: Connection, namespace: str) -> None:
-        self._connection = connection
+    def __init__(self, exchange: Exchange, namespace: str) -> None:
+        self._exchange = exchange
+        self._connection = exchange.connection
         self._namespace = namespace
+        self._sender = Sender(exchange)
+        self._groups: weakref.WeakSet[Group] = weakref.WeakSet()
 
     def __repr__(self) -> str:
         """Name the server, the namespace, and whether the hub is closed."""
         info = self._connection.info
         server = f", server {info.version}, device {info.device}, state {info.store}" if info else ""
+        server += f", tensors by {self.transport}"
         closed = ", closed" if self._connection.closed else ""
         return f"<Hub {self.address}, namespace {self._namespace!r}{server}{closed}>"
 
@@ -121,8 +99,17 @@ class Hub:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Close the hub."""
-        self.close()
+        """Close the hub; after an exception without leaving groups, whose other members hear that one is missing.
+
+        After an exception, what `close` would raise is a RuntimeWarning instead.
+        """
+        if kind is None:
+            self.close()
+            return
+        self._groups.clear()
+        unsaid = self._close()
+        if unsaid is not None:
+            warnings.warn(str(unsaid), RuntimeWarning, stacklevel=2)
 
     @property
     def address(self) -> str:
@@ -135,6 +122,11 @@ class Hub:
         return self._namespace
 
     @property
+    def place(self) -> HubPlace:
+        """What it takes to make the same hub again."""
+        return HubPlace(self.address, self._namespace, self._connection.timeout, self._exchange.wanted)
+
+    @property
     def closed(self) -> bool:
         """Whether `close` was called."""
         return self._connection.closed
@@ -144,9 +136,77 @@ class Hub:
         """What the server is and what it accepts. Asks it anew."""
         return self._connection.greet()
 
+    @property
+    def transport(self) -> str:
+        """How tensors travel now: "shm", "direct" or "grpc"; see `connect`."""
+        return self._exchange.transport
+
     def close(self) -> None:
-        """Let go of the connection. Running calls end with HubClosed; the layers stay on the server."""
-        self._connection.close()
+        """Leave the groups, and let go of the connection. Running calls end with HubClosed; the layers stay.
+
+        Steps of handles with `push="async"` are waited for first, as long as the hub's timeout.
+
+        Raises:
+            SharedNormError: The hub is closed, and steps were not answered in time, or an earlier one has failed and
+                no call has raised that yet; the message says how many.
+        """
+        unsaid = self._close()
+        if unsaid is not None:
+            raise unsaid
+
+    def flush(self) -> None:
+        """Wait until the server has answered every step of this hub's handles with `push="async"`.
+
+        Raises:
+            SharedNormError: What a step has ended with, if no other call has raised it yet. Of several handles, the
+                first one's; the others raise theirs at their next calls.
+        """
+        self._sender.settle_all()
+
+    def empty(self, shape: int | Sequence[int], dtype: npt.DTypeLike = np.float32) -> Array:
+        """Return an array for a tensor: what is computed into it is sent with as little copying as there can be.
+
+        With transport "shm" it lies in memory that the server reads, and results written there (`bn(x, out=y)`) come
+        without any copy; so do `hub.empty` arrays, and results of layers, that are passed on to other layers of this
+        hub. By any other transport it is an ordinary array. It stays valid as long as somebody holds it, also when the
+        hub is closed. After a call that ended without the server's answer (a deadline, Ctrl-C), the server may still
+        read and write the arrays of that call for a moment: let go of them, and take new ones.
+
+        Args:
+            shape: Its shape.
+            dtype: float32, float16 or bfloat16.
+
+        Returns:
+            A C-contiguous, writable array that holds whatever its memory did.
+
+        Raises:
+            UnsupportedDType: Another element type.
+            InvalidShape: A size is negative or not an integer.
+            LimitExceeded: The server shares no more memory with this process, and the transport has to be "shm".
+        """
+        kind = dtype_from(dtype)
+        try:
+            sizes = tuple(operator.index(size) for size in ((shape,) if isinstance(shape, int) else shape))
+        except TypeError:
+            sizes = (-1,)
+        if min(sizes, default=1) < 0:
+            raise InvalidShape(f"the shape is {ascii(shape)[:120]} (expected: sizes, each an integer >= 0)")
+        return self._exchange.empty(sizes, kind)
+
+    def refresh(self, *layers: RemoteBatchNorm) -> None:
+        """Read what many handles keep of their layers in one call, so that none has to before it gets too old.
+
+        Parameters and statistics come of those layers alone that have changed since they were read; each is of a
+        moment of its own. More than 1024 handles, or 131,072 maps, take another call.
+
+        Args:
+            layers: Handles of this hub with `compute="client"` and a `max_age`, in which they are fresh from now on.
+
+        Raises:
+            InvalidConfiguration: One is something else; nothing was read.
+            LayerNotFound, LayerEmpty: So is the first layer that could not be read; the others have been.
+        """
+        refresh(self._exchange, layers)
 
     def layers(self) -> list[LayerInfo]:
         """Return all layers of the namespace, in the order of their names."""
@@ -160,16 +220,37 @@ class Hub:
             if not token:
                 return found
 
-    def layer(self, name: str) -> RemoteBatchNorm:
+    def layer(
+        self,
+        name: str,
+        *,
+        compute: str = "server",
+        max_age: float = 0.0,
+        wire_dtype: str | None = None,
+        group: Group | None = None,
+        push: str = "sync",
+        max_pending: int | None = None,
+    ) -> RemoteBatchNorm:
         """Return a handle of an existing layer.
+
+        Args:
+            name: The layer's.
+            compute: Where this handle's tensors are computed with; see `BatchNorm2D`. So for the others.
+            max_age: How old parameters and statistics may be in evaluation.
+            wire_dtype: What float32 tensors travel in.
+            group: With whose batches this handle's are normalized.
+            push: Whether training waits for the server.
+            max_pending: How far training may be ahead of it.
 
         Raises:
             LayerNotFound: There is none of that name.
             InvalidName: No layer could have it.
+            InvalidConfiguration: One of the others is none of those that there are.
         """
+        handling = Handling.parse(compute, max_age, wire_dtype, group, push, max_pending)
         ref = self._ref(name)
         answer = self._connection.call("GetLayer", service_pb2.GetLayerRequest(ref=ref), service_pb2.GetLayerResponse)
-        return self._handle(answer.layer, inplace=False)
+        return self._handle(answer.layer, False, handling)
 
     def delete(self, name: str) -> None:
         """Forget a layer and all that it has learned, for everybody.
@@ -206,12 +287,19 @@ class Hub:
         *,
         averaging: str = "standard",
         nonfinite: str = "refuse",
+        compute: str = "server",
+        max_age: float = 0.0,
+        wire_dtype: str | None = None,
+        group: Group | None = None,
+        push: str = "sync",
+        max_pending: int | None = None,
     ) -> RemoteBatchNorm:
         """Return a handle of a layer for matrices, (N, C). See `BatchNorm2D`."""
         config = LayerConfig.parse(
             LayerKind.BATCH_NORM, size, epsilon, initFactor, minFactor, affine, averaging, nonfinite
         )
-        return self._create(config, sscale, name, empty, inplace)
+        handling = Handling.parse(compute, max_age, wire_dtype, group, push, max_pending)
+        return self._create(config, sscale, name, empty, inplace, handling)
 
     def BatchNorm1D(
         self,
@@ -227,12 +315,19 @@ class Hub:
         *,
         averaging: str = "standard",
         nonfinite: str = "refuse",
+        compute: str = "server",
+        max_age: float = 0.0,
+        wire_dtype: str | None = None,
+        group: Group | None = None,
+        push: str = "sync",
+        max_pending: int | None = None,
     ) -> RemoteBatchNorm:
         """Return a handle of a layer for sequences, (N, C, L). See `BatchNorm2D`."""
         config = LayerConfig.parse(
             LayerKind.BATCH_NORM_1D, maps, epsilon, initFactor, minFactor, affine, averaging, nonfinite
         )
-        return self._create(config, sscale, name, empty, inplace)
+        handling = Handling.parse(compute, max_age, wire_dtype, group, push, max_pending)
+        return self._create(config, sscale, name, empty, inplace, handling)
 
     def BatchNorm2D(
         self,
@@ -248,6 +343,12 @@ class Hub:
         *,
         averaging: str = "standard",
         nonfinite: str = "refuse",
+        compute: str = "server",
+        max_age: float = 0.0,
+        wire_dtype: str | None = None,
+        group: Group | None = None,
+        push: str = "sync",
+        max_pending: int | None = None,
     ) -> RemoteBatchNorm:
         """Create a layer for images, (N, C, H, W), or attach to the one of that name.
 
@@ -267,6 +368,25 @@ class Hub:
             inplace: Whether this handle's output replaces its input, in eval mode. Training is then refused.
             averaging: "standard", where f weighs the batch, or "printed", where it weighs the old average.
             nonfinite: What a training batch with a NaN or an infinity does: "refuse" or "allow".
+            compute: "server", or "client": tensors stay in this process, which computes with numba or NumPy, and only
+                the moments of its batches travel, 16 bytes a map, and gradients of scale and bias. The numbers are
+                those of a server that computes on its processor, bit for bit.
+            max_age: With `compute="client"`: seconds for which evaluation may use parameters and statistics that this
+                handle has read before; 0 reads them for each batch. A step or change of its own reads anew.
+            wire_dtype: What this handle's float32 tensors travel in, both ways: "bfloat16" or "float16", each value
+                rounded to nearest, ties to even; None: as they are. The layer computes with what arrives, and its
+                statistics are those of what arrives: relative rounding errors of up to 2^-9 or 2^-12 in each value.
+                float16 has no values beyond 65504, which are refused on their way there and become infinities on
+                their way back, and none but 0 below 6e-8.
+            group: With `compute="client"`: the processes whose training batches are normalized by their union; see
+                `Group`. Such a handle begins in train mode, whatever the layer's default.
+            push: With `compute="client"`: "sync", or "async": a training forward does not wait until the server has
+                taken its step. Its output is normalized with the scale and bias that this handle has heard of last,
+                which are the layer's unless somebody else changes them. Whatever else reads or changes the layer by
+                this handle waits for its steps, which are taken in their order. A step that fails raises its error
+                at the handle's next call, once; those behind it are not taken. Such a handle begins in train mode.
+            max_pending: With `push="async"`: how many steps may not have been answered, 1 to 1024, before a forward
+                waits; None: 8.
 
         Raises:
             InvalidConfiguration: An argument is out of its range.
@@ -277,7 +397,8 @@ class Hub:
         config = LayerConfig.parse(
             LayerKind.BATCH_NORM_2D, maps, epsilon, initFactor, minFactor, affine, averaging, nonfinite
         )
-        return self._create(config, sscale, name, empty, inplace)
+        handling = Handling.parse(compute, max_age, wire_dtype, group, push, max_pending)
+        return self._create(config, sscale, name, empty, inplace, handling)
 
     def BatchNorm3D(
         self,
@@ -293,15 +414,41 @@ class Hub:
         *,
         averaging: str = "standard",
         nonfinite: str = "refuse",
+        compute: str = "server",
+        max_age: float = 0.0,
+        wire_dtype: str | None = None,
+        group: Group | None = None,
+        push: str = "sync",
+        max_pending: int | None = None,
     ) -> RemoteBatchNorm:
         """Return a handle of a layer for volumes, (N, C, D, H, W). See `BatchNorm2D`."""
         config = LayerConfig.parse(
             LayerKind.BATCH_NORM_3D, maps, epsilon, initFactor, minFactor, affine, averaging, nonfinite
         )
-        return self._create(config, sscale, name, empty, inplace)
+        handling = Handling.parse(compute, max_age, wire_dtype, group, push, max_pending)
+        return self._create(config, sscale, name, empty, inplace, handling)
+
+    def _close(self) -> SharedNormError | None:
+        unsaid = None
+        try:
+            if not self._connection.closed:
+                for group in list(self._groups):
+                    group.say_goodbye()
+                unsaid = self._sender.finish(self._connection.timeout)
+        finally:  # also if whoever waits is interrupted
+            self._connection.close()
+            self._exchange.close()
+        return unsaid
 
     def _create(
-        self, config: LayerConfig, sscale: float, name: str | None, empty: bool, inplace: bool
+        self,
+        config: LayerConfig,
+        sscale: float,
+        name: str | None,
+        empty: bool,
+        inplace: bool,
+        handling: Handling,
+        begin: StateUpdate | None = None,
     ) -> RemoteBatchNorm:
         ref = self._ref(name)
         # Drawn here, and as a local layer draws it: after np.random.seed both begin alike.
@@ -311,14 +458,26 @@ class Hub:
         )
         if not empty:
             # Bias, mean and variance begin on the server as they begin here: 0, 0 and 1.
-            request.initial_state.CopyFrom(convert.update_to_proto(StateUpdate(scale=state.scale)))
+            first = StateUpdate(scale=state.scale) if begin is None else replace(begin, scale=state.scale)
+            request.initial_state.CopyFrom(convert.update_to_proto(first))
         answer = self._connection.call("CreateLayer", request, service_pb2.CreateLayerResponse)
-        return self._handle(answer.layer, inplace)
+        return self._handle(answer.layer, inplace, handling)
 
-    def _handle(self, layer: layer_pb2.Layer, inplace: bool) -> RemoteBatchNorm:
+    def _handle(self, layer: layer_pb2.Layer, inplace: bool, handling: Handling) -> RemoteBatchNorm:
         # The answer's ref has the layer's uid: a handle stays with this layer, whoever gets its name later.
-        backend = RemoteBackend(self._connection, layer.ref, convert.config_from_proto(layer.config))
-        return RemoteBatchNorm(backend, layer.ref.name, inplace, train=None)
+        config = convert.config_from_proto(layer.config)
+        return self.attach(layer.ref, config, handling, inplace, handling.train)
+
+    def attach(
+        self, ref: layer_pb2.LayerRef, config: LayerConfig, handling: Handling, inplace: bool, train: bool | None
+    ) -> RemoteBatchNorm:
+        """Return a handle of a layer that is known; for this library."""
+        if handling.group is not None:
+            handling.group.settle(self._exchange, self._namespace)
+            self._groups.add(handling.group)
+        backend = handling.backend(self._exchange, self._sender, ref, config)
+        again = attach_again, (self.place, ref.SerializeToString(), config, handling)
+        return RemoteBatchNorm(backend, ref.name, inplace, train, again)
 
     def _ref(self, name: str | None) -> layer_pb2.LayerRef:
         return convert.ref_to_proto(self._namespace, check_name(name))
@@ -332,4 +491,5 @@ def _info(layer: layer_pb2.Layer) -> LayerInfo:
         layer.version,
         layer.num_of_props,
         layer.initialized,
+        layer.stats_frozen,
     )

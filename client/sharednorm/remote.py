@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 
 from sharednorm import convert, wire
-from sharednorm._calls import BACKWARD, FORWARD, Connection, Deadline
+from sharednorm._calls import BACKWARD, FORWARD, Connection
+from sharednorm._deadline import Deadline
+from sharednorm._exchange import Exchange
+from sharednorm._narrow import narrowed, widened
+from sharednorm._queue import CallQueue
 from sharednorm._seam import ForwardResult, Gradients, SavedForward
 from sharednorm.config import Array, LayerConfig, NonFinitePolicy
 from sharednorm.errors import InplaceInTraining, InputEvicted, LayerNotFound, MalformedMessage
 from sharednorm.layers import BatchNormND
 from sharednorm.state import LayerState, StateUpdate
+from sharednorm.statistics import StatisticsDelta
 from sharednorm.v1 import layer_pb2, service_pb2, tensor_pb2
 
 
@@ -21,15 +27,25 @@ class RemoteBackend:
     """What a layer on a server does, as `LayerBackend` asks for it. Keeps nothing that could become stale.
 
     Args:
-        connection: To the server.
+        exchange: With the server.
         ref: The layer.
         config: The layer's, as the server confirmed it.
+        wire_dtype: What float32 tensors travel in; None: as they are.
 
     Every method raises what `Connection` raises, and LayerNotFound once the layer is gone.
     """
 
-    def __init__(self, connection: Connection, ref: layer_pb2.LayerRef, config: LayerConfig) -> None:
-        self._connection = connection
+    def __init__(
+        self,
+        exchange: Exchange,
+        ref: layer_pb2.LayerRef,
+        config: LayerConfig,
+        wire_dtype: np.dtype[Any] | None = None,
+    ) -> None:
+        self._exchange = exchange
+        self._connection = exchange.connection
+        self._wire_dtype = wire_dtype
+        self._queue = exchange.queue(ref.uid)
         self._ref = ref
         self._config = config
 
@@ -42,6 +58,21 @@ class RemoteBackend:
     def connection(self) -> Connection:
         """To the server."""
         return self._connection
+
+    @property
+    def how(self) -> str:
+        """How tensors are dealt with, for people, if not as usual."""
+        return f", as {self._wire_dtype.name} on the wire" if self._wire_dtype else ""
+
+    @property
+    def together(self) -> bool:
+        """Return False: a batch is normalized by itself."""
+        return False
+
+    @property
+    def queue(self) -> CallQueue:
+        """The calls of the layer, by whichever handle of this hub, that are made one after the other."""
+        return self._queue
 
     def read(self) -> LayerState:
         """Return the layer's state of one moment, gradients included."""
@@ -59,34 +90,45 @@ class RemoteBackend:
         return is_train(answer.layer.default_mode)
 
     def forward(self, x: Array, *, train: bool | None, release: str, out: Array | None) -> ForwardResult:
-        """Normalize a batch on the server. `out` is written once the whole answer is here."""
-        if out is not None and train is None:
-            # The mode must not change on the way, or a step would be taken that the handle refuses.
-            train = self.default_train()
-        if out is not None and train:
-            raise InplaceInTraining("a training forward cannot replace its input, which backward needs")
+        """Normalize a batch on the server.
+
+        `out` is written when the answer comes; if it overlaps `x`, once all of it is here.
+        """
+        if out is not None and np.may_share_memory(out, x):
+            if train is None:
+                # The mode must not change on the way, or a step would be taken that the handle refuses.
+                train = self.default_train()
+            if train:
+                raise InplaceInTraining("a training forward cannot replace its input, which backward needs")
+        sent = self._sent(x)
+        narrow = sent is not x
         request = service_pb2.ForwardRequest(
             ref=self._ref,
             mode=convert.mode_to_proto(train),
-            input=wire.spec_of(x),
+            input=wire.spec_of(sent),
             keep_input=train is not False,
             release_input=release,
         )
         deadline = self._connection.deadline()
         with self._explained():
-            answer, data = self._connection.call_tensor(FORWARD, request, [wire.payload(x)], x.nbytes, deadline)
+            found = self._exchange.call(FORWARD, request, [sent], sent, None if narrow else out, deadline)
+        answer, result = found.message, found.tensor
         if train not in {None, is_train(answer.mode)}:
             raise MalformedMessage("the answer to Forward is of another mode than the call")
-        result = _tensor("output", answer.output, request.input, data, out)
-        return ForwardResult(result, self._saved(x, answer) if is_train(answer.mode) else None)
+        _require_spec("output", answer.output, request.input)
+        assert result is not None, "a forward has an output"
+        if narrow:
+            result = widened(result, out)
+        return ForwardResult(result, self._saved(x, answer, found.held) if is_train(answer.mode) else None)
 
     def backward(
         self, saved: SavedForward, grad: Array, *, param_grads: bool, input_grad: bool, scale: float, momentum: float
     ) -> Gradients:
         """Return the gradients of a forward; its input is sent again if the server no longer keeps it."""
+        sent = self._sent(grad)
         request = service_pb2.BackwardRequest(
             ref=self._ref,
-            grad=wire.spec_of(grad),
+            grad=wire.spec_of(sent),
             update_param_grads=param_grads,
             update_grad=input_grad,
             scale=float(scale),
@@ -96,17 +138,31 @@ class RemoteBackend:
         if saved.token:
             request.saved_input = saved.token
             try:
-                return self._differentiate(request, [wire.payload(grad)], grad, deadline)
+                return self._differentiate(request, [sent], deadline, widen=sent is not grad)
             except InputEvicted:
                 request.ClearField("saved_input")
-        request.saved_forward.CopyFrom(_saved_to_proto(saved))
-        return self._differentiate(request, [wire.payload(grad), wire.payload(saved.x)], grad, deadline)
+        x = self._sent(saved.x)
+        request.saved_forward.CopyFrom(_saved_to_proto(saved, x))
+        return self._differentiate(request, [sent, x], deadline, widen=sent is not grad)
+
+    def statistics(self) -> LayerState:
+        """Return the layer's state, for somebody who evaluates with it."""
+        return self.read()
 
     def update(self, update: StateUpdate) -> None:
         """Replace parts of the layer's state, all at once."""
         request = service_pb2.SetStateRequest(ref=self._ref, state=convert.update_to_proto(update))
         with self._explained():
             self._connection.call("SetState", request, service_pb2.SetStateResponse)
+
+    def merge(self, delta: StatisticsDelta) -> bool:
+        """Take statistics that were gathered elsewhere into the running ones, unless that was done before."""
+        request = service_pb2.MergeStatisticsRequest(
+            ref=self._ref, delta=delta.id, moments=convert.moments_to_proto(delta.moments)
+        )
+        with self._explained():
+            answer = self._connection.call("MergeStatistics", request, service_pb2.MergeStatisticsResponse)
+        return answer.merged
 
     def update_params(self, learn_rate: float) -> None:
         """Add `learn_rate` times the accumulated gradients to scale and bias."""
@@ -115,26 +171,40 @@ class RemoteBackend:
             self._connection.call("UpdateParams", request, service_pb2.UpdateParamsResponse)
 
     def _differentiate(
-        self, request: service_pb2.BackwardRequest, payloads: list[memoryview], grad: Array, deadline: Deadline
+        self, request: service_pb2.BackwardRequest, tensors: Sequence[Array], deadline: Deadline, *, widen: bool
     ) -> Gradients:
-        answer_bytes = grad.nbytes if request.update_grad else 0
+        like = tensors[0] if request.update_grad else None
         with self._explained():
-            answer, data = self._connection.call_tensor(BACKWARD, request, payloads, answer_bytes, deadline)
+            found = self._exchange.call(BACKWARD, request, tensors, like, None, deadline)
+        answer, result = found.message, found.tensor
         affine, maps = self._config.affine, self._config.maps
         if answer.HasField("scale_grad") != affine or answer.HasField("bias_grad") != affine:
             raise MalformedMessage(f"the answer to Backward and the layer disagree on affine={affine}")
+        if result is not None:
+            _require_spec("grad", answer.grad, request.grad)
+            if widen:
+                result = widened(result, None)
         return Gradients(
-            _tensor("grad", answer.grad, request.grad, data, None) if request.update_grad else None,
+            result,
             convert.vector_from_proto(answer.scale_grad, maps) if affine else None,
             convert.vector_from_proto(answer.bias_grad, maps) if affine else None,
         )
 
-    def _saved(self, x: Array, answer: service_pb2.ForwardResponse) -> SavedForward:
+    def _sent(self, x: Array) -> Array:
+        # What travels of a tensor: itself, unless it is float32 and has to travel in fewer bits.
+        if self._wire_dtype is None or x.dtype.newbyteorder("=") != np.float32:
+            return x
+        return narrowed(x, self._wire_dtype)
+
+    def _saved(self, x: Array, answer: service_pb2.ForwardResponse, held: tuple[Array, ...]) -> SavedForward:
         moments = convert.moments_from_proto(
             answer.moments, self._config.maps, allow_nonfinite=self._config.nonfinite is NonFinitePolicy.ALLOW
         )
         scale = convert.vector_from_proto(answer.scale, self._config.maps)
-        return SavedForward(x, moments, scale, answer.version, answer.saved_input)
+        return SavedForward(x, moments, scale, answer.version, answer.saved_input, held if answer.saved_input else ())
+
+    def flush(self) -> None:
+        """Wait until no step is on its way: at once, since every call waits for its answer."""
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
@@ -158,14 +228,46 @@ class RemoteBatchNorm(BatchNormND):
     handle; parameters, statistics and their gradients to the layer. `Hub` makes them.
     """
 
-    def __init__(self, backend: RemoteBackend, name: str, inplace: bool, train: bool | None) -> None:
+    def __init__(
+        self,
+        backend: RemoteBackend,
+        name: str,
+        inplace: bool,
+        train: bool | None,
+        again: tuple[Callable[..., RemoteBatchNorm], tuple[object, ...]],
+    ) -> None:
         super().__init__(backend, name, inplace, train)
-        self._address = backend.connection.address.text
+        self._remote = backend
+        self._again = again
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Copy and pickle which layer it is, on which server, and the handle's mode.
+
+        What is made of that is a handle of the same layer: by a hub of that place which is open in the process, or else
+        by a new one, which raises there what `connect` raises.
+        """
+        make, arguments = self._again
+        return make, (*arguments, self.inplace, self._train), {"_calctype": self._calctype}
+
+    def __copy__(self) -> RemoteBatchNorm:
+        """Return another handle of the same layer, in the same mode, by the same hub."""
+        copied = RemoteBatchNorm(self._remote, str(self.name), self.inplace, self._train, self._again)
+        copied._calctype = self._calctype
+        return copied
+
+    def __deepcopy__(self, memo: object) -> RemoteBatchNorm:
+        """Return what `copy.copy` does: what the layer is, is on the server."""
+        return self.__copy__()
 
     def __repr__(self) -> str:
         """Name the layer and its server."""
-        config = self._backend.config
-        return f"<RemoteBatchNorm {self.name!r}: {config.kind.label}({config.maps}) on {self._address}>"
+        config, address = self._backend.config, self._remote.connection.address.text
+        return f"<RemoteBatchNorm {self.name!r}: {config.kind.label}({config.maps}) on {address}{self._remote.how}>"
+
+
+def backend_of(layer: object) -> RemoteBackend | None:
+    """Return what is behind a handle of a layer on a server; None of anything else."""
+    return layer._remote if isinstance(layer, RemoteBatchNorm) else None
 
 
 def is_train(number: layer_pb2.Mode.ValueType) -> bool:
@@ -179,25 +281,18 @@ def is_train(number: layer_pb2.Mode.ValueType) -> bool:
     return number == layer_pb2.MODE_TRAIN
 
 
-def _tensor(
-    what: str, got: tensor_pb2.TensorSpec, wanted: tensor_pb2.TensorSpec, data: memoryview, out: Array | None
-) -> Array:
+def _require_spec(what: str, got: tensor_pb2.TensorSpec, wanted: tensor_pb2.TensorSpec) -> None:
     if got != wanted:
         raise MalformedMessage(f"the answer's {what} is {_words(got)} (expected: {_words(wanted)})")
-    array = wire.as_array(wire.layout_of(got, data.nbytes), data)
-    if out is not None:
-        np.copyto(out, array)
-        return out
-    return array if array.flags.writeable else array.copy()
 
 
 def _words(spec: tensor_pb2.TensorSpec) -> str:
     return f"type {int(spec.dtype)}, shape {tuple(spec.shape[:8])}"
 
 
-def _saved_to_proto(saved: SavedForward) -> service_pb2.SavedForward:
+def _saved_to_proto(saved: SavedForward, sent: Array) -> service_pb2.SavedForward:
     return service_pb2.SavedForward(
-        input=wire.spec_of(saved.x),
+        input=wire.spec_of(sent),
         moments=convert.moments_to_proto(saved.moments),
         scale=convert.vector_to_proto(saved.scale),
     )

@@ -11,8 +11,15 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from sharednorm.config import Averaging, LayerConfig, NonFinitePolicy, Vector, is_finite, is_integer
-from sharednorm.errors import InvalidConfiguration, InvalidShape, LayerEmpty, NonFiniteInput, UnsupportedDType
+from sharednorm.config import Averaging, LayerConfig, NonFinitePolicy, Vector, check_flag, is_finite, is_integer
+from sharednorm.errors import (
+    InvalidConfiguration,
+    InvalidShape,
+    LayerEmpty,
+    NonFiniteInput,
+    TooFewValues,
+    UnsupportedDType,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +74,8 @@ class LayerState:
         num_of_props: Steps that the running statistics have taken in: the n of the averaging factor.
         version: Steps applied since the layer was created; never decreases.
         initialized: False for a layer made with `empty=True` that has not been loaded.
+        stats_frozen: Whether steps leave the running statistics as they are.
+        merged: Names of the deltas that were merged last, at most `MAX_MERGED`.
     """
 
     scale: Vector
@@ -78,6 +87,8 @@ class LayerState:
     num_of_props: int = 0
     version: int = 0
     initialized: bool = True
+    stats_frozen: bool = False
+    merged: tuple[bytes, ...] = ()
 
     def __post_init__(self) -> None:
         """See that nobody can write to the arrays, which any number of states may share."""
@@ -100,10 +111,14 @@ class StateUpdate:
     scale_grad: npt.ArrayLike | None = None
     bias_grad: npt.ArrayLike | None = None
     num_of_props: int | None = None
+    stats_frozen: bool | None = None
 
 
 # Up to here every number of steps is a float64 of its own.
 MAX_STEPS = 1 << 53
+# So many deltas a layer knows again: 16 KiB of names.
+MAX_MERGED = 1024
+MAX_DELTA_NAME_BYTES = 64
 
 ARRAY_FIELDS = ("scale", "bias", "mean", "var", "scale_grad", "bias_grad")
 # What `load` restores, and what an empty layer needs before it can be used.
@@ -173,7 +188,8 @@ def step(
     """Return the state after one training forward: its statistics have taken in a batch.
 
     `running = (1 - w) * running + w * batch` with w of `batch_weight`. The variance taken in is the unbiased one.
-    Computed in float64, rounded once to float32.
+    Computed in float64, rounded once to float32. Where the statistics are frozen, they stay, and so does the number of
+    steps that they have taken in.
 
     Args:
         state: The state before.
@@ -186,19 +202,66 @@ def step(
     """
     with np.errstate(over="ignore", invalid="ignore"):
         if config.nonfinite is NonFinitePolicy.REFUSE:
-            _refuse_nonfinite(batch)
+            refuse_nonfinite(batch)
+        if state.stats_frozen:
+            return replace(state, version=state.version + 1)
         if statistics is None:
             weight = batch_weight(state, config)
             statistics = RunningStatistics(
                 _average(state.mean, batch.mean, weight), _average(state.var, batch.unbiased_var, weight)
             )
-    return replace(
-        state,
-        mean=statistics.mean,
-        var=statistics.var,
+    # All at once, and not by `replace`, which takes longer than the arithmetic of a few maps.
+    return LayerState(
+        state.scale,
+        state.bias,
+        statistics.mean,
+        statistics.var,
+        state.scale_grad,
+        state.bias_grad,
         num_of_props=state.num_of_props + 1,
         version=state.version + 1,
+        initialized=state.initialized,
+        merged=state.merged,
     )
+
+
+def merge_delta(state: LayerState, config: LayerConfig, name: bytes, batch: Moments) -> LayerState:
+    """Return the state after a step whose batch was gathered elsewhere; the same state if it was merged before.
+
+    Args:
+        state: The state before.
+        config: The layer's.
+        name: The delta's, 1 to 64 bytes, by which it is known again.
+        batch: Moments of all its values.
+
+    Raises:
+        InvalidConfiguration: The statistics are frozen, or the name is not one.
+        TooFewValues: There is one value a map.
+        NonFiniteInput: The moments are not finite, or do not fit float32, and the layer refuses that.
+    """
+    if not 1 <= len(name) <= MAX_DELTA_NAME_BYTES:
+        raise InvalidConfiguration(
+            f"the name of the delta has {len(name)} bytes (expected: 1 to {MAX_DELTA_NAME_BYTES})"
+        )
+    if name in state.merged:
+        return state
+    if state.stats_frozen:
+        raise InvalidConfiguration("the layer's statistics are frozen (expected: unfreezeStats() before mergeStats())")
+    require_two_values(batch)
+    return replace(step(state, config, batch), merged=(*state.merged, name)[-MAX_MERGED:])
+
+
+def require_two_values(batch: Moments) -> None:
+    """Check that moments are of a batch that may train.
+
+    Raises:
+        TooFewValues: It has one value a map.
+    """
+    if batch.count < 2:
+        raise TooFewValues(
+            "Data has one value a map, of which no variance can be taken (expected: at least 2 in train mode; use "
+            "evalMode() or a larger batch)"
+        )
 
 
 def accumulate_gradients(
@@ -244,8 +307,8 @@ def updated(state: LayerState, config: LayerConfig, update: StateUpdate) -> Laye
     Raises:
         InvalidShape: An array does not hold C values.
         UnsupportedDType: An array does not hold real numbers.
-        InvalidConfiguration: A variance is negative, `num_of_props` is not an integer from 0 to 2**53, or a layer
-            that is not affine would get another scale than 1 or another bias than 0.
+        InvalidConfiguration: A variance is negative, `num_of_props` is not an integer from 0 to 2**53, `stats_frozen`
+            neither True nor False, or a layer that is not affine would get another scale than 1 or another bias than 0.
         LayerEmpty: The layer is empty and the update does not set all four.
     """
     arrays = {
@@ -261,12 +324,14 @@ def updated(state: LayerState, config: LayerConfig, update: StateUpdate) -> Laye
         bool((arrays.get("scale", np.float32(1)) != 1).any()) or bool((arrays.get("bias", np.float32(0)) != 0).any())
     ):
         raise InvalidConfiguration("the layer is not affine: its scale is 1 and its bias 0, fixed")
-    number = update.num_of_props
+    number, frozen = update.num_of_props, update.stats_frozen
     return LayerState(
         **{name: arrays.get(name, getattr(state, name)) for name in ARRAY_FIELDS},
         num_of_props=state.num_of_props if number is None else check_steps(number),
         version=state.version,
         initialized=True,
+        merged=state.merged,
+        stats_frozen=state.stats_frozen if frozen is None else check_flag("stats_frozen", frozen),
     )
 
 
@@ -320,7 +385,12 @@ def _average(running: Vector, batch: npt.NDArray[np.float64], weight: float) -> 
     return _frozen((1.0 - weight) * running.astype(np.float64) + weight * batch)
 
 
-def _refuse_nonfinite(batch: Moments) -> None:
+def refuse_nonfinite(batch: Moments) -> None:
+    """Check that the statistics of a layer can take a batch in.
+
+    Raises:
+        NonFiniteInput: The batch's moments are not finite, or do not fit float32.
+    """
     largest = float(np.finfo(np.float32).max)
     good = (np.abs(batch.mean) <= largest) & (batch.unbiased_var <= largest)
     if good.all():

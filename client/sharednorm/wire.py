@@ -9,6 +9,7 @@ received bytes and leaves it where it is. One copy each way, and on the wire an 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
@@ -73,6 +74,11 @@ class TensorLayout:
     shape: tuple[int, ...]
     nbytes: int
 
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one element."""
+        return _ITEM_BYTES[self.dtype_name]
+
 
 def spec_of(array: Array) -> tensor_pb2.TensorSpec:
     """Describe an array.
@@ -80,7 +86,12 @@ def spec_of(array: Array) -> tensor_pb2.TensorSpec:
     Raises:
         UnsupportedDType: Its elements are not float32, float16 or bfloat16.
     """
-    return tensor_pb2.TensorSpec(dtype=_DTYPES[check_dtype(array.dtype)], shape=array.shape)
+    return spec(check_dtype(array.dtype), array.shape)
+
+
+def spec(dtype_name: str, shape: tuple[int, ...]) -> tensor_pb2.TensorSpec:
+    """Describe a tensor of the element type "float32", "float16" or "bfloat16"."""
+    return tensor_pb2.TensorSpec(dtype=_DTYPES[dtype_name], shape=shape)
 
 
 def layout_of(spec: tensor_pb2.TensorSpec, max_bytes: int, *, limit: str = "max_tensor_bytes") -> TensorLayout:
@@ -156,6 +167,12 @@ def as_array(layout: TensorLayout, data: memoryview) -> Array:
     return np.require(bits, f"=u{dtype.itemsize}", "A").view(dtype).reshape(layout.shape)
 
 
+def to_native(array: Array) -> None:
+    """Turn an array whose memory was filled with received bytes into what those mean: on most machines, it is that."""
+    if sys.byteorder == "big":
+        array.view(f"u{array.dtype.itemsize}").byteswap(inplace=True)
+
+
 # --- Messages ---------------------------------------------------------------------------------------
 
 
@@ -187,16 +204,21 @@ def decode(cls: type[M], buffer: bytes) -> tuple[M, memoryview]:
     """
     found = find_field(buffer, DATA_FIELD)
     if found is None:
-        message = _parse(cls, buffer)
+        message = parse(cls, buffer)
         field = cls.DESCRIPTOR.fields_by_number[DATA_FIELD].name
         data = memoryview(getattr(message, field))
         message.ClearField(field)
         return message, data
     others, start, end = found
-    return _parse(cls, others), memoryview(buffer)[start:end]
+    return parse(cls, others), memoryview(buffer)[start:end]
 
 
-def _parse(cls: type[M], buffer: bytes) -> M:
+def parse(cls: type[M], buffer: bytes) -> M:
+    """Parse a message that carries no tensor.
+
+    Raises:
+        MalformedMessage: protobuf refuses the bytes.
+    """
     try:
         return cls.FromString(buffer)
     except (DecodeError, UnicodeDecodeError) as error:  # the latter by protobuf's pure Python runtime
@@ -222,8 +244,8 @@ def encode_chunk(offset: int, chunk: memoryview) -> bytes:
     return b"".join((place, field_header(DATA_FIELD, chunk.nbytes), chunk))
 
 
-class Assembler:
-    """Puts the chunks of one tensor together, in memory that belongs to nobody else.
+class ChunkOrder:
+    """Checks that chunks come in order, without gaps, and as many bytes as were announced.
 
     Args:
         nbytes: Size of the whole, already checked against the limits.
@@ -232,42 +254,27 @@ class Assembler:
     def __init__(self, nbytes: int) -> None:
         self._nbytes = nbytes
         self._received = 0
-        self._buffer: memoryview | None = None
 
-    def add(self, offset: int, chunk: memoryview) -> None:
-        """Take in the next chunk.
+    def take(self, offset: int, nbytes: int) -> None:
+        """Take note of the next chunk.
 
         Raises:
             MalformedMessage: It is empty, does not begin where the last one ended, or goes beyond the end.
-            LimitExceeded: This machine has no memory for the whole.
         """
-        if not chunk.nbytes:
+        if not nbytes:
             raise MalformedMessage("a chunk is empty (expected: at least 1 byte)")
         if offset != self._received:
             raise MalformedMessage(f"a chunk begins at byte {offset} (expected: {self._received})")
-        end = offset + chunk.nbytes
+        end = offset + nbytes
         if end > self._nbytes:
             raise MalformedMessage(f"a chunk ends at byte {end} of a tensor of {self._nbytes}")
-        if self._buffer is None:
-            self._buffer = _allocate(self._nbytes)
-        self._buffer[offset:end] = chunk
         self._received = end
 
-    def finish(self) -> memoryview:
-        """Return the whole, in writable memory.
+    def finish(self) -> None:
+        """Take note of the stream's end.
 
         Raises:
             MalformedMessage: Bytes are missing.
         """
         if self._received != self._nbytes:
             raise MalformedMessage(f"the stream ended after {self._received} of {self._nbytes} bytes")
-        return memoryview(bytearray()) if self._buffer is None else self._buffer
-
-
-def _allocate(nbytes: int) -> memoryview:
-    # np.empty of that size is address space, and becomes memory page by page as chunks arrive: a peer that
-    # declares gigabytes and sends little costs little, and nothing is ever copied to a larger place.
-    try:
-        return np.empty(nbytes, np.uint8).data
-    except MemoryError as error:
-        raise LimitExceeded(f"no memory for a tensor of {nbytes} bytes", {"limit": "memory"}) from error

@@ -24,6 +24,8 @@ Unary = Callable[[bytes, Wanted], bytes]
 Stream = Callable[[Iterator[bytes], Wanted], Iterator[bytes]]
 """Makes answers of requests."""
 
+_STOPPING = "the server is stopping: try again when it, or another one, has been started"
+
 _log = logging.getLogger(__name__)
 
 
@@ -62,6 +64,21 @@ class CallPool(ThreadPoolExecutor):
         """Refuse the calls that arrive from now on; those that have arrived are run."""
         self._closed = True
 
+    def begin_elsewhere(self) -> None:
+        """Count a call that runs on another thread, until `end_elsewhere`.
+
+        Raises:
+            ServerUnavailable: It arrived after `close`.
+        """
+        self._count(1)
+        if self._closed:
+            self._count(-1)
+            raise ServerUnavailable(_STOPPING)
+
+    def end_elsewhere(self) -> None:
+        """Say that such a call is over."""
+        self._count(-1)
+
     def begin(self, context: grpc.ServicerContext) -> None:
         """Count a call until its answer has left: longer than the function that makes the answer runs.
 
@@ -73,7 +90,7 @@ class CallPool(ThreadPoolExecutor):
         if not context.add_callback(lambda: self._count(-1)):
             self._count(-1)
         if self._late.value:
-            raise ServerUnavailable("the server is stopping: try again when it, or another one, has been started")
+            raise ServerUnavailable(_STOPPING)
         if not context.is_active():
             raise CallCancelled("the call was given up before it began")
 
@@ -128,14 +145,15 @@ class StreamCall:
 
 
 def _refuse(name: str, error: Exception, context: grpc.ServicerContext) -> NoReturn:
-    known = _known(name, error)
+    known = known_error(name, error)
     _log.debug("%s refused: %s: %s", name, known.reason, known.message)
     code, text, metadata = error_to_status(known)
     context.set_trailing_metadata(metadata)
     context.abort(code, text)
 
 
-def _known(name: str, error: Exception) -> SharedNormError:
+def known_error(name: str, error: Exception) -> SharedNormError:
+    """Return the error that a call ends with; one that nobody meant to raise goes to the log."""
     if isinstance(error, SharedNormError):
         return error
     identity = secrets.token_hex(4)

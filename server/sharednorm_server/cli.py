@@ -6,6 +6,7 @@ import argparse
 import logging
 import os
 import queue
+import resource
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -14,8 +15,9 @@ from typing import TYPE_CHECKING
 
 from sharednorm._version import __version__
 from sharednorm.errors import SharedNormError
+from sharednorm_server.bench import add_bench
 from sharednorm_server.commands import FAILED, add_ls, add_stats, shown
-from sharednorm_server.config import DEFAULT_LISTEN, ServerConfig, StartError, parse_size
+from sharednorm_server.config import DEFAULT_LISTEN, ServerConfig, StartError, parse_port, parse_size
 from sharednorm_server.doctor.command import add_doctor
 
 if TYPE_CHECKING:
@@ -38,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     run: Callable[[argparse.Namespace], int] = arguments.run
     try:
         code = run(arguments)
-        print(end="", flush=True)  # noqa: T201 - stdout may be None, which print knows
+        print(end="", flush=True)
     except StartError as error:
         return _fail(error, UNUSABLE)
     except SharedNormError as error:
@@ -53,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(error: Exception, code: int) -> int:
-    print(f"sharednorm: {error}", file=sys.stderr)  # noqa: T201 - a command's way to speak
+    print(f"sharednorm: {error}", file=sys.stderr)
     return code
 
 
@@ -72,6 +74,10 @@ def _serve(arguments: argparse.Namespace) -> int:
         device_memory_bytes=None
         if arguments.device_memory_bytes is None
         else parse_size(arguments.device_memory_bytes),
+        in_flight_bytes=parse_size(arguments.in_flight_bytes),
+        shared_memory_bytes=parse_size(arguments.shared_memory_bytes),
+        session_memory_bytes=parse_size(arguments.session_memory_bytes),
+        direct_port=parse_port(arguments.direct_port),
         grace=arguments.grace,
         insecure=arguments.insecure,
     )
@@ -79,15 +85,24 @@ def _serve(arguments: argparse.Namespace) -> int:
         stream=sys.stderr, level=arguments.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
     stop = _stop_on_signals()
+    _allow_many_files()
     server = _start(config)
     server.on_device_lost(stop.put)
-    print(shown(server.banner), flush=True)  # noqa: T201 - what others wait for
+    print(shown(server.banner), flush=True)
     lost = isinstance(stop.get(), str)
     _log.info("stopping: no new calls, and %g s for those that are running", config.grace)
     ended = server.stop(config.grace)
     if lost:
         return DEVICE_LOST
     return 0 if ended else FAILED
+
+
+def _allow_many_files() -> None:
+    # A descriptor for each connection and each region of shared memory; the usual limit, 1024, is one for programs that
+    # use select(), which this one does not.
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _start(config: ServerConfig) -> RunningServer:
@@ -132,6 +147,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_serve(commands)
     add_ls(commands)
     add_stats(commands)
+    add_bench(commands)
     add_doctor(commands)
     return parser
 
@@ -156,12 +172,20 @@ def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add("--state", default=defaults.state, help="what remembers: memory: (until the server ends); default %(default)s")
     add("--threads", type=int, metavar="N", help="threads of one computation; default: one a CPU")
     add("--workers", type=int, metavar="N", default=defaults.workers,
-        help="calls that run at a time, others wait; default %(default)s")  # fmt: skip
+        help="calls that run at a time by gRPC, and as many on direct connections; default %(default)s")  # fmt: skip
     add("--max-tensor-bytes", metavar="SIZE", default="8GiB", help="largest tensor; default %(default)s")
     add("--saved-input-bytes", metavar="SIZE", default="1GiB",
         help="inputs kept for backwards, in all; default %(default)s")  # fmt: skip
     add("--device-memory-bytes", metavar="SIZE",
         help="most of a GPU's memory to use; default: nine tenths of what is free at the start")  # fmt: skip
+    add("--in-flight-bytes", metavar="SIZE", default="8GiB",
+        help="large tensors on their way at a time, in all; default %(default)s")  # fmt: skip
+    add("--direct-port", metavar="PORT", default="0",
+        help="TCP port for tensors, beside gRPC's; 0: any that is free, off: none; default %(default)s")  # fmt: skip
+    add("--shared-memory-bytes", metavar="SIZE", default="8GiB",
+        help="memory shared with clients on this machine, over a unix socket, in all; default %(default)s")  # fmt: skip
+    add("--session-memory-bytes", metavar="SIZE", default="4GiB",
+        help="most of that for one client; default %(default)s")  # fmt: skip
     add("--grace", type=float, metavar="SECONDS", default=defaults.grace,
         help="time that running calls are given at the end; default %(default)s")  # fmt: skip
     add("--log-level", choices=("debug", "info", "warning", "error"), default="info", help="default %(default)s")

@@ -12,6 +12,7 @@ from sharednorm_server.config import DEFAULT_LISTEN
 
 if TYPE_CHECKING:
     from sharednorm import Hub, Layer
+    from sharednorm.state import LayerState
 
 FAILED = 1
 
@@ -29,7 +30,7 @@ def add_ls(commands: Commands[argparse.ArgumentParser]) -> None:
         epilog="example: sharednorm ls --server gpu-box:50051 --namespace experiment-7",
     )
     parser.set_defaults(run=_ls, failure=FAILED)
-    _add_server(parser)
+    add_server(parser)
 
 
 def add_stats(commands: Commands[argparse.ArgumentParser]) -> None:
@@ -43,10 +44,11 @@ def add_stats(commands: Commands[argparse.ArgumentParser]) -> None:
     parser.set_defaults(run=_stats, failure=FAILED)
     parser.add_argument("name", metavar="NAME", help="the layer's name")
     parser.add_argument("--maps", type=int, default=8, metavar="N", help="maps to show one by one; default %(default)s")
-    _add_server(parser)
+    add_server(parser)
 
 
-def _add_server(parser: argparse.ArgumentParser) -> None:
+def add_server(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say which server, whose layers, and how long to wait."""
     parser.add_argument(
         "--server",
         metavar="ADDRESS",
@@ -76,7 +78,7 @@ def _ls(arguments: argparse.Namespace) -> int:
             shown(layer.name),
             layer.config.kind.label,
             str(layer.config.maps),
-            _mode(layer.train) if layer.initialized else "empty",
+            _mode(layer.train, layer.stats_frozen) if layer.initialized else "empty",
             str(layer.version),
             str(layer.num_of_props),
         )
@@ -90,9 +92,9 @@ def _stats(arguments: argparse.Namespace) -> int:
     with _connect(arguments) as hub:
         layer = hub.layer(arguments.name)
         state = layer.snapshot()
-        print_table(_facts(layer, hub, state.version, state.num_of_props, state.initialized))
+        print_table(_facts(layer, hub, state))
     vectors = [getattr(state, name) for name in _VECTORS]
-    print()  # noqa: T201
+    print()
     summary = [
         (name, *(f"{value:.6g}" for value in (vector.min(), vector.mean(dtype=float), vector.max())))
         for name, vector in zip(_VECTORS, vectors, strict=True)
@@ -100,20 +102,20 @@ def _stats(arguments: argparse.Namespace) -> int:
     print_table([("", "MIN", "MEAN", "MAX"), *summary])
     shown = max(0, min(arguments.maps, layer.maps))
     if shown:
-        print()  # noqa: T201
+        print()
         rows = [(str(index), *(f"{vector[index]:.6g}" for vector in vectors)) for index in range(shown)]
         print_table([("MAP", *(name.upper() for name in _VECTORS)), *rows])
     if shown < layer.maps:
-        print(f"({layer.maps - shown} more; --maps {layer.maps} shows all)")  # noqa: T201
+        print(f"({layer.maps - shown} more; --maps {layer.maps} shows all)")
     return 0
 
 
-def _facts(layer: Layer, hub: Hub, version: int, num_of_props: int, initialized: bool) -> Iterable[tuple[str, str]]:
+def _facts(layer: Layer, hub: Hub, state: LayerState) -> Iterable[tuple[str, str]]:
     return (
         ("layer", f"{shown(str(layer.name))} of namespace {shown(hub.namespace)} on {hub.address}"),
         ("maps", str(layer.maps)),
-        ("mode", _mode(layer.train) if initialized else "empty: waits for its state"),
-        ("steps", f"{version}, {num_of_props} of them in the running statistics (numOfProps)"),
+        ("mode", _mode(layer.train, state.stats_frozen) if state.initialized else "empty: waits for its state"),
+        ("steps", f"{state.version}, {state.num_of_props} of them in the running statistics (numOfProps)"),
         ("epsilon", f"{layer.epsilon:g}"),
         ("averaging", f"{layer.averaging}, f = max({layer.initFactor:g} / n, {layer.minFactor:g})"),
         ("affine", "yes" if layer.affine else "no: scale 1 and bias 0, fixed"),
@@ -121,8 +123,8 @@ def _facts(layer: Layer, hub: Hub, version: int, num_of_props: int, initialized:
     )
 
 
-def _mode(train: bool) -> str:
-    return "train" if train else "eval"
+def _mode(train: bool, frozen: bool) -> str:
+    return ("train" if train else "eval") + (", frozen" if frozen else "")
 
 
 def shown(text: str) -> str:
@@ -141,4 +143,4 @@ def print_table(rows: Iterable[Sequence[str]]) -> None:
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for row in table:
         cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        print("  ".join(cells).rstrip())  # noqa: T201
+        print("  ".join(cells).rstrip())

@@ -32,11 +32,17 @@ class ServerConfig:
             several by their names.
         state: What remembers: "memory:".
         threads: Threads of one computation; None for one a CPU that the process may use.
-        workers: Most calls that run at a time; others wait. 1 to 1024.
+        workers: Most calls that run at a time by gRPC, and as many on direct connections; others wait. 1 to 1024.
         max_tensor_bytes: Largest tensor that is accepted, at least 1.
         saved_input_bytes: Most bytes of inputs that are kept for backwards; 0 keeps none.
         device_memory_bytes: Most bytes of a GPU's memory that are used, at least 1; None for nine tenths of what is
             free on each when the server starts.
+        in_flight_bytes: Most bytes of large tensors that are on their way at a time, at least 1; calls beyond are told
+            to try again.
+        direct_port: TCP port for direct connections, 0 for any that is free; None: none are taken, not on a unix
+            socket either.
+        shared_memory_bytes: Most bytes of memory that are shared with clients on this machine; 0 shares none.
+        session_memory_bytes: Most bytes of it that one client gets, at least 0.
         grace: Seconds that running calls are given to end when the server stops, 0 to 1e8.
         insecure: Whether it may listen without encryption where other machines can reach it.
 
@@ -52,6 +58,10 @@ class ServerConfig:
     max_tensor_bytes: int = 8 << 30
     saved_input_bytes: int = 1 << 30
     device_memory_bytes: int | None = None
+    in_flight_bytes: int = 8 << 30
+    direct_port: int | None = 0
+    shared_memory_bytes: int = 8 << 30
+    session_memory_bytes: int = 4 << 30
     grace: float = 60.0
     insecure: bool = False
 
@@ -63,6 +73,11 @@ class ServerConfig:
         _check(self.saved_input_bytes >= 0, "saved-input-bytes", self.saved_input_bytes, "at least 0")
         room = self.device_memory_bytes
         _check(room is None or room >= 1, "device-memory-bytes", room, "at least 1")
+        _check(self.in_flight_bytes >= 1, "in-flight-bytes", self.in_flight_bytes, "at least 1")
+        port = self.direct_port
+        _check(port is None or 0 <= port <= 65535, "direct-port", port, "0 to 65535")
+        _check(self.shared_memory_bytes >= 0, "shared-memory-bytes", self.shared_memory_bytes, "at least 0")
+        _check(self.session_memory_bytes >= 0, "session-memory-bytes", self.session_memory_bytes, "at least 0")
         _check(0 <= self.grace <= MAX_SECONDS, "grace", self.grace, f"a number of seconds, 0 to {MAX_SECONDS:g}")
 
 
@@ -94,6 +109,19 @@ def parse_devices(text: str) -> tuple[int, ...]:
             f"{ascii(text)[:60]} is no device (expected: cpu, cuda, cuda:1, or several GPUs as cuda:0,cuda:1)"
         )
     return tuple(found)
+
+
+def parse_port(text: str) -> int | None:
+    """Return the port that a text means, and None for "off".
+
+    Raises:
+        InvalidConfiguration: It is neither.
+    """
+    if text == "off":
+        return None
+    if not re.fullmatch("[0-9]{1,5}", text, re.ASCII) or int(text) > 65535:
+        raise InvalidConfiguration(f"{ascii(text)[:60]} is not a port (expected: 0 to 65535, or off)")
+    return int(text)
 
 
 def _check(fine: bool, name: str, value: object, expected: str) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from sharednorm.config import Array, Vector
+from sharednorm.config import Vector
 from sharednorm.state import Moments
 from sharednorm_server.store import LayerKey, LayerRecord
+from sharednorm_server.tensors import Output
 
 __all__ = [
     "BackwardAnswer",
@@ -49,12 +50,14 @@ class ForwardCall:
         train: Whether to train; None for the layer's default.
         keep_input: Whether to keep the input for a backward. Training only.
         release_input: Name of a kept input of this layer that is not needed any more, or "".
+        keeper: Whose input it is that is kept, if it must not outlive them; "" if it may.
     """
 
     key: LayerKey
     train: bool | None = None
     keep_input: bool = False
     release_input: str = ""
+    keeper: str = ""
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ class ForwardAnswer:
         scale: Training: what the step used.
     """
 
-    output: Array
+    output: Output
     train: bool
     version: int
     num_of_props: int
@@ -117,6 +120,6 @@ class BackwardCall:
 class BackwardAnswer:
     """Gradients of one forward: of the input, if asked for; of scale and bias, if the layer is affine."""
 
-    grad: Array | None
+    grad: Output | None
     scale_grad: Vector | None
     bias_grad: Vector | None

@@ -24,12 +24,14 @@ class SavedInput:
         x: The input, where the device computes.
         moments: Moments of the batch.
         scale: The scale that the forward used.
+        keeper: Whose it is, if it must not outlive them; "" otherwise.
     """
 
     layer: Layer
     x: DeviceTensor
     moments: Moments
     scale: Vector
+    keeper: str = ""
 
 
 class SavedInputs:
@@ -89,10 +91,10 @@ class SavedInputs:
             if entry is not None and entry.layer is layer:
                 self._drop(token)
 
-    def release_if(self, condition: Callable[[Layer], bool]) -> None:
-        """Drop all inputs of the layers that a condition holds for."""
+    def release_if(self, condition: Callable[[SavedInput], bool]) -> None:
+        """Drop all inputs that a condition holds for."""
         with self._lock:
-            for token in [token for token, entry in self._entries.items() if condition(entry.layer)]:
+            for token in [token for token, entry in self._entries.items() if condition(entry)]:
                 self._drop(token)
 
     def _drop(self, token: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -13,21 +14,29 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from sharednorm import wire
+from sharednorm.config import MAX_GROUP_MEMBERS
 from sharednorm_server.calls import CallPool
 from sharednorm_server.config import ServerConfig, StartError, parse_devices
 from sharednorm_server.device.cpu import CpuDevice
-from sharednorm_server.listen import parse_endpoint
+from sharednorm_server.direct import DirectServer
+from sharednorm_server.group_calls import GroupCalls
+from sharednorm_server.listen import MAX_SOCKET_PATH_BYTES, UnixEndpoint, parse_endpoint
 from sharednorm_server.placement import Placement
+from sharednorm_server.regions import AVAILABLE, SharedMemory
 from sharednorm_server.service import LayerService
 from sharednorm_server.servicer import SERVICE_NAME, Limits, Servicer
 from sharednorm_server.store import Store
 from sharednorm_server.store.memory import MemoryStore
+from sharednorm_server.synchronization import Synchronizer
 
 # A message beside its tensor: names and shapes, and 20 bytes a map of moments and scale, or 24 of a whole state.
 _HEADER_ROOM = 4 << 20
 
 # Health and reflection have threads of their own, and answer also when every worker is busy.
 _SIDE_WORKERS = 4
+
+# The socket for direct connections stands beside gRPC's.
+_DIRECT_SUFFIX = ".direct"
 
 # How long new calls are refused with a typed error before gRPC closes its connections.
 _CLOSING_SECONDS = 0.2
@@ -51,16 +60,20 @@ class RunningServer:
         address: str,
         service: LayerService,
         grpc_server: grpc.Server,
-        pool: CallPool,
+        pools: Sequence[CallPool],
+        groups: Synchronizer,
         status: health.HealthServicer,
+        direct: DirectServer,
     ) -> None:
         info = service.info
         self.address = address
         self.banner = f"sharednorm {info.version} listening on {address}, device {info.device}, state {info.store}"
         self._service = service
         self._grpc_server = grpc_server
-        self._pool = pool
+        self._pools = pools
+        self._groups = groups
         self._status = status
+        self._direct = direct
         self._stopping = threading.Lock()
         self._result: bool | None = None
 
@@ -99,14 +112,19 @@ class RunningServer:
         self._status.enter_graceful_shutdown()
         # New calls are refused with a typed error first. What arrives while gRPC closes its connections
         # ends as "cancelled", without a reason, so that clients get a moment to hear of it before that.
-        self._pool.close()
+        for pool in self._pools:
+            pool.close()
+        self._groups.close()
         time.sleep(min(_CLOSING_SECONDS, grace))
         self._grpc_server.stop(grace)
-        ended = self._pool.wait_idle(end - time.monotonic())
+        left = [pool for pool in self._pools if not pool.wait_idle(end - time.monotonic())]
+        ended = not left
         if not ended:
             _log.warning("calls were still running after %g s and have been cut off", grace)
         self._grpc_server.stop(min(_WATCHERS_GRACE, max(0.0, end - time.monotonic()))).wait()
-        self._pool.shutdown(wait=False)
+        self._direct.close()
+        for pool in self._pools:
+            pool.shutdown(wait=False)
         if ended:  # a call that was cut off may still compute
             self._service.close()
         return ended
@@ -123,7 +141,7 @@ def start(config: ServerConfig) -> RunningServer:
     _require_private(config)
     store, placement = _open_store(config), _open_devices(config)
     placement.warm_up()
-    return serve(config, LayerService(store, placement, config.saved_input_bytes))
+    return serve(config, LayerService(store, placement, config.saved_input_bytes, config.in_flight_bytes))
 
 
 def serve(config: ServerConfig, service: LayerService) -> RunningServer:
@@ -134,17 +152,25 @@ def serve(config: ServerConfig, service: LayerService) -> RunningServer:
         StartError: The address cannot be listened on.
     """
     _require_private(config)
-    pool = CallPool(config.workers)
+    pool, waiting = CallPool(config.workers), CallPool(MAX_GROUP_MEMBERS)
+    groups = Synchronizer(service)
     grpc_server = grpc.server(ThreadPoolExecutor(_SIDE_WORKERS, thread_name_prefix="side"), options=_options())
-    grpc_server.add_generic_rpc_handlers([Servicer(service, Limits(config.max_tensor_bytes)).handlers(pool)])
+    servicer = Servicer(service, GroupCalls(service, groups), Limits(config.max_tensor_bytes))
+    grpc_server.add_generic_rpc_handlers([servicer.handlers(pool, waiting)])
     status = health.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(status, grpc_server)
     reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), grpc_server)
     address = parse_endpoint(config.listen).bind(grpc_server.add_insecure_port)
+    memory = None
+    if AVAILABLE and config.shared_memory_bytes:
+        memory = SharedMemory(config.session_memory_bytes, config.shared_memory_bytes, service.forget_keeper)
+    direct = DirectServer(servicer, pool, config.workers, memory)
+    if config.direct_port is not None:
+        _listen_directly(direct, config.listen, config.direct_port)
     grpc_server.start()
     for name in ("", SERVICE_NAME):
         status.set(name, health_pb2.HealthCheckResponse.SERVING)
-    return RunningServer(address, service, grpc_server, pool, status)
+    return RunningServer(address, service, grpc_server, (pool, waiting), groups, status, direct)
 
 
 def _require_private(config: ServerConfig) -> None:
@@ -153,6 +179,18 @@ def _require_private(config: ServerConfig) -> None:
             f"{config.listen} can be reached by other machines, and this release has no encryption: listen on "
             "127.0.0.1 or a unix socket, or pass --insecure if the network is trusted"
         )
+
+
+def _listen_directly(direct: DirectServer, listen: str, port: int) -> None:
+    endpoint = parse_endpoint(listen)
+    if not isinstance(endpoint, UnixEndpoint):
+        direct.listen_tcp(endpoint.host, port)
+        return
+    path = endpoint.path.with_name(endpoint.path.name + _DIRECT_SUFFIX)
+    if len(os.fsencode(path)) > MAX_SOCKET_PATH_BYTES:
+        _log.warning("no direct connections: the path of their socket would be too long (shorten %s)", listen)
+        return
+    direct.listen_unix(path)
 
 
 def _open_devices(config: ServerConfig) -> Placement:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import fields, replace
 from typing import TypeVar
 
@@ -25,16 +26,20 @@ from sharednorm.errors import (
 )
 from sharednorm.state import (
     LayerState,
+    Moments,
     StateUpdate,
     accumulate_gradients,
     initial_state,
+    merge_delta,
     require_initialized,
+    require_two_values,
     step,
     update_params,
     updated,
 )
+from sharednorm_server.budget import ByteBudget
 from sharednorm_server.checks import check_facts, require_same_config, require_same_tensor
-from sharednorm_server.device import Device, DeviceTensor, TrainedBatch
+from sharednorm_server.device import Device, DeviceTensor, Incoming, Output, TrainedBatch
 from sharednorm_server.layers import Layer, LayerRegistry
 from sharednorm_server.paging import name_of_token, page_size, token_of_name
 from sharednorm_server.placement import Placement
@@ -66,13 +71,17 @@ class LayerService:
         store: What remembers.
         placement: What computes.
         saved_input_bytes: Most bytes of inputs that are kept for backwards.
+        in_flight_bytes: Most bytes of tensors that arrive in parts, of all calls that run.
     """
 
-    def __init__(self, store: Store, placement: Placement, saved_input_bytes: int) -> None:
+    def __init__(
+        self, store: Store, placement: Placement, saved_input_bytes: int, in_flight_bytes: int = 8 << 30
+    ) -> None:
         self._store = store
         self._placement = placement
         self._layers = LayerRegistry(store)
         self._saved = SavedInputs(saved_input_bytes)
+        self._in_flight = ByteBudget("in_flight_bytes", in_flight_bytes)
 
     @property
     def info(self) -> ServiceInfo:
@@ -147,7 +156,7 @@ class LayerService:
     def delete_layer(self, key: LayerKey) -> None:
         """Forget a layer, and the inputs kept for it."""
         deleted = self._layers.delete(key)
-        self._saved.release_if(lambda layer: layer is deleted)
+        self._saved.release_if(lambda entry: entry.layer is deleted)
 
     def set_train(self, key: LayerKey, train: bool) -> LayerRecord:
         """Set the mode of calls that choose none; return the layer."""
@@ -176,7 +185,20 @@ class LayerService:
         return self._change_state(key, change)
 
     def _change_state(self, key: LayerKey, change: Callable[[LayerRecord], LayerState]) -> LayerRecord:
-        return self._layers.find(key).change(lambda record: replace(record, state=change(record)))
+        return self._layers.find(key).change(lambda record: record.with_state(change(record)))
+
+    def admitted(self, nbytes: int) -> AbstractContextManager[None]:
+        """Admit a call whose tensors arrive in parts, for as long as it needs them.
+
+        Raises:
+            ServerBusy: There is no room now.
+            LimitExceeded: There never is.
+        """
+        return self._in_flight.admitted(nbytes)
+
+    def forget_keeper(self, keeper: str) -> None:
+        """Drop the inputs that must not outlive somebody."""
+        self._saved.release_if(lambda entry: entry.keeper == keeper)
 
     # --- Forward ------------------------------------------------------------------------------------
 
@@ -184,13 +206,21 @@ class LayerService:
         """Raise what `forward` would raise for any input of that shape."""
         self._forward_layer(call, shape)
 
-    def forward(self, call: ForwardCall, x: Array, wanted: Wanted = always) -> ForwardAnswer:
+    def receive_forward(self, call: ForwardCall, shape: tuple[int, ...], dtype_name: str) -> Incoming:
+        """Make room for the input of a forward that arrives in parts; raises what `check_forward` raises."""
+        layer, train = self._forward_layer(call, shape)
+        return self._compute(layer, lambda device: device.receive(shape, dtype_name, train=train))
+
+    def forward(
+        self, call: ForwardCall, x: Array | DeviceTensor, wanted: Wanted = always, out: Array | None = None
+    ) -> ForwardAnswer:
         """Normalize a tensor; in training, take it into the layer's statistics.
 
         Args:
             call: What to do.
-            x: The input, which nobody writes to any more.
+            x: The input, which nobody writes to any more; or what `receive_forward` gave, filled and finished.
             wanted: Asked before a step is applied.
+            out: Where the output has to be, if it is asked for as a whole.
 
         Raises:
             InvalidShape, UnsupportedDType, TooFewValues: The layer takes no such input.
@@ -199,8 +229,8 @@ class LayerService:
             CallCancelled: Nobody waits for the step any more.
         """
         layer, train = self._forward_layer(call, x.shape)
-        tensor = self._compute(layer, lambda device: device.load(x))
-        return self._step(layer, call, tensor, wanted) if train else self._evaluate(layer, call, tensor)
+        tensor = self._load(layer, x)
+        return self._step(layer, call, tensor, wanted, out) if train else self._evaluate(layer, call, tensor, out)
 
     def _compute(self, layer: Layer, compute: Callable[[Device], T]) -> T:
         """Compute on a layer's device; if that has no room, once more without the inputs that are kept there."""
@@ -209,7 +239,7 @@ class LayerService:
             return compute(device)
         except DeviceOutOfMemory:
             pass  # out of this block the error is gone, and with it what its frames hold of the device
-        self._saved.release_if(lambda other: self._placement.of(other.key) is device)
+        self._saved.release_if(lambda entry: self._placement.of(entry.layer.key) is device)
         return compute(device)
 
     def _forward_layer(self, call: ForwardCall, shape: tuple[int, ...]) -> tuple[Layer, bool]:
@@ -220,17 +250,19 @@ class LayerService:
         require_initialized(record.state, str(call.key))
         return layer, train
 
-    def _evaluate(self, layer: Layer, call: ForwardCall, x: DeviceTensor) -> ForwardAnswer:
+    def _evaluate(self, layer: Layer, call: ForwardCall, x: DeviceTensor, out: Array | None) -> ForwardAnswer:
         record = layer.record
-        output = self._compute(layer, lambda device: device.evaluate(x, record.state, record.config))
+        output = self._compute(layer, lambda device: device.evaluate(x, record.state, record.config, out))
         self._release(layer, call)
         return ForwardAnswer(output, False, record.state.version, record.state.num_of_props)
 
-    def _step(self, layer: Layer, call: ForwardCall, x: DeviceTensor, wanted: Wanted) -> ForwardAnswer:
+    def _step(
+        self, layer: Layer, call: ForwardCall, x: DeviceTensor, wanted: Wanted, out: Array | None
+    ) -> ForwardAnswer:
         record = layer.record
         config = record.config
         first = used = record.state
-        trained = self._compute(layer, lambda device: device.forward(x, first, config))
+        trained = self._compute(layer, lambda device: device.forward(x, first, config, out))
         attempt = 0
         while True:
             with layer.exclusive() as record:
@@ -239,19 +271,19 @@ class LayerService:
                 if not _same_statistics(first, record.state):
                     trained = replace(trained, statistics=None)  # another step came first
                 if not _same_parameters(used, record.state) and attempt >= _PATIENCE:
-                    used, trained = record.state, self._with_parameters(layer, record, x, trained)
+                    used, trained = record.state, self._with_parameters(layer, record, x, trained, out)
                 if _same_parameters(used, record.state):
                     return self._commit_step(layer, record, call, x, trained, wanted)
-            used, trained = record.state, self._with_parameters(layer, record, x, trained)
+            used, trained = record.state, self._with_parameters(layer, record, x, trained, out)
             attempt += 1
-        return self._evaluate(layer, call, x)
+        return self._evaluate(layer, call, x, out)
 
     def _with_parameters(
-        self, layer: Layer, record: LayerRecord, x: DeviceTensor, trained: TrainedBatch
+        self, layer: Layer, record: LayerRecord, x: DeviceTensor, trained: TrainedBatch, out: Array | None
     ) -> TrainedBatch:
         """Make the output of a training forward again, with the parameters that the layer has now."""
-        output = self._compute(
-            layer, lambda device: device.normalize_batch(x, trained.moments, record.state, record.config)
+        output: Output = self._compute(
+            layer, lambda device: device.normalize_batch(x, trained.moments, record.state, record.config, out)
         )
         return replace(trained, output=output)
 
@@ -268,14 +300,57 @@ class LayerService:
         output, batch = trained.output, trained.moments
         state = step(record.state, record.config, batch, trained.statistics)
         _require_wanted(wanted)
-        layer.commit(replace(record, state=state))
+        layer.commit(record.with_state(state))
         self._release(layer, call)  # before the next one is kept: their handle needs room for one only
-        token = self._saved.put(SavedInput(layer, x, batch, state.scale)) if call.keep_input else ""
+        token = self._saved.put(SavedInput(layer, x, batch, state.scale, call.keeper)) if call.keep_input else ""
         return ForwardAnswer(output, True, state.version, state.num_of_props, token, batch, state.scale)
 
     def _release(self, layer: Layer, call: ForwardCall) -> None:
         if call.release_input:
             self._saved.release(call.release_input, layer)
+
+    def push_moments(
+        self, key: LayerKey, train: bool | None, batch: Moments, wanted: Wanted = always
+    ) -> tuple[LayerRecord, bool]:
+        """Take a step whose tensor somebody else normalizes; return the layer after it, and whether it was one.
+
+        It is none if the layer's default, where `train` is None, is to evaluate; then nothing has changed.
+
+        Raises:
+            TooFewValues: The batch has one value a map.
+            LayerEmpty: The layer has no state yet.
+            NonFiniteInput: The moments are not finite, and the layer refuses that.
+            CallCancelled: Nobody waits for the step any more.
+        """
+        layer = self._layers.find(key)
+        with layer.exclusive() as record:
+            require_initialized(record.state, str(key))
+            if not (record.train if train is None else train):
+                return record, False
+            require_two_values(batch)
+            stepped = record.with_state(step(record.state, record.config, batch))
+            _require_wanted(wanted)
+            layer.commit(stepped)
+            return stepped, True
+
+    def merge_statistics(self, key: LayerKey, delta: bytes, batch: Moments) -> tuple[LayerRecord, bool]:
+        """Take statistics that were gathered elsewhere into a layer's; return it, and whether that was not done before.
+
+        Raises:
+            InvalidConfiguration: The layer's statistics are frozen, or the name is not one.
+            TooFewValues: There is one value a map.
+            LayerEmpty: The layer has no state yet.
+            NonFiniteInput: The moments are not finite, and the layer refuses that.
+        """
+        layer = self._layers.find(key)
+        with layer.exclusive() as record:
+            require_initialized(record.state, str(key))
+            state = merge_delta(record.state, record.config, delta, batch)
+            if state is record.state:
+                return record, False
+            merged = record.with_state(state)
+            layer.commit(merged)
+            return merged, True
 
     # --- Backward -----------------------------------------------------------------------------------
 
@@ -284,8 +359,28 @@ class LayerService:
         layer = self._layers.find(call.key)
         self._check_backward(layer, call, shape, dtype_name)
 
+    def receive_gradient(self, call: BackwardCall, shape: tuple[int, ...], dtype_name: str) -> Incoming:
+        """Make room for a gradient that arrives in parts; raises what `check_backward` raises."""
+        layer = self._layers.find(call.key)
+        saved = self._check_backward(layer, call, shape, dtype_name)
+        if saved is None:
+            return self._compute(layer, lambda device: device.receive(shape, dtype_name, train=False))
+        return self._compute(layer, lambda device: device.receive_gradient(saved.x, saved.moments))
+
+    def receive_input(self, call: BackwardCall, grad: DeviceTensor) -> Incoming:
+        """Make room for a forward's input that arrives behind its gradient, which is here."""
+        layer, facts = self._layers.find(call.key), call.forward
+        if facts is None:
+            raise MalformedMessage("an input is sent again without saved_forward")
+        return self._compute(layer, lambda device: device.receive_input(grad, facts.moments))
+
     def backward(
-        self, call: BackwardCall, grad: Array, x: Array | None = None, wanted: Wanted = always
+        self,
+        call: BackwardCall,
+        grad: Array | DeviceTensor,
+        x: Array | DeviceTensor | None = None,
+        wanted: Wanted = always,
+        out: Array | None = None,
     ) -> BackwardAnswer:
         """Return the gradients of one training forward, and add those of scale and bias to the layer's.
 
@@ -293,9 +388,11 @@ class LayerService:
 
         Args:
             call: What to do.
-            grad: Gradient with respect to the output, shape and element type of the input.
-            x: The input, if `call.forward` is there.
+            grad: Gradient with respect to the output, shape and element type of the input; or what `receive_gradient`
+                gave, filled and finished.
+            x: The input, if `call.forward` is there; or what `receive_input` gave, filled and finished.
             wanted: Asked before gradients are added.
+            out: Where the gradient of the input has to be, if it is asked for as a whole.
 
         Raises:
             InputEvicted: The forward's input is not kept any more.
@@ -306,20 +403,41 @@ class LayerService:
             CallCancelled: Nobody waits for the gradients any more.
         """
         layer = self._layers.find(call.key)
-        saved = self._check_backward(layer, call, grad.shape, check_dtype(grad.dtype))
+        dtype_name = check_dtype(grad.dtype) if isinstance(grad, np.ndarray) else grad.dtype_name
+        saved = self._check_backward(layer, call, grad.shape, dtype_name)
         if saved is None:
             saved = self._sent_again(layer, call, x)
         config = layer.record.config
-        kept = saved
-        input_grad, scale_grad, bias_grad = self._compute(
+        kept, upper = saved, self._load(layer, grad)
+        gradients = self._compute(
             layer,
-            lambda device: device.backward(kept.x, grad, kept.moments, kept.scale, config, input_grad=call.input_grad),
+            lambda device: device.backward(
+                kept.x, upper, kept.moments, kept.scale, config, input_grad=call.input_grad, out=out
+            ),
         )
         if not config.affine:
-            return BackwardAnswer(input_grad, None, None)
+            return BackwardAnswer(gradients.input, None, None)
         if call.param_grads:
+            self._accumulate(layer, call, gradients.scale, gradients.bias, wanted)
+        return BackwardAnswer(gradients.input, gradients.scale, gradients.bias)
+
+    def _load(self, layer: Layer, x: Array | DeviceTensor) -> DeviceTensor:
+        if isinstance(x, np.ndarray):
+            return self._compute(layer, lambda device: device.load(x))
+        return x
+
+    def push_gradients(
+        self, call: BackwardCall, scale_grad: Vector, bias_grad: Vector, wanted: Wanted = always
+    ) -> None:
+        """Add gradients of scale and bias that somebody else has computed; not affine: nothing.
+
+        Raises:
+            InvalidConfiguration: `scale` or `momentum` of the call is not finite.
+            CallCancelled: Nobody waits for that any more.
+        """
+        layer = self._layers.find(call.key)
+        if layer.record.config.affine:
             self._accumulate(layer, call, scale_grad, bias_grad, wanted)
-        return BackwardAnswer(input_grad, scale_grad, bias_grad)
 
     def _check_backward(
         self, layer: Layer, call: BackwardCall, shape: tuple[int, ...], dtype_name: str
@@ -339,11 +457,11 @@ class LayerService:
         require_same_tensor(saved.x.shape, saved.x.dtype_name, shape, dtype_name)
         return saved
 
-    def _sent_again(self, layer: Layer, call: BackwardCall, x: Array | None) -> SavedInput:
+    def _sent_again(self, layer: Layer, call: BackwardCall, x: Array | DeviceTensor | None) -> SavedInput:
         facts = call.forward
-        if facts is None or x is None or (x.shape, check_dtype(x.dtype)) != (facts.shape, facts.dtype_name):
+        tensor = None if x is None else self._load(layer, x)
+        if facts is None or tensor is None or (tensor.shape, tensor.dtype_name) != (facts.shape, facts.dtype_name):
             raise MalformedMessage("saved_forward needs the forward's input beside it, of the type and shape it says")
-        tensor = self._compute(layer, lambda device: device.load(x))
         return SavedInput(layer, tensor, facts.moments, facts.scale)
 
     def _accumulate(
@@ -352,7 +470,7 @@ class LayerService:
         def change(record: LayerRecord) -> LayerRecord:
             state = accumulate_gradients(record.state, scale_grad, bias_grad, scale=call.scale, momentum=call.momentum)
             _require_wanted(wanted)
-            return replace(record, state=state)
+            return record.with_state(state)
 
         layer.change(change)
 

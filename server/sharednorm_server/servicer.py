@@ -6,17 +6,20 @@ Every method takes bytes and gives bytes; `wire` has the tensors, `convert` ever
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError, Message
 
 from sharednorm import convert, wire
-from sharednorm.config import Array, NonFinitePolicy, check_namespace
-from sharednorm.errors import MalformedMessage
+from sharednorm.config import NonFinitePolicy, check_namespace
+from sharednorm.errors import InvalidConfiguration, MalformedMessage
 from sharednorm.v1 import layer_pb2, service_pb2
+from sharednorm_server.batches import get_many_stats, push_many
 from sharednorm_server.calls import CallPool, Stream, StreamCall, Unary, UnaryCall, method_handler
+from sharednorm_server.group_calls import GroupCalls
 from sharednorm_server.requests import (
     BackwardAnswer,
     BackwardCall,
@@ -28,6 +31,8 @@ from sharednorm_server.requests import (
     Wanted,
 )
 from sharednorm_server.service import LayerService
+from sharednorm_server.tensors import Output
+from sharednorm_server.transfers import Arriving, Here, InChunks, InMessage
 
 SERVICE_NAME = service_pb2.DESCRIPTOR.services_by_name["BatchNormService"].full_name
 
@@ -49,6 +54,17 @@ class Limits:
     chunk_bytes: int = wire.DEFAULT_CHUNK_BYTES
 
 
+T = TypeVar("T", bound=Message)
+
+
+@dataclass(frozen=True)
+class Answer(Generic[T]):
+    """What a call with tensors gives: the answer without its data, and the tensor that is its data."""
+
+    response: T
+    output: Output | None
+
+
 @dataclass(frozen=True)
 class _BackwardPlan:
     # A backward's header, and the tensors that its data holds: the gradient, and perhaps the input.
@@ -57,14 +73,12 @@ class _BackwardPlan:
     x: wire.TensorLayout | None
 
     @property
-    def nbytes(self) -> int:
-        return self.grad.nbytes + (self.x.nbytes if self.x else 0)
+    def layouts(self) -> list[wire.TensorLayout]:
+        return [self.grad] if self.x is None else [self.grad, self.x]
 
-    def tensors(self, data: memoryview) -> tuple[Array, Array | None]:
-        if data.nbytes != self.nbytes:
-            raise MalformedMessage(f"the message carries {data.nbytes} bytes of data (expected: {self.nbytes})")
-        grad = wire.as_array(self.grad, data[: self.grad.nbytes])
-        return grad, wire.as_array(self.x, data[self.grad.nbytes :]) if self.x else None
+    @property
+    def nbytes(self) -> int:
+        return sum(layout.nbytes for layout in self.layouts)
 
 
 class Servicer:
@@ -72,30 +86,50 @@ class Servicer:
 
     Args:
         service: What the requests mean.
+        groups: The methods of groups.
         limits: What is accepted.
     """
 
-    def __init__(self, service: LayerService, limits: Limits) -> None:
+    def __init__(self, service: LayerService, groups: GroupCalls, limits: Limits) -> None:
         self._service = service
+        self.groups = groups
         self._limits = limits
+        self._direct: service_pb2.DirectEndpoint | None = None
 
-    def handlers(self, pool: CallPool) -> grpc.GenericRpcHandler:
-        """Return the methods for a gRPC server; they run on the threads of a pool."""
+    def offer_direct(self, port: int, socket: str, instance: bytes, shared_memory: bool) -> None:
+        """Have clients told of direct connections from now on."""
+        self._direct = service_pb2.DirectEndpoint(
+            port=port, socket=socket, instance=instance, shared_memory=shared_memory
+        )
+
+    def handlers(self, pool: CallPool, waiting: CallPool) -> grpc.GenericRpcHandler:
+        """Return the methods for a gRPC server; they run on the threads of a pool, those of groups on another's.
+
+        For the members of a group wait for each other, and would else wait for a thread that one of them has.
+        """
         unary: dict[str, Unary] = {
             "GetServerInfo": _plain(service_pb2.GetServerInfoRequest, self._get_server_info),
             "CreateLayer": _plain(service_pb2.CreateLayerRequest, self._create_layer),
             "GetLayer": _plain(service_pb2.GetLayerRequest, self._get_layer),
             "ListLayers": _plain(service_pb2.ListLayersRequest, self._list_layers),
             "DeleteLayer": _plain(service_pb2.DeleteLayerRequest, self._delete_layer),
-            "Forward": self._forward,
-            "Backward": self._backward,
+            "Forward": self._forward_message,
+            "Backward": self._backward_message,
+            "PushMoments": self._push_moments_message,
+            "PushGradients": self._push_gradients_message,
+            "PushMany": self._push_many_message,
+            "GetManyStats": _plain(service_pb2.GetManyStatsRequest, self.get_many_stats),
             "GetStats": _plain(service_pb2.GetStatsRequest, self._get_stats),
             "SetTrain": _plain(service_pb2.SetTrainRequest, self._set_train),
             "SetState": _plain(service_pb2.SetStateRequest, self._set_state),
+            "MergeStatistics": _plain(service_pb2.MergeStatisticsRequest, self._merge_statistics),
             "UpdateParams": _plain(service_pb2.UpdateParamsRequest, self._update_params),
         }
         streams: dict[str, Stream] = {"ForwardStream": self._forward_stream, "BackwardStream": self._backward_stream}
         handlers = {name: method_handler(UnaryCall(name, behaviour, pool)) for name, behaviour in unary.items()}
+        handlers |= {
+            name: method_handler(UnaryCall(name, behaviour, waiting)) for name, behaviour in self.groups.unary().items()
+        }
         handlers |= {name: method_handler(StreamCall(name, behaviour, pool)) for name, behaviour in streams.items()}
         return grpc.method_handlers_generic_handler(SERVICE_NAME, handlers)
 
@@ -111,6 +145,7 @@ class Servicer:
             max_unary_bytes=self._limits.max_unary_bytes,
             max_tensor_bytes=self._limits.max_tensor_bytes,
             chunk_bytes=self._limits.chunk_bytes,
+            direct=self._direct,
         )
 
     def _create_layer(self, request: service_pb2.CreateLayerRequest) -> service_pb2.CreateLayerResponse:
@@ -138,8 +173,14 @@ class Servicer:
 
     def _get_stats(self, request: service_pb2.GetStatsRequest) -> service_pb2.GetStatsResponse:
         record = self._service.get_layer(_key(request.ref))
+        if request.unless_tag == record.tag:
+            return service_pb2.GetStatsResponse(layer=_layer(record), tag=record.tag, unchanged=True)
         state = convert.state_to_proto(record.state, request.include_gradients)
-        return service_pb2.GetStatsResponse(layer=_layer(record), state=state)
+        return service_pb2.GetStatsResponse(layer=_layer(record), state=state, tag=record.tag)
+
+    def get_many_stats(self, request: service_pb2.GetManyStatsRequest) -> service_pb2.GetManyStatsResponse:
+        """Read many layers, each of a moment of its own."""
+        return get_many_stats(request, lambda ref: self._service.get_layer(_key(ref)).config.maps, self._get_stats)
 
     def _set_train(self, request: service_pb2.SetTrainRequest) -> service_pb2.SetTrainResponse:
         return service_pb2.SetTrainResponse(layer=_layer(self._service.set_train(_key(request.ref), request.train)))
@@ -148,50 +189,146 @@ class Servicer:
         record = self._service.set_state(_key(request.ref), convert.update_from_proto(request.state))
         return service_pb2.SetStateResponse(layer=_layer(record))
 
+    def _merge_statistics(self, request: service_pb2.MergeStatisticsRequest) -> service_pb2.MergeStatisticsResponse:
+        key = _key(request.ref)
+        maps = self._service.get_layer(key).config.maps
+        moments = convert.moments_from_proto(request.moments, maps, allow_nonfinite=True)
+        record, merged = self._service.merge_statistics(key, request.delta, moments)
+        return service_pb2.MergeStatisticsResponse(layer=_layer(record), merged=merged)
+
     def _update_params(self, request: service_pb2.UpdateParamsRequest) -> service_pb2.UpdateParamsResponse:
         record = self._service.update_params(_key(request.ref), request.learn_rate)
         return service_pb2.UpdateParamsResponse(layer=_layer(record))
 
-    # --- Forward ------------------------------------------------------------------------------------
+    # --- Forward and backward -------------------------------------------------------------------------
 
-    def _forward(self, buffer: bytes, wanted: Wanted) -> bytes:
-        request, data = wire.decode(service_pb2.ForwardRequest, buffer)
-        layout = wire.layout_of(request.input, self._limits.max_unary_bytes, limit="max_unary_bytes")
-        call = _forward_call(request)
+    def forward(
+        self, request: service_pb2.ForwardRequest, tensors: Here | Arriving, wanted: Wanted
+    ) -> Answer[service_pb2.ForwardResponse]:
+        """Do a forward: the request without its data, and the tensor that belongs to it."""
+        layout = wire.layout_of(request.input, self._most(tensors), limit=_limit(tensors))
+        call = _forward_call(request, tensors.keeper)
         self._service.check_forward(call, layout.shape)
-        answer = self._service.forward(call, wire.as_array(layout, data), wanted)
-        return wire.encode(_forward_response(answer), wire.payload(answer.output))
+        if isinstance(tensors, Arriving):
+            tensors.hold(self._service.admitted(layout.nbytes))
+            incoming = self._service.receive_forward(call, layout.shape, layout.dtype_name)
+            tensors.begin(layout.nbytes)
+            tensors.fill(incoming)
+            answer = self._service.forward(call, incoming.finish(), wanted)
+        else:
+            out = tensors.out(layout, over_input=call.train is False)
+            (x,) = tensors.arrays([layout])
+            answer = self._service.forward(call, x, wanted, out)
+        return Answer(_forward_response(answer), answer.output)
+
+    def backward(
+        self, request: service_pb2.BackwardRequest, tensors: Here | Arriving, wanted: Wanted
+    ) -> Answer[service_pb2.BackwardResponse]:
+        """Do a backward: the request without its data, and the tensors that belong to it."""
+        plan = self._backward_plan(request, self._most(tensors), _limit(tensors))
+        call, shape, dtype_name = plan.call, plan.grad.shape, plan.grad.dtype_name
+        self._service.check_backward(call, shape, dtype_name)
+        if isinstance(tensors, Arriving):
+            tensors.hold(self._service.admitted(plan.nbytes))
+            incoming = self._service.receive_gradient(call, shape, dtype_name)
+            tensors.begin(plan.nbytes)
+            tensors.fill(incoming)
+            grad, x = incoming.finish(), None
+            if plan.x is not None:
+                incoming = self._service.receive_input(call, grad)
+                tensors.fill(incoming)
+                x = incoming.finish()
+            answer = self._service.backward(call, grad, x, wanted)
+        else:
+            out = tensors.out(plan.grad, over_input=False) if call.input_grad else None
+            arrays = tensors.arrays(plan.layouts)
+            answer = self._service.backward(call, arrays[0], arrays[1] if plan.x else None, wanted, out)
+        return Answer(_backward_response(answer), answer.grad)
+
+    def push_moments(
+        self, request: service_pb2.PushMomentsRequest, wanted: Wanted
+    ) -> Answer[service_pb2.PushMomentsResponse]:
+        """Take a step whose tensor stays with its client."""
+        key, train = _key(request.ref), convert.mode_from_proto(request.mode)
+        if train is False:
+            raise InvalidConfiguration("PushMoments is for training (expected: mode train, or the layer's default)")
+        maps = self._service.get_layer(key).config.maps
+        # What is not finite is for the step to refuse, or to take.
+        batch = convert.moments_from_proto(request.moments, maps, allow_nonfinite=True)
+        record, trained = self._service.push_moments(key, train, batch, wanted)
+        state = record.state
+        vectors = ("scale", "bias") if trained else ("scale", "bias", "mean", "var")
+        return Answer(
+            service_pb2.PushMomentsResponse(
+                mode=convert.mode_to_proto(trained),
+                version=state.version,
+                num_of_props=state.num_of_props,
+                **{name: convert.vector_to_proto(getattr(state, name)) for name in vectors},
+            ),
+            None,
+        )
+
+    def push_many(self, request: service_pb2.PushManyRequest, wanted: Wanted) -> service_pb2.PushManyResponse:
+        """Take many steps whose tensors stay with their client, one after the other."""
+        return push_many(request, lambda each: self.push_moments(each, wanted).response)
+
+    def push_gradients(
+        self, request: service_pb2.PushGradientsRequest, wanted: Wanted
+    ) -> Answer[service_pb2.PushGradientsResponse]:
+        """Add gradients that a client has computed."""
+        key = _key(request.ref)
+        maps = self._service.get_layer(key).config.maps
+        call = BackwardCall(key, scale=request.scale if request.HasField("scale") else 1.0, momentum=request.momentum)
+        scale_grad, bias_grad = (
+            convert.vector_from_proto(vector, maps) for vector in (request.scale_grad, request.bias_grad)
+        )
+        self._service.push_gradients(call, scale_grad, bias_grad, wanted)
+        return Answer(service_pb2.PushGradientsResponse(), None)
+
+    def _push_moments_message(self, buffer: bytes, wanted: Wanted) -> bytes:
+        request = wire.parse(service_pb2.PushMomentsRequest, buffer)
+        return self.push_moments(request, wanted).response.SerializeToString()
+
+    def _push_many_message(self, buffer: bytes, wanted: Wanted) -> bytes:
+        return self.push_many(wire.parse(service_pb2.PushManyRequest, buffer), wanted).SerializeToString()
+
+    def _push_gradients_message(self, buffer: bytes, wanted: Wanted) -> bytes:
+        request = wire.parse(service_pb2.PushGradientsRequest, buffer)
+        return self.push_gradients(request, wanted).response.SerializeToString()
+
+    def _most(self, tensors: Here | Arriving) -> int:
+        return self._limits.max_unary_bytes if isinstance(tensors, InMessage) else self._limits.max_tensor_bytes
+
+    def _forward_message(self, buffer: bytes, wanted: Wanted) -> bytes:
+        request, data = wire.decode(service_pb2.ForwardRequest, buffer)
+        return _whole(self.forward(request, InMessage(data), wanted))
+
+    def _backward_message(self, buffer: bytes, wanted: Wanted) -> bytes:
+        request, data = wire.decode(service_pb2.BackwardRequest, buffer)
+        return _whole(self.backward(request, InMessage(data), wanted))
 
     def _forward_stream(self, messages: Iterator[bytes], wanted: Wanted) -> Iterator[bytes]:
         header = _header(service_pb2.ForwardStreamRequest, messages).header
-        layout = wire.layout_of(header.input, self._limits.max_tensor_bytes)
-        call = _forward_call(header)
-        self._service.check_forward(call, layout.shape)
-        data = _receive(service_pb2.ForwardStreamRequest, messages, layout.nbytes)
-        answer = self._service.forward(call, wire.as_array(layout, data), wanted)
-        yield service_pb2.ForwardStreamResponse(header=_forward_response(answer)).SerializeToString()
-        yield from self._chunks(answer.output)
-
-    # --- Backward -----------------------------------------------------------------------------------
-
-    def _backward(self, buffer: bytes, wanted: Wanted) -> bytes:
-        request, data = wire.decode(service_pb2.BackwardRequest, buffer)
-        plan = self._backward_plan(request, self._limits.max_unary_bytes, "max_unary_bytes")
-        self._service.check_backward(plan.call, plan.grad.shape, plan.grad.dtype_name)
-        grad, x = plan.tensors(data)
-        answer = self._service.backward(plan.call, grad, x, wanted)
-        payloads = [] if answer.grad is None else [wire.payload(answer.grad)]
-        return wire.encode(_backward_response(answer), *payloads)
+        with ExitStack() as until_sent:
+            chunks = InChunks(service_pb2.ForwardStreamRequest, messages)
+            answer = self.forward(header, Arriving(chunks.begin, chunks.fill, until_sent), wanted)
+            yield service_pb2.ForwardStreamResponse(header=answer.response).SerializeToString()
+            yield from self._chunks(answer)
 
     def _backward_stream(self, messages: Iterator[bytes], wanted: Wanted) -> Iterator[bytes]:
         header = _header(service_pb2.BackwardStreamRequest, messages).header
-        plan = self._backward_plan(header, self._limits.max_tensor_bytes, "max_tensor_bytes")
-        self._service.check_backward(plan.call, plan.grad.shape, plan.grad.dtype_name)
-        grad, x = plan.tensors(_receive(service_pb2.BackwardStreamRequest, messages, plan.nbytes))
-        answer = self._service.backward(plan.call, grad, x, wanted)
-        yield service_pb2.BackwardStreamResponse(header=_backward_response(answer)).SerializeToString()
-        if answer.grad is not None:
-            yield from self._chunks(answer.grad)
+        with ExitStack() as until_sent:
+            chunks = InChunks(service_pb2.BackwardStreamRequest, messages)
+            answer = self.backward(header, Arriving(chunks.begin, chunks.fill, until_sent), wanted)
+            yield service_pb2.BackwardStreamResponse(header=answer.response).SerializeToString()
+            yield from self._chunks(answer)
+
+    def _chunks(self, answer: Answer[T]) -> Iterator[bytes]:
+        if answer.output is not None:
+            offset = 0
+            for part in answer.output.parts(self._limits.chunk_bytes):
+                yield wire.encode_chunk(offset, part)
+                offset += part.nbytes
 
     def _backward_plan(self, request: service_pb2.BackwardRequest, max_bytes: int, limit: str) -> _BackwardPlan:
         key = _key(request.ref)
@@ -216,10 +353,6 @@ class Servicer:
         allow = config.nonfinite is NonFinitePolicy.ALLOW
         moments = convert.moments_from_proto(saved.moments, config.maps, allow_nonfinite=allow)
         return ForwardFacts(x.shape, x.dtype_name, moments, convert.vector_from_proto(saved.scale, config.maps))
-
-    def _chunks(self, tensor: Array) -> Iterator[bytes]:
-        for offset, chunk in wire.chunks([wire.payload(tensor)], self._limits.chunk_bytes):
-            yield wire.encode_chunk(offset, chunk)
 
 
 # --- Messages -------------------------------------------------------------------------------------------
@@ -250,14 +383,13 @@ def _header(cls: type[S], messages: Iterator[bytes]) -> S:
     return message
 
 
-def _receive(cls: type[S], messages: Iterator[bytes], nbytes: int) -> memoryview:
-    assembler = wire.Assembler(nbytes)
-    for buffer in messages:
-        message, chunk = wire.decode(cls, buffer)
-        if message.HasField("header"):
-            raise MalformedMessage("a stream has a second header (expected: chunks)")
-        assembler.add(message.offset, chunk)
-    return assembler.finish()
+def _limit(tensors: Here | Arriving) -> str:
+    return "max_unary_bytes" if isinstance(tensors, InMessage) else "max_tensor_bytes"
+
+
+def _whole(answer: Answer[T]) -> bytes:
+    payloads = [] if answer.output is None else [wire.payload(answer.output.array())]
+    return wire.encode(answer.response, *payloads)
 
 
 def _key(ref: layer_pb2.LayerRef) -> LayerKey:
@@ -272,17 +404,18 @@ def _layer(record: LayerRecord) -> layer_pb2.Layer:
         version=record.state.version,
         num_of_props=record.state.num_of_props,
         initialized=record.state.initialized,
+        stats_frozen=record.state.stats_frozen,
     )
 
 
-def _forward_call(request: service_pb2.ForwardRequest) -> ForwardCall:
+def _forward_call(request: service_pb2.ForwardRequest, keeper: str) -> ForwardCall:
     train = convert.mode_from_proto(request.mode)
-    return ForwardCall(_key(request.ref), train, request.keep_input, request.release_input)
+    return ForwardCall(_key(request.ref), train, request.keep_input, request.release_input, keeper)
 
 
 def _forward_response(answer: ForwardAnswer) -> service_pb2.ForwardResponse:
     return service_pb2.ForwardResponse(
-        output=wire.spec_of(answer.output),
+        output=wire.spec(answer.output.dtype_name, answer.output.shape),
         mode=convert.mode_to_proto(answer.train),
         version=answer.version,
         num_of_props=answer.num_of_props,
@@ -294,7 +427,7 @@ def _forward_response(answer: ForwardAnswer) -> service_pb2.ForwardResponse:
 
 def _backward_response(answer: BackwardAnswer) -> service_pb2.BackwardResponse:
     return service_pb2.BackwardResponse(
-        grad=None if answer.grad is None else wire.spec_of(answer.grad),
+        grad=None if answer.grad is None else wire.spec(answer.grad.dtype_name, answer.grad.shape),
         scale_grad=None if answer.scale_grad is None else convert.vector_to_proto(answer.scale_grad),
         bias_grad=None if answer.bias_grad is None else convert.vector_to_proto(answer.bias_grad),
     )

@@ -218,8 +218,11 @@ class LayerState(_message.Message):
     SCALE_GRAD_FIELD_NUMBER: _builtins.int
     BIAS_GRAD_FIELD_NUMBER: _builtins.int
     NUM_OF_PROPS_FIELD_NUMBER: _builtins.int
+    STATS_FROZEN_FIELD_NUMBER: _builtins.int
     num_of_props: _builtins.int
     """Steps that the running statistics have taken in: the n of the averaging factor, at most 2^53. Saved and restored."""
+    stats_frozen: _builtins.bool
+    """Whether training steps leave mean, var and num_of_props as they are. They still count in the version."""
     @_builtins.property
     def scale(self) -> _tensor_pb2.FloatVector:
         """Multiplier of the normalized value. C values."""
@@ -254,14 +257,20 @@ class LayerState(_message.Message):
         scale_grad: _tensor_pb2.FloatVector | None = ...,
         bias_grad: _tensor_pb2.FloatVector | None = ...,
         num_of_props: _builtins.int | None = ...,
+        stats_frozen: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_num_of_props", b"_num_of_props", "bias", b"bias", "bias_grad", b"bias_grad", "mean", b"mean", "num_of_props", b"num_of_props", "scale", b"scale", "scale_grad", b"scale_grad", "var", b"var"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_num_of_props", b"_num_of_props", "_stats_frozen", b"_stats_frozen", "bias", b"bias", "bias_grad", b"bias_grad", "mean", b"mean", "num_of_props", b"num_of_props", "scale", b"scale", "scale_grad", b"scale_grad", "stats_frozen", b"stats_frozen", "var", b"var"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_num_of_props", b"_num_of_props", "bias", b"bias", "bias_grad", b"bias_grad", "mean", b"mean", "num_of_props", b"num_of_props", "scale", b"scale", "scale_grad", b"scale_grad", "var", b"var"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_num_of_props", b"_num_of_props", "_stats_frozen", b"_stats_frozen", "bias", b"bias", "bias_grad", b"bias_grad", "mean", b"mean", "num_of_props", b"num_of_props", "scale", b"scale", "scale_grad", b"scale_grad", "stats_frozen", b"stats_frozen", "var", b"var"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__num_of_props: _TypeAlias = _typing.Literal["num_of_props"]  # noqa: Y015
     _WhichOneofArgType__num_of_props: _TypeAlias = _typing.Literal["_num_of_props", b"_num_of_props"]  # noqa: Y015
+    _WhichOneofReturnType__stats_frozen: _TypeAlias = _typing.Literal["stats_frozen"]  # noqa: Y015
+    _WhichOneofArgType__stats_frozen: _TypeAlias = _typing.Literal["_stats_frozen", b"_stats_frozen"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__num_of_props) -> _WhichOneofReturnType__num_of_props | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__stats_frozen) -> _WhichOneofReturnType__stats_frozen | None: ...
 
 Global___LayerState: _TypeAlias = LayerState  # noqa: Y015
 
@@ -277,6 +286,7 @@ class Layer(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     NUM_OF_PROPS_FIELD_NUMBER: _builtins.int
     INITIALIZED_FIELD_NUMBER: _builtins.int
+    STATS_FROZEN_FIELD_NUMBER: _builtins.int
     default_mode: Global___Mode.ValueType
     """The mode of calls that do not choose one."""
     version: _builtins.int
@@ -285,6 +295,8 @@ class Layer(_message.Message):
     """Steps that the running statistics have taken in."""
     initialized: _builtins.bool
     """False for a layer that was created empty and has not been given its state yet."""
+    stats_frozen: _builtins.bool
+    """Whether training steps leave the running statistics as they are."""
     @_builtins.property
     def ref(self) -> Global___LayerRef:
         """Its name."""
@@ -302,10 +314,11 @@ class Layer(_message.Message):
         version: _builtins.int = ...,
         num_of_props: _builtins.int = ...,
         initialized: _builtins.bool = ...,
+        stats_frozen: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "ref", b"ref"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "default_mode", b"default_mode", "initialized", b"initialized", "num_of_props", b"num_of_props", "ref", b"ref", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "default_mode", b"default_mode", "initialized", b"initialized", "num_of_props", b"num_of_props", "ref", b"ref", "stats_frozen", b"stats_frozen", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -106,6 +106,7 @@ class GetServerInfoResponse(_message.Message):
     MAX_UNARY_BYTES_FIELD_NUMBER: _builtins.int
     MAX_TENSOR_BYTES_FIELD_NUMBER: _builtins.int
     CHUNK_BYTES_FIELD_NUMBER: _builtins.int
+    DIRECT_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     """Release of the server, for example "0.1.0"."""
     protocol: _builtins.int
@@ -120,6 +121,10 @@ class GetServerInfoResponse(_message.Message):
     """Largest tensor that the streams accept, in bytes."""
     chunk_bytes: _builtins.int
     """Size of a chunk that the server likes best, in bytes."""
+    @_builtins.property
+    def direct(self) -> Global___DirectEndpoint:
+        """Where the server takes direct connections, which carry Forward and Backward beside gRPC; absent if it takes none."""
+
     def __init__(
         self,
         *,
@@ -130,14 +135,49 @@ class GetServerInfoResponse(_message.Message):
         max_unary_bytes: _builtins.int = ...,
         max_tensor_bytes: _builtins.int = ...,
         chunk_bytes: _builtins.int = ...,
+        direct: Global___DirectEndpoint | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["direct", b"direct"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk_bytes", b"chunk_bytes", "device", b"device", "max_tensor_bytes", b"max_tensor_bytes", "max_unary_bytes", b"max_unary_bytes", "protocol", b"protocol", "store", b"store", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk_bytes", b"chunk_bytes", "device", b"device", "direct", b"direct", "max_tensor_bytes", b"max_tensor_bytes", "max_unary_bytes", b"max_unary_bytes", "protocol", b"protocol", "store", b"store", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetServerInfoResponse: _TypeAlias = GetServerInfoResponse  # noqa: Y015
+
+@_typing.final
+class DirectEndpoint(_message.Message):
+    """Where a server takes direct connections. docs/protocol.md says what is spoken there."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PORT_FIELD_NUMBER: _builtins.int
+    SOCKET_FIELD_NUMBER: _builtins.int
+    INSTANCE_FIELD_NUMBER: _builtins.int
+    SHARED_MEMORY_FIELD_NUMBER: _builtins.int
+    port: _builtins.int
+    """TCP port, of the host that this call was made to; 0 if it is a unix socket."""
+    socket: _builtins.str
+    """Name of the unix socket, in the directory of the one that this call was made to."""
+    instance: _builtins.bytes
+    """16 bytes that a client names as it connects: another server refuses it then."""
+    shared_memory: _builtins.bool
+    """Whether it shares memory with clients that connect to the unix socket."""
+    def __init__(
+        self,
+        *,
+        port: _builtins.int = ...,
+        socket: _builtins.str = ...,
+        instance: _builtins.bytes = ...,
+        shared_memory: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["instance", b"instance", "port", b"port", "shared_memory", b"shared_memory", "socket", b"socket"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DirectEndpoint: _TypeAlias = DirectEndpoint  # noqa: Y015
 
 @_typing.final
 class CreateLayerRequest(_message.Message):
@@ -754,6 +794,568 @@ class BackwardStreamResponse(_message.Message):
 Global___BackwardStreamResponse: _TypeAlias = BackwardStreamResponse  # noqa: Y015
 
 @_typing.final
+class PushMomentsRequest(_message.Message):
+    """The moments of a batch that a client normalizes itself."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REF_FIELD_NUMBER: _builtins.int
+    MODE_FIELD_NUMBER: _builtins.int
+    MOMENTS_FIELD_NUMBER: _builtins.int
+    mode: _layer_pb2.Mode.ValueType
+    """Whether to train. MODE_EVAL: INVALID_ARGUMENT, INVALID_CONFIGURATION; GetStats has what evaluation needs."""
+    @_builtins.property
+    def ref(self) -> _layer_pb2.LayerRef:
+        """The layer."""
+
+    @_builtins.property
+    def moments(self) -> _tensor_pb2.Moments:
+        """Of the batch. A count of 1: INVALID_ARGUMENT, TOO_FEW_VALUES."""
+
+    def __init__(
+        self,
+        *,
+        ref: _layer_pb2.LayerRef | None = ...,
+        mode: _layer_pb2.Mode.ValueType = ...,
+        moments: _tensor_pb2.Moments | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["moments", b"moments", "ref", b"ref"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["mode", b"mode", "moments", b"moments", "ref", b"ref"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PushMomentsRequest: _TypeAlias = PushMomentsRequest  # noqa: Y015
+
+@_typing.final
+class PushMomentsResponse(_message.Message):
+    """What the client normalizes its batch with."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODE_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    NUM_OF_PROPS_FIELD_NUMBER: _builtins.int
+    SCALE_FIELD_NUMBER: _builtins.int
+    BIAS_FIELD_NUMBER: _builtins.int
+    MEAN_FIELD_NUMBER: _builtins.int
+    VAR_FIELD_NUMBER: _builtins.int
+    mode: _layer_pb2.Mode.ValueType
+    """What the call did: MODE_TRAIN, or MODE_EVAL if that is the layer's default and the call has chosen none; then
+    nothing has changed.
+    """
+    version: _builtins.int
+    """Version of the layer: after this step in training, as read in evaluation."""
+    num_of_props: _builtins.int
+    """Steps that the running statistics have taken in at that version."""
+    @_builtins.property
+    def scale(self) -> _tensor_pb2.FloatVector:
+        """The scale that this step uses."""
+
+    @_builtins.property
+    def bias(self) -> _tensor_pb2.FloatVector:
+        """The bias that this step uses."""
+
+    @_builtins.property
+    def mean(self) -> _tensor_pb2.FloatVector:
+        """Evaluation: the running mean."""
+
+    @_builtins.property
+    def var(self) -> _tensor_pb2.FloatVector:
+        """Evaluation: the running variance."""
+
+    def __init__(
+        self,
+        *,
+        mode: _layer_pb2.Mode.ValueType = ...,
+        version: _builtins.int = ...,
+        num_of_props: _builtins.int = ...,
+        scale: _tensor_pb2.FloatVector | None = ...,
+        bias: _tensor_pb2.FloatVector | None = ...,
+        mean: _tensor_pb2.FloatVector | None = ...,
+        var: _tensor_pb2.FloatVector | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["bias", b"bias", "mean", b"mean", "scale", b"scale", "var", b"var"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bias", b"bias", "mean", b"mean", "mode", b"mode", "num_of_props", b"num_of_props", "scale", b"scale", "var", b"var", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PushMomentsResponse: _TypeAlias = PushMomentsResponse  # noqa: Y015
+
+@_typing.final
+class PushManyRequest(_message.Message):
+    """Many steps."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PUSHES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def pushes(self) -> _containers.RepeatedCompositeFieldContainer[Global___PushMomentsRequest]:
+        """In the order in which they are taken. At most 1024, and at most 2^17 maps together; otherwise RESOURCE_EXHAUSTED,
+        LIMIT_EXCEEDED, and none is taken.
+        """
+
+    def __init__(
+        self,
+        *,
+        pushes: _abc.Iterable[Global___PushMomentsRequest] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["pushes", b"pushes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PushManyRequest: _TypeAlias = PushManyRequest  # noqa: Y015
+
+@_typing.final
+class PushManyResponse(_message.Message):
+    """What has come of many steps."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RESULTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___PushManyResult]:
+        """One for each push, in their order."""
+
+    def __init__(
+        self,
+        *,
+        results: _abc.Iterable[Global___PushManyResult] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["results", b"results"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PushManyResponse: _TypeAlias = PushManyResponse  # noqa: Y015
+
+@_typing.final
+class PushManyResult(_message.Message):
+    """What has come of one of many steps."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MOMENTS_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def moments(self) -> Global___PushMomentsResponse:
+        """The step was taken."""
+
+    @_builtins.property
+    def error(self) -> Global___ErrorDetail:
+        """It was not, and nothing has changed; nor do later pushes of this layer in the same call change anything, whose
+        reason is CANCELLED.
+        """
+
+    def __init__(
+        self,
+        *,
+        moments: Global___PushMomentsResponse | None = ...,
+        error: Global___ErrorDetail | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "moments", b"moments", "result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "moments", b"moments", "result", b"result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_result: _TypeAlias = _typing.Literal["moments", "error"]  # noqa: Y015
+    _WhichOneofArgType_result: _TypeAlias = _typing.Literal["result", b"result"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_result) -> _WhichOneofReturnType_result | None: ...
+
+Global___PushManyResult: _TypeAlias = PushManyResult  # noqa: Y015
+
+@_typing.final
+class PushGradientsRequest(_message.Message):
+    """Gradients of one forward that a client has differentiated itself."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REF_FIELD_NUMBER: _builtins.int
+    SCALE_GRAD_FIELD_NUMBER: _builtins.int
+    BIAS_GRAD_FIELD_NUMBER: _builtins.int
+    SCALE_FIELD_NUMBER: _builtins.int
+    MOMENTUM_FIELD_NUMBER: _builtins.int
+    scale: _builtins.float
+    """Multiplier of the new gradients, finite. Absent means 1."""
+    momentum: _builtins.float
+    """Multiplier of the old ones, finite: accumulated = scale * new + momentum * accumulated."""
+    @_builtins.property
+    def ref(self) -> _layer_pb2.LayerRef:
+        """The layer. One that is not affine has nothing to add to, and stays as it is."""
+
+    @_builtins.property
+    def scale_grad(self) -> _tensor_pb2.FloatVector:
+        """Gradient of the scale. C values."""
+
+    @_builtins.property
+    def bias_grad(self) -> _tensor_pb2.FloatVector:
+        """Gradient of the bias. C values."""
+
+    def __init__(
+        self,
+        *,
+        ref: _layer_pb2.LayerRef | None = ...,
+        scale_grad: _tensor_pb2.FloatVector | None = ...,
+        bias_grad: _tensor_pb2.FloatVector | None = ...,
+        scale: _builtins.float | None = ...,
+        momentum: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_scale", b"_scale", "bias_grad", b"bias_grad", "ref", b"ref", "scale", b"scale", "scale_grad", b"scale_grad"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_scale", b"_scale", "bias_grad", b"bias_grad", "momentum", b"momentum", "ref", b"ref", "scale", b"scale", "scale_grad", b"scale_grad"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__scale: _TypeAlias = _typing.Literal["scale"]  # noqa: Y015
+    _WhichOneofArgType__scale: _TypeAlias = _typing.Literal["_scale", b"_scale"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__scale) -> _WhichOneofReturnType__scale | None: ...
+
+Global___PushGradientsRequest: _TypeAlias = PushGradientsRequest  # noqa: Y015
+
+@_typing.final
+class PushGradientsResponse(_message.Message):
+    """The gradients are in."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PushGradientsResponse: _TypeAlias = PushGradientsResponse  # noqa: Y015
+
+@_typing.final
+class JoinGroupRequest(_message.Message):
+    """Asks to be a member of a group's next generation."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAMESPACE_FIELD_NUMBER: _builtins.int
+    GROUP_FIELD_NUMBER: _builtins.int
+    MEMBER_FIELD_NUMBER: _builtins.int
+    SIZE_FIELD_NUMBER: _builtins.int
+    MIN_MEMBERS_FIELD_NUMBER: _builtins.int
+    TIMEOUT_FIELD_NUMBER: _builtins.int
+    RANK_FIELD_NUMBER: _builtins.int
+    namespace: _builtins.str
+    """Namespace of the group, and of the layers that it steps; empty means "default"."""
+    group: _builtins.str
+    """Its name: 1 to 256 characters, as a layer's."""
+    member: _builtins.str
+    """The member's own name in the group, at least one character: the same when it comes back after a crash."""
+    size: _builtins.int
+    """Members of a whole generation, 1 to 1024. All members say the same, here and in the next two fields;
+    otherwise FAILED_PRECONDITION, GROUP_MISMATCH.
+    """
+    min_members: _builtins.int
+    """So many may go on when others are missing, 1 to size; size: none may be missing."""
+    timeout: _builtins.float
+    """Seconds that whoever is first waits for the last, in a join and in each step; above 0, at most 86400."""
+    rank: _builtins.int
+    """The rank that the member asks for, below size; absent: any."""
+    def __init__(
+        self,
+        *,
+        namespace: _builtins.str = ...,
+        group: _builtins.str = ...,
+        member: _builtins.str = ...,
+        size: _builtins.int = ...,
+        min_members: _builtins.int = ...,
+        timeout: _builtins.float = ...,
+        rank: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_rank", b"_rank", "rank", b"rank"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_rank", b"_rank", "group", b"group", "member", b"member", "min_members", b"min_members", "namespace", b"namespace", "rank", b"rank", "size", b"size", "timeout", b"timeout"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__rank: _TypeAlias = _typing.Literal["rank"]  # noqa: Y015
+    _WhichOneofArgType__rank: _TypeAlias = _typing.Literal["_rank", b"_rank"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__rank) -> _WhichOneofReturnType__rank | None: ...
+
+Global___JoinGroupRequest: _TypeAlias = JoinGroupRequest  # noqa: Y015
+
+@_typing.final
+class JoinGroupResponse(_message.Message):
+    """A generation has formed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TICKET_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
+    RANK_FIELD_NUMBER: _builtins.int
+    MEMBERS_FIELD_NUMBER: _builtins.int
+    ticket: _builtins.bytes
+    """What the calls of this member in this generation carry. Nobody else knows it."""
+    generation: _builtins.int
+    """Number of the generation, from 1."""
+    rank: _builtins.int
+    """The member's rank, from 0. Moments and sums are merged in the order of ranks."""
+    members: _builtins.int
+    """Members of the generation."""
+    def __init__(
+        self,
+        *,
+        ticket: _builtins.bytes = ...,
+        generation: _builtins.int = ...,
+        rank: _builtins.int = ...,
+        members: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "members", b"members", "rank", b"rank", "ticket", b"ticket"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___JoinGroupResponse: _TypeAlias = JoinGroupResponse  # noqa: Y015
+
+@_typing.final
+class SynchronizeMomentsRequest(_message.Message):
+    """One member's batch of a step."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REF_FIELD_NUMBER: _builtins.int
+    TICKET_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    MOMENTS_FIELD_NUMBER: _builtins.int
+    ticket: _builtins.bytes
+    """The member's. One that is not of the group's generation: FAILED_PRECONDITION, STALE_GENERATION; join again."""
+    step: _builtins.int
+    """Number of this member's step of this layer in this generation, from 1. The last one may be asked for again, with the
+    same content, and gets the same answer; otherwise FAILED_PRECONDITION, STEP_OUT_OF_ORDER. If the call fails with
+    metadata "group_step", the step is over for all members, and nothing was changed.
+    """
+    @_builtins.property
+    def ref(self) -> _layer_pb2.LayerRef:
+        """The layer."""
+
+    @_builtins.property
+    def moments(self) -> _tensor_pb2.Moments:
+        """Of the batch; count 0, without values, if it is empty."""
+
+    def __init__(
+        self,
+        *,
+        ref: _layer_pb2.LayerRef | None = ...,
+        ticket: _builtins.bytes = ...,
+        step: _builtins.int = ...,
+        moments: _tensor_pb2.Moments | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["moments", b"moments", "ref", b"ref"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["moments", b"moments", "ref", b"ref", "step", b"step", "ticket", b"ticket"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SynchronizeMomentsRequest: _TypeAlias = SynchronizeMomentsRequest  # noqa: Y015
+
+@_typing.final
+class SynchronizeMomentsResponse(_message.Message):
+    """The step, which was taken once for all members."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MOMENTS_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    NUM_OF_PROPS_FIELD_NUMBER: _builtins.int
+    SCALE_FIELD_NUMBER: _builtins.int
+    BIAS_FIELD_NUMBER: _builtins.int
+    RANKS_FIELD_NUMBER: _builtins.int
+    REPLAYED_FIELD_NUMBER: _builtins.int
+    WAITING_FIELD_NUMBER: _builtins.int
+    version: _builtins.int
+    """Version of the layer after the step."""
+    num_of_props: _builtins.int
+    """Steps that the running statistics have taken in at that version."""
+    replayed: _builtins.bool
+    """Whether the step had been taken before this call."""
+    waiting: _builtins.int
+    """How many wait to join the group, the same for all members of the step. They get in when those members join anew."""
+    @_builtins.property
+    def moments(self) -> _tensor_pb2.Moments:
+        """Of the union of the members' batches."""
+
+    @_builtins.property
+    def scale(self) -> _tensor_pb2.FloatVector:
+        """The scale that this step uses."""
+
+    @_builtins.property
+    def bias(self) -> _tensor_pb2.FloatVector:
+        """The bias that this step uses."""
+
+    @_builtins.property
+    def ranks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Whose batches are in the union, in ascending order."""
+
+    def __init__(
+        self,
+        *,
+        moments: _tensor_pb2.Moments | None = ...,
+        version: _builtins.int = ...,
+        num_of_props: _builtins.int = ...,
+        scale: _tensor_pb2.FloatVector | None = ...,
+        bias: _tensor_pb2.FloatVector | None = ...,
+        ranks: _abc.Iterable[_builtins.int] | None = ...,
+        replayed: _builtins.bool = ...,
+        waiting: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["bias", b"bias", "moments", b"moments", "scale", b"scale"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bias", b"bias", "moments", b"moments", "num_of_props", b"num_of_props", "ranks", b"ranks", "replayed", b"replayed", "scale", b"scale", "version", b"version", "waiting", b"waiting"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SynchronizeMomentsResponse: _TypeAlias = SynchronizeMomentsResponse  # noqa: Y015
+
+@_typing.final
+class SynchronizeGradientsRequest(_message.Message):
+    """One member's part of the backward of a step."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REF_FIELD_NUMBER: _builtins.int
+    TICKET_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    SUMS_FIELD_NUMBER: _builtins.int
+    MOMENTS_FIELD_NUMBER: _builtins.int
+    UPDATE_PARAM_GRADS_FIELD_NUMBER: _builtins.int
+    SCALE_FIELD_NUMBER: _builtins.int
+    MOMENTUM_FIELD_NUMBER: _builtins.int
+    ticket: _builtins.bytes
+    """The member's."""
+    step: _builtins.int
+    """Number of this member's backward of this layer in this generation, from 1; see SynchronizeMomentsRequest.step."""
+    update_param_grads: _builtins.bool
+    """Whether to add to the layer's gradients of scale and bias. Absent means true. All members say the same, here and in
+    the next two fields; otherwise INVALID_ARGUMENT, INVALID_CONFIGURATION.
+    """
+    scale: _builtins.float
+    """Multiplier of the new gradients of scale and bias, finite. Absent means 1."""
+    momentum: _builtins.float
+    """Multiplier of the old ones, finite: accumulated = scale * new + momentum * accumulated."""
+    @_builtins.property
+    def ref(self) -> _layer_pb2.LayerRef:
+        """The layer."""
+
+    @_builtins.property
+    def sums(self) -> _tensor_pb2.GradientSums:
+        """Of the batch, with the mean of the union; absent if the batch is empty."""
+
+    @_builtins.property
+    def moments(self) -> _tensor_pb2.Moments:
+        """Moments of the union, from the forward's answer."""
+
+    def __init__(
+        self,
+        *,
+        ref: _layer_pb2.LayerRef | None = ...,
+        ticket: _builtins.bytes = ...,
+        step: _builtins.int = ...,
+        sums: _tensor_pb2.GradientSums | None = ...,
+        moments: _tensor_pb2.Moments | None = ...,
+        update_param_grads: _builtins.bool | None = ...,
+        scale: _builtins.float | None = ...,
+        momentum: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_scale", b"_scale", "_update_param_grads", b"_update_param_grads", "moments", b"moments", "ref", b"ref", "scale", b"scale", "sums", b"sums", "update_param_grads", b"update_param_grads"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_scale", b"_scale", "_update_param_grads", b"_update_param_grads", "moments", b"moments", "momentum", b"momentum", "ref", b"ref", "scale", b"scale", "step", b"step", "sums", b"sums", "ticket", b"ticket", "update_param_grads", b"update_param_grads"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__scale: _TypeAlias = _typing.Literal["scale"]  # noqa: Y015
+    _WhichOneofArgType__scale: _TypeAlias = _typing.Literal["_scale", b"_scale"]  # noqa: Y015
+    _WhichOneofReturnType__update_param_grads: _TypeAlias = _typing.Literal["update_param_grads"]  # noqa: Y015
+    _WhichOneofArgType__update_param_grads: _TypeAlias = _typing.Literal["_update_param_grads", b"_update_param_grads"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__scale) -> _WhichOneofReturnType__scale | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__update_param_grads) -> _WhichOneofReturnType__update_param_grads | None: ...
+
+Global___SynchronizeGradientsRequest: _TypeAlias = SynchronizeGradientsRequest  # noqa: Y015
+
+@_typing.final
+class SynchronizeGradientsResponse(_message.Message):
+    """The sums over the union."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SUMS_FIELD_NUMBER: _builtins.int
+    RANKS_FIELD_NUMBER: _builtins.int
+    REPLAYED_FIELD_NUMBER: _builtins.int
+    WAITING_FIELD_NUMBER: _builtins.int
+    replayed: _builtins.bool
+    """Whether the sums had been added up before this call."""
+    waiting: _builtins.int
+    """See SynchronizeMomentsResponse."""
+    @_builtins.property
+    def sums(self) -> _tensor_pb2.GradientSums:
+        """Of the union."""
+
+    @_builtins.property
+    def ranks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Whose parts are in the sums, in ascending order."""
+
+    def __init__(
+        self,
+        *,
+        sums: _tensor_pb2.GradientSums | None = ...,
+        ranks: _abc.Iterable[_builtins.int] | None = ...,
+        replayed: _builtins.bool = ...,
+        waiting: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["sums", b"sums"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ranks", b"ranks", "replayed", b"replayed", "sums", b"sums", "waiting", b"waiting"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SynchronizeGradientsResponse: _TypeAlias = SynchronizeGradientsResponse  # noqa: Y015
+
+@_typing.final
+class LeaveGroupRequest(_message.Message):
+    """Leaves a group. A ticket of an older generation: nothing happens."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TICKET_FIELD_NUMBER: _builtins.int
+    ticket: _builtins.bytes
+    """The member's."""
+    def __init__(
+        self,
+        *,
+        ticket: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ticket", b"ticket"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LeaveGroupRequest: _TypeAlias = LeaveGroupRequest  # noqa: Y015
+
+@_typing.final
+class LeaveGroupResponse(_message.Message):
+    """The member is out."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LeaveGroupResponse: _TypeAlias = LeaveGroupResponse  # noqa: Y015
+
+@_typing.final
 class GetStatsRequest(_message.Message):
     """Asks for a layer's state."""
 
@@ -761,8 +1363,11 @@ class GetStatsRequest(_message.Message):
 
     REF_FIELD_NUMBER: _builtins.int
     INCLUDE_GRADIENTS_FIELD_NUMBER: _builtins.int
+    UNLESS_TAG_FIELD_NUMBER: _builtins.int
     include_gradients: _builtins.bool
     """Whether the answer includes the accumulated gradients."""
+    unless_tag: _builtins.bytes
+    """The tag of an earlier answer: if the layer is still as it was then, the answer has no state. Empty: it has one."""
     @_builtins.property
     def ref(self) -> _layer_pb2.LayerRef:
         """The layer."""
@@ -772,10 +1377,11 @@ class GetStatsRequest(_message.Message):
         *,
         ref: _layer_pb2.LayerRef | None = ...,
         include_gradients: _builtins.bool = ...,
+        unless_tag: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["ref", b"ref"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["include_gradients", b"include_gradients", "ref", b"ref"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["include_gradients", b"include_gradients", "ref", b"ref", "unless_tag", b"unless_tag"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -789,27 +1395,117 @@ class GetStatsResponse(_message.Message):
 
     LAYER_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
+    TAG_FIELD_NUMBER: _builtins.int
+    UNCHANGED_FIELD_NUMBER: _builtins.int
+    tag: _builtins.bytes
+    """Names what the layer is now: the same tag means that nothing of it has changed in between, its configuration,
+    gradients and default mode included. Opaque. Another run of the server gives other tags.
+    """
+    unchanged: _builtins.bool
+    """Whether the layer still has the tag that the call has named."""
     @_builtins.property
     def layer(self) -> _layer_pb2.Layer:
         """The layer."""
 
     @_builtins.property
     def state(self) -> _layer_pb2.LayerState:
-        """Its parameters and statistics, and its gradients if they were asked for."""
+        """Its parameters and statistics, and its gradients if they were asked for. Absent if they are unchanged."""
 
     def __init__(
         self,
         *,
         layer: _layer_pb2.Layer | None = ...,
         state: _layer_pb2.LayerState | None = ...,
+        tag: _builtins.bytes = ...,
+        unchanged: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["layer", b"layer", "state", b"state"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["layer", b"layer", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["layer", b"layer", "state", b"state", "tag", b"tag", "unchanged", b"unchanged"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetStatsResponse: _TypeAlias = GetStatsResponse  # noqa: Y015
+
+@_typing.final
+class GetManyStatsRequest(_message.Message):
+    """Asks for the states of many layers."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    READS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def reads(self) -> _containers.RepeatedCompositeFieldContainer[Global___GetStatsRequest]:
+        """Which. At most 1024, and at most 2^17 maps together; otherwise RESOURCE_EXHAUSTED, LIMIT_EXCEEDED."""
+
+    def __init__(
+        self,
+        *,
+        reads: _abc.Iterable[Global___GetStatsRequest] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reads", b"reads"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetManyStatsRequest: _TypeAlias = GetManyStatsRequest  # noqa: Y015
+
+@_typing.final
+class GetManyStatsResponse(_message.Message):
+    """The states of many layers."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RESULTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___GetManyStatsResult]:
+        """One for each of them, in their order."""
+
+    def __init__(
+        self,
+        *,
+        results: _abc.Iterable[Global___GetManyStatsResult] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["results", b"results"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetManyStatsResponse: _TypeAlias = GetManyStatsResponse  # noqa: Y015
+
+@_typing.final
+class GetManyStatsResult(_message.Message):
+    """One of many layers."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STATS_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def stats(self) -> Global___GetStatsResponse:
+        """The layer."""
+
+    @_builtins.property
+    def error(self) -> Global___ErrorDetail:
+        """Why it could not be read."""
+
+    def __init__(
+        self,
+        *,
+        stats: Global___GetStatsResponse | None = ...,
+        error: Global___ErrorDetail | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "result", b"result", "stats", b"stats"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "result", b"result", "stats", b"stats"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_result: _TypeAlias = _typing.Literal["stats", "error"]  # noqa: Y015
+    _WhichOneofArgType_result: _TypeAlias = _typing.Literal["result", b"result"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_result) -> _WhichOneofReturnType_result | None: ...
+
+Global___GetManyStatsResult: _TypeAlias = GetManyStatsResult  # noqa: Y015
 
 @_typing.final
 class SetTrainRequest(_message.Message):
@@ -918,6 +1614,68 @@ class SetStateResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SetStateResponse: _TypeAlias = SetStateResponse  # noqa: Y015
+
+@_typing.final
+class MergeStatisticsRequest(_message.Message):
+    """Takes a step whose batch was gathered elsewhere."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REF_FIELD_NUMBER: _builtins.int
+    DELTA_FIELD_NUMBER: _builtins.int
+    MOMENTS_FIELD_NUMBER: _builtins.int
+    delta: _builtins.bytes
+    """Name of what was gathered, 1 to 64 bytes. The layer knows the last 1024 again, and takes none of them twice."""
+    @_builtins.property
+    def ref(self) -> _layer_pb2.LayerRef:
+        """The layer. Its statistics may not be frozen; otherwise INVALID_ARGUMENT, INVALID_CONFIGURATION."""
+
+    @_builtins.property
+    def moments(self) -> _tensor_pb2.Moments:
+        """Of all values. A count of 1: INVALID_ARGUMENT, TOO_FEW_VALUES."""
+
+    def __init__(
+        self,
+        *,
+        ref: _layer_pb2.LayerRef | None = ...,
+        delta: _builtins.bytes = ...,
+        moments: _tensor_pb2.Moments | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["moments", b"moments", "ref", b"ref"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta", "moments", b"moments", "ref", b"ref"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MergeStatisticsRequest: _TypeAlias = MergeStatisticsRequest  # noqa: Y015
+
+@_typing.final
+class MergeStatisticsResponse(_message.Message):
+    """The layer has taken them in."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LAYER_FIELD_NUMBER: _builtins.int
+    MERGED_FIELD_NUMBER: _builtins.int
+    merged: _builtins.bool
+    """False if it had done so before this call, which has changed nothing then."""
+    @_builtins.property
+    def layer(self) -> _layer_pb2.Layer:
+        """The layer."""
+
+    def __init__(
+        self,
+        *,
+        layer: _layer_pb2.Layer | None = ...,
+        merged: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["layer", b"layer"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["layer", b"layer", "merged", b"merged"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MergeStatisticsResponse: _TypeAlias = MergeStatisticsResponse  # noqa: Y015
 
 @_typing.final
 class UpdateParamsRequest(_message.Message):

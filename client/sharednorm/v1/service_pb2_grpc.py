@@ -80,10 +80,50 @@ class BatchNormServiceStub:
                 request_serializer=sharednorm_dot_v1_dot_service__pb2.BackwardStreamRequest.SerializeToString,
                 response_deserializer=sharednorm_dot_v1_dot_service__pb2.BackwardStreamResponse.FromString,
                 _registered_method=True)
+        self.PushMoments = channel.unary_unary(
+                '/sharednorm.v1.BatchNormService/PushMoments',
+                request_serializer=sharednorm_dot_v1_dot_service__pb2.PushMomentsRequest.SerializeToString,
+                response_deserializer=sharednorm_dot_v1_dot_service__pb2.PushMomentsResponse.FromString,
+                _registered_method=True)
+        self.PushMany = channel.unary_unary(
+                '/sharednorm.v1.BatchNormService/PushMany',
+                request_serializer=sharednorm_dot_v1_dot_service__pb2.PushManyRequest.SerializeToString,
+                response_deserializer=sharednorm_dot_v1_dot_service__pb2.PushManyResponse.FromString,
+                _registered_method=True)
+        self.PushGradients = channel.unary_unary(
+                '/sharednorm.v1.BatchNormService/PushGradients',
+                request_serializer=sharednorm_dot_v1_dot_service__pb2.PushGradientsRequest.SerializeToString,
+                response_deserializer=sharednorm_dot_v1_dot_service__pb2.PushGradientsResponse.FromString,
+                _registered_method=True)
+        self.JoinGroup = channel.unary_unary(
+                '/sharednorm.v1.BatchNormService/JoinGroup',
+                request_serializer=sharednorm_dot_v1_dot_service__pb2.JoinGroupRequest.SerializeToString,
+                response_deserializer=sharednorm_dot_v1_dot_service__pb2.JoinGroupResponse.FromString,
+                _registered_method=True)
+        self.SynchronizeMoments = channel.unary_unary(
+                '/sharednorm.v1.BatchNormService/SynchronizeMoments',
+                request_serializer=sharednorm_dot_v1_dot_service__pb2.SynchronizeMomentsRequest.SerializeToString,
+                response_deserializer=sharednorm_dot_v1_dot_service__pb2.SynchronizeMomentsResponse.FromString,
+                _registered_method=True)
+        self.SynchronizeGradients = channel.unary_unary(
+                '/sharednorm.v1.BatchNormService/SynchronizeGradients',
+                request_serializer=sharednorm_dot_v1_dot_service__pb2.SynchronizeGradientsRequest.SerializeToString,
+                response_deserializer=sharednorm_dot_v1_dot_service__pb2.SynchronizeGradientsResponse.FromString,
+                _registered_method=True)
+        self.LeaveGroup = channel.unary_unary(
+                '/sharednorm.v1.BatchNormService/LeaveGroup',
+                request_serializer=sharednorm_dot_v1_dot_service__pb2.LeaveGroupRequest.SerializeToString,
+                response_deserializer=sharednorm_dot_v1_dot_service__pb2.LeaveGroupResponse.FromString,
+                _registered_method=True)
         self.GetStats = channel.unary_unary(
                 '/sharednorm.v1.BatchNormService/GetStats',
                 request_serializer=sharednorm_dot_v1_dot_service__pb2.GetStatsRequest.SerializeToString,
                 response_deserializer=sharednorm_dot_v1_dot_service__pb2.GetStatsResponse.FromString,
+                _registered_method=True)
+        self.GetManyStats = channel.unary_unary(
+                '/sharednorm.v1.BatchNormService/GetManyStats',
+                request_serializer=sharednorm_dot_v1_dot_service__pb2.GetManyStatsRequest.SerializeToString,
+                response_deserializer=sharednorm_dot_v1_dot_service__pb2.GetManyStatsResponse.FromString,
                 _registered_method=True)
         self.SetTrain = channel.unary_unary(
                 '/sharednorm.v1.BatchNormService/SetTrain',
@@ -94,6 +134,11 @@ class BatchNormServiceStub:
                 '/sharednorm.v1.BatchNormService/SetState',
                 request_serializer=sharednorm_dot_v1_dot_service__pb2.SetStateRequest.SerializeToString,
                 response_deserializer=sharednorm_dot_v1_dot_service__pb2.SetStateResponse.FromString,
+                _registered_method=True)
+        self.MergeStatistics = channel.unary_unary(
+                '/sharednorm.v1.BatchNormService/MergeStatistics',
+                request_serializer=sharednorm_dot_v1_dot_service__pb2.MergeStatisticsRequest.SerializeToString,
+                response_deserializer=sharednorm_dot_v1_dot_service__pb2.MergeStatisticsResponse.FromString,
                 _registered_method=True)
         self.UpdateParams = channel.unary_unary(
                 '/sharednorm.v1.BatchNormService/UpdateParams',
@@ -169,8 +214,64 @@ class BatchNormServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PushMoments(self, request, context):
+        """Takes a step whose tensor stays with the client: only the moments of its batch travel.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PushMany(self, request, context):
+        """Takes many such steps, of any layers, one after the other. Each has an answer or an error of its own.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PushGradients(self, request, context):
+        """Adds the gradients of scale and bias that a client has computed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def JoinGroup(self, request, context):
+        """Becomes a member of a group, whose members' batches are normalized as one. Answered when all have joined.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SynchronizeMoments(self, request, context):
+        """Takes a step whose batch is the union of the members' batches. Answered when all members have sent theirs.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SynchronizeGradients(self, request, context):
+        """Adds up the sums that the members' backwards of such a step need. Answered when all members have sent theirs.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def LeaveGroup(self, request, context):
+        """Leaves a group in order: the others go on without this member.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetStats(self, request, context):
         """Reads a layer's parameters, statistics and gradients, all of one moment.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetManyStats(self, request, context):
+        """Reads many layers, each of a moment of its own. Each has an answer or an error of its own.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -185,6 +286,13 @@ class BatchNormServiceServicer:
 
     def SetState(self, request, context):
         """Replaces those parts of a layer's state that the request sets, all at once.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def MergeStatistics(self, request, context):
+        """Takes statistics that were gathered elsewhere into the running ones, once.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -245,10 +353,50 @@ def add_BatchNormServiceServicer_to_server(servicer, server):
                     request_deserializer=sharednorm_dot_v1_dot_service__pb2.BackwardStreamRequest.FromString,
                     response_serializer=sharednorm_dot_v1_dot_service__pb2.BackwardStreamResponse.SerializeToString,
             ),
+            'PushMoments': grpc.unary_unary_rpc_method_handler(
+                    servicer.PushMoments,
+                    request_deserializer=sharednorm_dot_v1_dot_service__pb2.PushMomentsRequest.FromString,
+                    response_serializer=sharednorm_dot_v1_dot_service__pb2.PushMomentsResponse.SerializeToString,
+            ),
+            'PushMany': grpc.unary_unary_rpc_method_handler(
+                    servicer.PushMany,
+                    request_deserializer=sharednorm_dot_v1_dot_service__pb2.PushManyRequest.FromString,
+                    response_serializer=sharednorm_dot_v1_dot_service__pb2.PushManyResponse.SerializeToString,
+            ),
+            'PushGradients': grpc.unary_unary_rpc_method_handler(
+                    servicer.PushGradients,
+                    request_deserializer=sharednorm_dot_v1_dot_service__pb2.PushGradientsRequest.FromString,
+                    response_serializer=sharednorm_dot_v1_dot_service__pb2.PushGradientsResponse.SerializeToString,
+            ),
+            'JoinGroup': grpc.unary_unary_rpc_method_handler(
+                    servicer.JoinGroup,
+                    request_deserializer=sharednorm_dot_v1_dot_service__pb2.JoinGroupRequest.FromString,
+                    response_serializer=sharednorm_dot_v1_dot_service__pb2.JoinGroupResponse.SerializeToString,
+            ),
+            'SynchronizeMoments': grpc.unary_unary_rpc_method_handler(
+                    servicer.SynchronizeMoments,
+                    request_deserializer=sharednorm_dot_v1_dot_service__pb2.SynchronizeMomentsRequest.FromString,
+                    response_serializer=sharednorm_dot_v1_dot_service__pb2.SynchronizeMomentsResponse.SerializeToString,
+            ),
+            'SynchronizeGradients': grpc.unary_unary_rpc_method_handler(
+                    servicer.SynchronizeGradients,
+                    request_deserializer=sharednorm_dot_v1_dot_service__pb2.SynchronizeGradientsRequest.FromString,
+                    response_serializer=sharednorm_dot_v1_dot_service__pb2.SynchronizeGradientsResponse.SerializeToString,
+            ),
+            'LeaveGroup': grpc.unary_unary_rpc_method_handler(
+                    servicer.LeaveGroup,
+                    request_deserializer=sharednorm_dot_v1_dot_service__pb2.LeaveGroupRequest.FromString,
+                    response_serializer=sharednorm_dot_v1_dot_service__pb2.LeaveGroupResponse.SerializeToString,
+            ),
             'GetStats': grpc.unary_unary_rpc_method_handler(
                     servicer.GetStats,
                     request_deserializer=sharednorm_dot_v1_dot_service__pb2.GetStatsRequest.FromString,
                     response_serializer=sharednorm_dot_v1_dot_service__pb2.GetStatsResponse.SerializeToString,
+            ),
+            'GetManyStats': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetManyStats,
+                    request_deserializer=sharednorm_dot_v1_dot_service__pb2.GetManyStatsRequest.FromString,
+                    response_serializer=sharednorm_dot_v1_dot_service__pb2.GetManyStatsResponse.SerializeToString,
             ),
             'SetTrain': grpc.unary_unary_rpc_method_handler(
                     servicer.SetTrain,
@@ -259,6 +407,11 @@ def add_BatchNormServiceServicer_to_server(servicer, server):
                     servicer.SetState,
                     request_deserializer=sharednorm_dot_v1_dot_service__pb2.SetStateRequest.FromString,
                     response_serializer=sharednorm_dot_v1_dot_service__pb2.SetStateResponse.SerializeToString,
+            ),
+            'MergeStatistics': grpc.unary_unary_rpc_method_handler(
+                    servicer.MergeStatistics,
+                    request_deserializer=sharednorm_dot_v1_dot_service__pb2.MergeStatisticsRequest.FromString,
+                    response_serializer=sharednorm_dot_v1_dot_service__pb2.MergeStatisticsResponse.SerializeToString,
             ),
             'UpdateParams': grpc.unary_unary_rpc_method_handler(
                     servicer.UpdateParams,
@@ -521,6 +674,195 @@ class BatchNormService:
             _registered_method=True)
 
     @staticmethod
+    def PushMoments(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sharednorm.v1.BatchNormService/PushMoments',
+            sharednorm_dot_v1_dot_service__pb2.PushMomentsRequest.SerializeToString,
+            sharednorm_dot_v1_dot_service__pb2.PushMomentsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PushMany(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sharednorm.v1.BatchNormService/PushMany',
+            sharednorm_dot_v1_dot_service__pb2.PushManyRequest.SerializeToString,
+            sharednorm_dot_v1_dot_service__pb2.PushManyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PushGradients(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sharednorm.v1.BatchNormService/PushGradients',
+            sharednorm_dot_v1_dot_service__pb2.PushGradientsRequest.SerializeToString,
+            sharednorm_dot_v1_dot_service__pb2.PushGradientsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def JoinGroup(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sharednorm.v1.BatchNormService/JoinGroup',
+            sharednorm_dot_v1_dot_service__pb2.JoinGroupRequest.SerializeToString,
+            sharednorm_dot_v1_dot_service__pb2.JoinGroupResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SynchronizeMoments(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sharednorm.v1.BatchNormService/SynchronizeMoments',
+            sharednorm_dot_v1_dot_service__pb2.SynchronizeMomentsRequest.SerializeToString,
+            sharednorm_dot_v1_dot_service__pb2.SynchronizeMomentsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SynchronizeGradients(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sharednorm.v1.BatchNormService/SynchronizeGradients',
+            sharednorm_dot_v1_dot_service__pb2.SynchronizeGradientsRequest.SerializeToString,
+            sharednorm_dot_v1_dot_service__pb2.SynchronizeGradientsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LeaveGroup(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sharednorm.v1.BatchNormService/LeaveGroup',
+            sharednorm_dot_v1_dot_service__pb2.LeaveGroupRequest.SerializeToString,
+            sharednorm_dot_v1_dot_service__pb2.LeaveGroupResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def GetStats(request,
             target,
             options=(),
@@ -537,6 +879,33 @@ class BatchNormService:
             '/sharednorm.v1.BatchNormService/GetStats',
             sharednorm_dot_v1_dot_service__pb2.GetStatsRequest.SerializeToString,
             sharednorm_dot_v1_dot_service__pb2.GetStatsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetManyStats(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sharednorm.v1.BatchNormService/GetManyStats',
+            sharednorm_dot_v1_dot_service__pb2.GetManyStatsRequest.SerializeToString,
+            sharednorm_dot_v1_dot_service__pb2.GetManyStatsResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -591,6 +960,33 @@ class BatchNormService:
             '/sharednorm.v1.BatchNormService/SetState',
             sharednorm_dot_v1_dot_service__pb2.SetStateRequest.SerializeToString,
             sharednorm_dot_v1_dot_service__pb2.SetStateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def MergeStatistics(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sharednorm.v1.BatchNormService/MergeStatistics',
+            sharednorm_dot_v1_dot_service__pb2.MergeStatisticsRequest.SerializeToString,
+            sharednorm_dot_v1_dot_service__pb2.MergeStatisticsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -55,12 +55,30 @@ class BatchNormServiceStub:
     """Gradients of one forward, whole in one message."""
     BackwardStream: _grpc.StreamStreamMultiCallable[_service_pb2.BackwardStreamRequest, _service_pb2.BackwardStreamResponse]
     """Gradients of one forward of any size, in chunks."""
+    PushMoments: _grpc.UnaryUnaryMultiCallable[_service_pb2.PushMomentsRequest, _service_pb2.PushMomentsResponse]
+    """Takes a step whose tensor stays with the client: only the moments of its batch travel."""
+    PushMany: _grpc.UnaryUnaryMultiCallable[_service_pb2.PushManyRequest, _service_pb2.PushManyResponse]
+    """Takes many such steps, of any layers, one after the other. Each has an answer or an error of its own."""
+    PushGradients: _grpc.UnaryUnaryMultiCallable[_service_pb2.PushGradientsRequest, _service_pb2.PushGradientsResponse]
+    """Adds the gradients of scale and bias that a client has computed."""
+    JoinGroup: _grpc.UnaryUnaryMultiCallable[_service_pb2.JoinGroupRequest, _service_pb2.JoinGroupResponse]
+    """Becomes a member of a group, whose members' batches are normalized as one. Answered when all have joined."""
+    SynchronizeMoments: _grpc.UnaryUnaryMultiCallable[_service_pb2.SynchronizeMomentsRequest, _service_pb2.SynchronizeMomentsResponse]
+    """Takes a step whose batch is the union of the members' batches. Answered when all members have sent theirs."""
+    SynchronizeGradients: _grpc.UnaryUnaryMultiCallable[_service_pb2.SynchronizeGradientsRequest, _service_pb2.SynchronizeGradientsResponse]
+    """Adds up the sums that the members' backwards of such a step need. Answered when all members have sent theirs."""
+    LeaveGroup: _grpc.UnaryUnaryMultiCallable[_service_pb2.LeaveGroupRequest, _service_pb2.LeaveGroupResponse]
+    """Leaves a group in order: the others go on without this member."""
     GetStats: _grpc.UnaryUnaryMultiCallable[_service_pb2.GetStatsRequest, _service_pb2.GetStatsResponse]
     """Reads a layer's parameters, statistics and gradients, all of one moment."""
+    GetManyStats: _grpc.UnaryUnaryMultiCallable[_service_pb2.GetManyStatsRequest, _service_pb2.GetManyStatsResponse]
+    """Reads many layers, each of a moment of its own. Each has an answer or an error of its own."""
     SetTrain: _grpc.UnaryUnaryMultiCallable[_service_pb2.SetTrainRequest, _service_pb2.SetTrainResponse]
     """Sets the mode of calls that do not choose one."""
     SetState: _grpc.UnaryUnaryMultiCallable[_service_pb2.SetStateRequest, _service_pb2.SetStateResponse]
     """Replaces those parts of a layer's state that the request sets, all at once."""
+    MergeStatistics: _grpc.UnaryUnaryMultiCallable[_service_pb2.MergeStatisticsRequest, _service_pb2.MergeStatisticsResponse]
+    """Takes statistics that were gathered elsewhere into the running ones, once."""
     UpdateParams: _grpc.UnaryUnaryMultiCallable[_service_pb2.UpdateParamsRequest, _service_pb2.UpdateParamsResponse]
     """Adds learn_rate times the accumulated gradients to scale and bias."""
 
@@ -87,12 +105,30 @@ class BatchNormServiceAsyncStub(BatchNormServiceStub):
     """Gradients of one forward, whole in one message."""
     BackwardStream: _aio.StreamStreamMultiCallable[_service_pb2.BackwardStreamRequest, _service_pb2.BackwardStreamResponse]  # type: ignore[assignment]
     """Gradients of one forward of any size, in chunks."""
+    PushMoments: _aio.UnaryUnaryMultiCallable[_service_pb2.PushMomentsRequest, _service_pb2.PushMomentsResponse]  # type: ignore[assignment]
+    """Takes a step whose tensor stays with the client: only the moments of its batch travel."""
+    PushMany: _aio.UnaryUnaryMultiCallable[_service_pb2.PushManyRequest, _service_pb2.PushManyResponse]  # type: ignore[assignment]
+    """Takes many such steps, of any layers, one after the other. Each has an answer or an error of its own."""
+    PushGradients: _aio.UnaryUnaryMultiCallable[_service_pb2.PushGradientsRequest, _service_pb2.PushGradientsResponse]  # type: ignore[assignment]
+    """Adds the gradients of scale and bias that a client has computed."""
+    JoinGroup: _aio.UnaryUnaryMultiCallable[_service_pb2.JoinGroupRequest, _service_pb2.JoinGroupResponse]  # type: ignore[assignment]
+    """Becomes a member of a group, whose members' batches are normalized as one. Answered when all have joined."""
+    SynchronizeMoments: _aio.UnaryUnaryMultiCallable[_service_pb2.SynchronizeMomentsRequest, _service_pb2.SynchronizeMomentsResponse]  # type: ignore[assignment]
+    """Takes a step whose batch is the union of the members' batches. Answered when all members have sent theirs."""
+    SynchronizeGradients: _aio.UnaryUnaryMultiCallable[_service_pb2.SynchronizeGradientsRequest, _service_pb2.SynchronizeGradientsResponse]  # type: ignore[assignment]
+    """Adds up the sums that the members' backwards of such a step need. Answered when all members have sent theirs."""
+    LeaveGroup: _aio.UnaryUnaryMultiCallable[_service_pb2.LeaveGroupRequest, _service_pb2.LeaveGroupResponse]  # type: ignore[assignment]
+    """Leaves a group in order: the others go on without this member."""
     GetStats: _aio.UnaryUnaryMultiCallable[_service_pb2.GetStatsRequest, _service_pb2.GetStatsResponse]  # type: ignore[assignment]
     """Reads a layer's parameters, statistics and gradients, all of one moment."""
+    GetManyStats: _aio.UnaryUnaryMultiCallable[_service_pb2.GetManyStatsRequest, _service_pb2.GetManyStatsResponse]  # type: ignore[assignment]
+    """Reads many layers, each of a moment of its own. Each has an answer or an error of its own."""
     SetTrain: _aio.UnaryUnaryMultiCallable[_service_pb2.SetTrainRequest, _service_pb2.SetTrainResponse]  # type: ignore[assignment]
     """Sets the mode of calls that do not choose one."""
     SetState: _aio.UnaryUnaryMultiCallable[_service_pb2.SetStateRequest, _service_pb2.SetStateResponse]  # type: ignore[assignment]
     """Replaces those parts of a layer's state that the request sets, all at once."""
+    MergeStatistics: _aio.UnaryUnaryMultiCallable[_service_pb2.MergeStatisticsRequest, _service_pb2.MergeStatisticsResponse]  # type: ignore[assignment]
+    """Takes statistics that were gathered elsewhere into the running ones, once."""
     UpdateParams: _aio.UnaryUnaryMultiCallable[_service_pb2.UpdateParamsRequest, _service_pb2.UpdateParamsResponse]  # type: ignore[assignment]
     """Adds learn_rate times the accumulated gradients to scale and bias."""
 
@@ -172,12 +208,76 @@ class BatchNormServiceServicer(metaclass=_abc_1.ABCMeta):
         """Gradients of one forward of any size, in chunks."""
 
     @_abc_1.abstractmethod
+    def PushMoments(
+        self,
+        request: _service_pb2.PushMomentsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_service_pb2.PushMomentsResponse, _abc.Awaitable[_service_pb2.PushMomentsResponse]]:
+        """Takes a step whose tensor stays with the client: only the moments of its batch travel."""
+
+    @_abc_1.abstractmethod
+    def PushMany(
+        self,
+        request: _service_pb2.PushManyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_service_pb2.PushManyResponse, _abc.Awaitable[_service_pb2.PushManyResponse]]:
+        """Takes many such steps, of any layers, one after the other. Each has an answer or an error of its own."""
+
+    @_abc_1.abstractmethod
+    def PushGradients(
+        self,
+        request: _service_pb2.PushGradientsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_service_pb2.PushGradientsResponse, _abc.Awaitable[_service_pb2.PushGradientsResponse]]:
+        """Adds the gradients of scale and bias that a client has computed."""
+
+    @_abc_1.abstractmethod
+    def JoinGroup(
+        self,
+        request: _service_pb2.JoinGroupRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_service_pb2.JoinGroupResponse, _abc.Awaitable[_service_pb2.JoinGroupResponse]]:
+        """Becomes a member of a group, whose members' batches are normalized as one. Answered when all have joined."""
+
+    @_abc_1.abstractmethod
+    def SynchronizeMoments(
+        self,
+        request: _service_pb2.SynchronizeMomentsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_service_pb2.SynchronizeMomentsResponse, _abc.Awaitable[_service_pb2.SynchronizeMomentsResponse]]:
+        """Takes a step whose batch is the union of the members' batches. Answered when all members have sent theirs."""
+
+    @_abc_1.abstractmethod
+    def SynchronizeGradients(
+        self,
+        request: _service_pb2.SynchronizeGradientsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_service_pb2.SynchronizeGradientsResponse, _abc.Awaitable[_service_pb2.SynchronizeGradientsResponse]]:
+        """Adds up the sums that the members' backwards of such a step need. Answered when all members have sent theirs."""
+
+    @_abc_1.abstractmethod
+    def LeaveGroup(
+        self,
+        request: _service_pb2.LeaveGroupRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_service_pb2.LeaveGroupResponse, _abc.Awaitable[_service_pb2.LeaveGroupResponse]]:
+        """Leaves a group in order: the others go on without this member."""
+
+    @_abc_1.abstractmethod
     def GetStats(
         self,
         request: _service_pb2.GetStatsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_service_pb2.GetStatsResponse, _abc.Awaitable[_service_pb2.GetStatsResponse]]:
         """Reads a layer's parameters, statistics and gradients, all of one moment."""
+
+    @_abc_1.abstractmethod
+    def GetManyStats(
+        self,
+        request: _service_pb2.GetManyStatsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_service_pb2.GetManyStatsResponse, _abc.Awaitable[_service_pb2.GetManyStatsResponse]]:
+        """Reads many layers, each of a moment of its own. Each has an answer or an error of its own."""
 
     @_abc_1.abstractmethod
     def SetTrain(
@@ -194,6 +294,14 @@ class BatchNormServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_service_pb2.SetStateResponse, _abc.Awaitable[_service_pb2.SetStateResponse]]:
         """Replaces those parts of a layer's state that the request sets, all at once."""
+
+    @_abc_1.abstractmethod
+    def MergeStatistics(
+        self,
+        request: _service_pb2.MergeStatisticsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_service_pb2.MergeStatisticsResponse, _abc.Awaitable[_service_pb2.MergeStatisticsResponse]]:
+        """Takes statistics that were gathered elsewhere into the running ones, once."""
 
     @_abc_1.abstractmethod
     def UpdateParams(

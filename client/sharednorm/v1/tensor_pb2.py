@@ -24,19 +24,21 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1asharednorm/v1/tensor.proto\x12\rsharednorm.v1\"C\n\nTensorSpec\x12&\n\x05\x64type\x18\x01 \x01(\x0e\x32\x17.sharednorm.v1.DataType\x12\r\n\x05shape\x18\x02 \x03(\x03\"\x1d\n\x0b\x46loatVector\x12\x0e\n\x06values\x18\x01 \x03(\x02\"2\n\x07Moments\x12\r\n\x05\x63ount\x18\x01 \x01(\x04\x12\x0c\n\x04mean\x18\x02 \x03(\x01\x12\n\n\x02m2\x18\x03 \x03(\x01*k\n\x08\x44\x61taType\x12\x19\n\x15\x44\x41TA_TYPE_UNSPECIFIED\x10\x00\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT32\x10\x01\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT16\x10\x02\x12\x16\n\x12\x44\x41TA_TYPE_BFLOAT16\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1asharednorm/v1/tensor.proto\x12\rsharednorm.v1\"C\n\nTensorSpec\x12&\n\x05\x64type\x18\x01 \x01(\x0e\x32\x17.sharednorm.v1.DataType\x12\r\n\x05shape\x18\x02 \x03(\x03\"\x1d\n\x0b\x46loatVector\x12\x0e\n\x06values\x18\x01 \x03(\x02\"2\n\x07Moments\x12\r\n\x05\x63ount\x18\x01 \x01(\x04\x12\x0c\n\x04mean\x18\x02 \x03(\x01\x12\n\n\x02m2\x18\x03 \x03(\x01\"-\n\x0cGradientSums\x12\x0c\n\x04grad\x18\x01 \x03(\x01\x12\x0f\n\x07product\x18\x02 \x03(\x01*k\n\x08\x44\x61taType\x12\x19\n\x15\x44\x41TA_TYPE_UNSPECIFIED\x10\x00\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT32\x10\x01\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT16\x10\x02\x12\x16\n\x12\x44\x41TA_TYPE_BFLOAT16\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'sharednorm.v1.tensor_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DATATYPE']._serialized_start=197
-  _globals['_DATATYPE']._serialized_end=304
+  _globals['_DATATYPE']._serialized_start=244
+  _globals['_DATATYPE']._serialized_end=351
   _globals['_TENSORSPEC']._serialized_start=45
   _globals['_TENSORSPEC']._serialized_end=112
   _globals['_FLOATVECTOR']._serialized_start=114
   _globals['_FLOATVECTOR']._serialized_end=143
   _globals['_MOMENTS']._serialized_start=145
   _globals['_MOMENTS']._serialized_end=195
+  _globals['_GRADIENTSUMS']._serialized_start=197
+  _globals['_GRADIENTSUMS']._serialized_end=242
 # @@protoc_insertion_point(module_scope)

@@ -137,3 +137,33 @@ class Moments(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Moments: _TypeAlias = Moments  # noqa: Y015
+
+@_typing.final
+class GradientSums(_message.Message):
+    """The two sums over a batch that the backward of a normalization needs, per channel."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GRAD_FIELD_NUMBER: _builtins.int
+    PRODUCT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def grad(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Sums of the gradient of the output, C values."""
+
+    @_builtins.property
+    def product(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Sums of that gradient times the input's deviation from the mean, C values."""
+
+    def __init__(
+        self,
+        *,
+        grad: _abc.Iterable[_builtins.float] | None = ...,
+        product: _abc.Iterable[_builtins.float] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["grad", b"grad", "product", b"product"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GradientSums: _TypeAlias = GradientSums  # noqa: Y015

@@ -1,7 +1,7 @@
 """Devices: what computes. A device knows no RPC, no name of a layer, and no store.
 
-Inputs are brought to the device once, by `load`, and stay there for as long as somebody holds what it
-returned; outputs come back as NumPy arrays.
+Inputs are brought to the device once, whole by `load` or as they arrive by `receive`, and stay there for as long as
+somebody holds what came of it. Outputs come back whole, or in parts, each of which is made when it is asked for.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ from typing import Protocol
 
 from sharednorm.config import Array, LayerConfig, Vector
 from sharednorm.state import LayerState, Moments, RunningStatistics
+from sharednorm_server.tensors import DeviceTensor, Incoming, Output
+
+__all__ = ["Device", "DeviceFault", "DeviceTensor", "Gradients", "Incoming", "Output", "TrainedBatch"]
 
 
 class DeviceFault(Exception):
@@ -29,28 +32,18 @@ class TrainedBatch:
             the device keeps them; None where whoever commits the step may as well compute them.
     """
 
-    output: Array
+    output: Output
     moments: Moments
     statistics: RunningStatistics | None = None
 
 
-class DeviceTensor(Protocol):
-    """A tensor where the device computes. It is not changed any more."""
+@dataclass(frozen=True)
+class Gradients:
+    """What a backward computed: the gradients of the input (None unless asked for), of scale, and of bias."""
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes that it occupies there."""
-        ...
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Its shape."""
-        ...
-
-    @property
-    def dtype_name(self) -> str:
-        """Its element type: "float32", "float16" or "bfloat16"."""
-        ...
+    input: Output | None
+    scale: Vector
+    bias: Vector
 
 
 class Device(Protocol):
@@ -88,20 +81,56 @@ class Device(Protocol):
         """
         ...
 
-    def forward(self, x: DeviceTensor, state: LayerState, config: LayerConfig) -> TrainedBatch:
-        """Normalize a batch by its own statistics, with the state's scale and bias."""
+    def receive(self, shape: tuple[int, ...], dtype_name: str, *, train: bool) -> Incoming:
+        """Make room for a tensor that arrives bit by bit.
+
+        Args:
+            shape: Its shape.
+            dtype_name: Its element type.
+            train: Whether it is the input of a training forward, so that its moments may be taken as it arrives.
+
+        Raises:
+            LimitExceeded: The device cannot compute with a tensor of that shape, or there is no memory for it.
+        """
         ...
 
-    def normalize_batch(self, x: DeviceTensor, batch: Moments, state: LayerState, config: LayerConfig) -> Array:
+    def receive_gradient(self, x: DeviceTensor, batch: Moments) -> Incoming:
+        """Make room for the gradient of a forward of `x`, of its shape and type; raises what `receive` raises."""
+        ...
+
+    def receive_input(self, grad: DeviceTensor, batch: Moments) -> Incoming:
+        """Make room for a forward's input, of which the gradient is here already; raises what `receive` raises."""
+        ...
+
+    def forward(
+        self, x: DeviceTensor, state: LayerState, config: LayerConfig, out: Array | None = None
+    ) -> TrainedBatch:
+        """Normalize a batch by its own statistics, with the state's scale and bias.
+
+        `out`, here and below, is where an output that is asked for as a whole has to be; contiguous.
+        """
+        ...
+
+    def normalize_batch(
+        self, x: DeviceTensor, batch: Moments, state: LayerState, config: LayerConfig, out: Array | None = None
+    ) -> Output:
         """Normalize a batch whose moments are known, with the state's scale and bias."""
         ...
 
-    def evaluate(self, x: DeviceTensor, state: LayerState, config: LayerConfig) -> Array:
+    def evaluate(self, x: DeviceTensor, state: LayerState, config: LayerConfig, out: Array | None = None) -> Output:
         """Normalize a batch by the state's running statistics, with its scale and bias."""
         ...
 
     def backward(
-        self, x: DeviceTensor, grad: Array, batch: Moments, scale: Vector, config: LayerConfig, *, input_grad: bool
-    ) -> tuple[Array | None, Vector, Vector]:
-        """Return the gradients of a training forward: of its input (None unless asked for), scale and bias."""
+        self,
+        x: DeviceTensor,
+        grad: DeviceTensor,
+        batch: Moments,
+        scale: Vector,
+        config: LayerConfig,
+        *,
+        input_grad: bool,
+        out: Array | None = None,
+    ) -> Gradients:
+        """Return the gradients of a training forward."""
         ...

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from sharednorm_kernels import Fused, Plan, View, finish_geometry, map_geometry
+from sharednorm_kernels import Fused, Plan, View, finish_geometry
 from sharednorm_server.device._cuda_kernels import Kernels
 
 _F32, _F64, _COUNTER = 4, 8, 4
@@ -80,7 +80,7 @@ def forward(gpu: Launcher, tensors: Tensors, affine: Affine, statistics: Statist
             *_ticketed_scratch(gpu, launch, view, coefficients=3), *view.arguments, *_sharing(launch),
         )  # fmt: skip
         return
-    reduce = plan.reduce
+    reduce, apply = plan.reduce, plan.apply
     parts = gpu.scratch(2 * _F64 * view.maps * reduce.parts)
     coefficients = gpu.scratch(3 * _F32 * view.maps)
     gpu.kernels.launch(
@@ -91,29 +91,28 @@ def forward(gpu: Launcher, tensors: Tensors, affine: Affine, statistics: Statist
         parts, affine.scale, affine.bias, affine.epsilon, *statistics.arguments, moments, coefficients,
         *view.arguments, reduce.image_parts, reduce.area_parts,
     )  # fmt: skip
-    _apply(gpu, tensors, coefficients, y)
+    gpu.kernels.launch(
+        gpu.computing, "apply", dtype, apply, tensors.x, coefficients, y, *view.arguments, *apply.arguments
+    )
 
 
 def normalize(gpu: Launcher, tensors: Tensors, affine: Affine, moments: int, y: int) -> None:
     """Normalize a batch by its moments, float64 (2, C), which are known; the bits are those of its forward."""
-    view = tensors.plan.view
-    coefficients = gpu.scratch(3 * _F32 * view.maps)
+    view, launch = tensors.plan.view, tensors.plan.apply
     gpu.kernels.launch(
-        gpu.computing, "affine_of_moments", None, map_geometry(view.maps),
-        moments, float(view.count), affine.scale, affine.bias, affine.epsilon, coefficients, view.maps,
+        gpu.computing, "normalize", tensors.dtype_name, launch,
+        tensors.x, moments, float(view.count), affine.scale, affine.bias, affine.epsilon, y,
+        *view.arguments, *launch.arguments,
     )  # fmt: skip
-    _apply(gpu, tensors, coefficients, y)
 
 
 def evaluate(gpu: Launcher, tensors: Tensors, affine: Affine, mean: int, var: int, y: int) -> None:
     """Normalize a batch by running statistics, float32 (C,)."""
-    maps = tensors.plan.view.maps
-    coefficients = gpu.scratch(3 * _F32 * maps)
+    view, launch = tensors.plan.view, tensors.plan.apply
     gpu.kernels.launch(
-        gpu.computing, "affine_of_running", None, map_geometry(maps),
-        mean, var, affine.scale, affine.bias, affine.epsilon, coefficients, maps,
+        gpu.computing, "evaluate", tensors.dtype_name, launch,
+        tensors.x, mean, var, affine.scale, affine.bias, affine.epsilon, y, *view.arguments, *launch.arguments,
     )  # fmt: skip
-    _apply(gpu, tensors, coefficients, y)
 
 
 def backward(
@@ -171,11 +170,3 @@ def _ticketed_scratch(gpu: Launcher, launch: Fused, view: View, *, coefficients:
 
 def _sharing(launch: Fused) -> tuple[int, ...]:
     return (*launch.geometry.arguments, launch.lag) if launch.kind == "ticketed" else launch.geometry.arguments
-
-
-def _apply(gpu: Launcher, tensors: Tensors, coefficients: int, y: int) -> None:
-    view, apply = tensors.plan.view, tensors.plan.apply
-    gpu.kernels.launch(
-        gpu.computing, "apply", tensors.dtype_name, apply,
-        tensors.x, coefficients, y, *view.arguments, *apply.arguments,
-    )  # fmt: skip

@@ -276,7 +276,6 @@ def limits_of(device: Any) -> DeviceLimits:
         shared_bytes=device.get_attribute(attribute.MAX_SHARED_MEMORY_PER_BLOCK_OPTIN),
         shared_bytes_per_multiprocessor=device.get_attribute(attribute.MAX_SHARED_MEMORY_PER_MULTIPROCESSOR),
         compute_capability=device.compute_capability(),
-        l2_bytes=device.get_attribute(attribute.L2_CACHE_SIZE),
     )
 
 

@@ -16,14 +16,14 @@ _STATISTICS = "PPPPd"  # old_mean, old_var, new_mean, new_var, weight
 
 _OF_ALL_TYPES = {
     "finish_backward": "PiPdPdPPPi",
-    "affine_of_moments": "PdPPdPi",
-    "affine_of_running": "PPPPdPi",
 }
 _OF_EACH_TYPE = {
     "moments": f"PP{_VIEW}{_SHARING}",
     "finish_moments": f"PP{_VIEW}{_CUT}",
     "finish_forward": f"PPPd{_STATISTICS}PP{_VIEW}{_CUT}",
     "apply": f"PPP{_VIEW}{_SHARING}",
+    "evaluate": f"PPPPPdP{_VIEW}{_SHARING}",
+    "normalize": f"PPdPPdP{_VIEW}{_SHARING}",
     "backward_sums": f"PPPP{_VIEW}{_SHARING}",
     "backward_apply": f"PPPP{_VIEW}{_SHARING}",
 }

@@ -36,8 +36,8 @@ class Staging:
         self._pinned = self._pinning = 0  # chunks that there are, and those that are being made
         self._most = CHUNKS
 
-    def upload(self, data: Bytes, buffer: DeviceBuffer) -> list[Future[None]]:
-        """Copy bytes into a buffer; return when the last of them have been read, and futures of what is under way.
+    def upload(self, data: Bytes, buffer: DeviceBuffer, offset: int = 0) -> list[Future[None]]:
+        """Copy bytes into a buffer, to an offset; return when all have been read, and futures of what is under way.
 
         A computation that is handed in afterwards waits for them on the GPU. Whether they have gone well, the futures
         say.
@@ -47,20 +47,21 @@ class Staging:
             chunk = self.take()
             part = chunk[: min(CHUNK_BYTES, data.nbytes - begin)]
             part[:] = data[begin : begin + part.nbytes]
-            future = self._worker.submit(_copy_in(part, buffer, begin))
+            future = self._worker.submit(_copy_in(part, buffer, offset + begin))
             self.give_back(chunk, after=future)
             futures.append(future)
         return futures
 
-    def download(self, buffer: DeviceBuffer, begin: int, data: Bytes) -> None:
-        """Copy a buffer's bytes from `begin` on to the same place of an array; what computes them has ended."""
+    def download(self, buffer: DeviceBuffer, offset: int, data: Bytes) -> None:
+        """Fill an array with a buffer's bytes from an offset on; what computes them has ended."""
+        begin = 0
         under_way: deque[_Download] = deque()
         try:
             while begin < data.nbytes or under_way:
                 chunk = self._take_if(not under_way) if begin < data.nbytes and len(under_way) < _AHEAD else None
                 if chunk is not None:
                     nbytes = min(CHUNK_BYTES, data.nbytes - begin)
-                    future = self._worker.submit(_copy_out(Part(buffer, begin, nbytes), chunk[:nbytes]))
+                    future = self._worker.submit(_copy_out(Part(buffer, offset + begin, nbytes), chunk[:nbytes]))
                     under_way.append(_Download(future, chunk, begin, nbytes))
                     begin += nbytes
                 else:

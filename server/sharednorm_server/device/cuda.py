@@ -8,9 +8,9 @@ tasks.
 from __future__ import annotations
 
 import atexit
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from functools import lru_cache, partial
 
 import numpy as np
@@ -23,43 +23,21 @@ from sharednorm.normalization import arithmetic
 from sharednorm.state import LayerState, Moments, RunningStatistics, batch_weight, blank_state
 from sharednorm_kernels import DeviceLimits, FatbinMissing, Plan, fatbin, plan
 from sharednorm_server.config import StartError
-from sharednorm_server.device import DeviceFault, DeviceTensor, TrainedBatch, _cuda_compute
-from sharednorm_server.device._cuda_compute import Affine, Statistics, Tensors
+from sharednorm_server.device import DeviceFault, DeviceTensor, Gradients, Output, TrainedBatch, _cuda_compute
+from sharednorm_server.device._cuda_compute import Affine, Statistics
 from sharednorm_server.device._cuda_gpu import Bytes, DeviceBuffer, Gpu, Part
 from sharednorm_server.device._cuda_staging import Staging
+from sharednorm_server.device._cuda_tensors import Computed, CudaIncoming, CudaOutput, CudaTensor
 from sharednorm_server.device._cuda_worker import CudaWorker, Issued
 
 LEAST_CAPABILITY = (8, 0)
 _CLOSE_SECONDS = 5.0
 
+# Of an output that come back with the facts: all of a small one, and a large one gets the chunk free again soon.
+_FIRST_BYTES = 1 << 20
+
 # Bytes a map: float64 mean and m2, then float32 running mean and variance; float32 gradients of scale and bias.
 _MOMENTS, _FACTS, _PARAM_GRADS = 16, 24, 8
-
-
-@dataclass(frozen=True, eq=False)
-class CudaTensor:
-    """A tensor in a GPU's memory, or on its way there."""
-
-    buffer: DeviceBuffer
-    shape: tuple[int, ...]
-    dtype_name: str
-    plan: Plan
-    owner: CudaDevice
-    uploads: list[Future[None]] = field(default_factory=list)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that it occupies."""
-        return self.buffer.nbytes
-
-    def settle(self) -> None:
-        """Raise what went wrong on its way; only after a computation has used it, so that all has happened."""
-        while self.uploads:
-            self.uploads.pop().result()
-
-    def tensors(self, gpu: Gpu) -> Tensors:
-        """Return it for the computations of a task, which wait until it has come."""
-        return Tensors(self.plan, self.dtype_name, gpu.wait_for_copies_into(self.buffer))
 
 
 class CudaDevice:
@@ -128,7 +106,33 @@ class CudaDevice:
         buffer = self._worker.call(lambda gpu: gpu.allocate(x.nbytes))
         return CudaTensor(buffer, x.shape, dtype_name, how, self, self._staging.upload(_bytes_of(x), buffer))
 
-    def forward(self, x: DeviceTensor, state: LayerState, config: LayerConfig) -> TrainedBatch:
+    def receive(self, shape: tuple[int, ...], dtype_name: str, *, train: bool) -> CudaIncoming:
+        """Make room for a tensor that arrives bit by bit, and copy each chunk as soon as it is full.
+
+        Raises:
+            LimitExceeded: The kernels cannot compute with a tensor of that shape.
+            DeviceOutOfMemory: The GPU has no room for it.
+        """
+        del train  # the kernels read the whole at once, from memory that is a hundred times faster than a network
+        dtype = dtype_of(dtype_name)
+        how = _plan(shape, dtype.itemsize, self._limits)
+        nbytes = math.prod(shape) * dtype.itemsize
+        buffer = self._worker.call(lambda gpu: gpu.allocate(nbytes))
+        return CudaIncoming(CudaTensor(buffer, shape, dtype_name, how, self), self._staging)
+
+    def receive_gradient(self, x: DeviceTensor, batch: Moments) -> CudaIncoming:
+        """Make room for the gradient of a forward of `x`; raises what `receive` raises."""
+        del batch
+        return self.receive(x.shape, x.dtype_name, train=False)
+
+    def receive_input(self, grad: DeviceTensor, batch: Moments) -> CudaIncoming:
+        """Make room for the input of a forward whose gradient is here; raises what `receive` raises."""
+        del batch
+        return self.receive(grad.shape, grad.dtype_name, train=False)
+
+    def forward(
+        self, x: DeviceTensor, state: LayerState, config: LayerConfig, out: Array | None = None
+    ) -> TrainedBatch:
         """Normalize a batch by its own statistics, with the state's scale and bias."""
         tensor, maps = self._own(x), config.maps
         weight = batch_weight(state, config)
@@ -140,14 +144,16 @@ class CudaDevice:
             )  # fmt: skip
             _cuda_compute.forward(gpu, tensor.tensors(gpu), _affine(gpu, state, config), statistics, y, facts)
 
-        output = _empty(tensor)
-        facts, read = self._run(compute, tensor, output, _FACTS * maps)
+        output, facts, read = self._run(compute, tensor, tensor.nbytes, _FACTS * maps)
         mean, m2 = read[: _MOMENTS * maps].view(np.float64).reshape(2, maps)
         statistics = RunningStatistics(*read[_MOMENTS * maps :].view(np.float32).reshape(2, maps).copy())
         self._worker.post(partial(_adopt, statistics, facts, maps))
-        return TrainedBatch(output, Moments(tensor.plan.view.count, mean, m2), statistics)
+        batch = Moments(tensor.plan.view.count, mean, m2)
+        return TrainedBatch(CudaOutput(tensor, output, self._staging, out), batch, statistics)
 
-    def normalize_batch(self, x: DeviceTensor, batch: Moments, state: LayerState, config: LayerConfig) -> Array:
+    def normalize_batch(
+        self, x: DeviceTensor, batch: Moments, state: LayerState, config: LayerConfig, out: Array | None = None
+    ) -> Output:
         """Normalize a batch whose moments are known, with the state's scale and bias."""
         tensor = self._own(x)
 
@@ -155,11 +161,10 @@ class CudaDevice:
             moments = gpu.upload(_packed(batch))
             _cuda_compute.normalize(gpu, tensor.tensors(gpu), _affine(gpu, state, config), moments, y)
 
-        output = _empty(tensor)
-        self._run(compute, tensor, output)
-        return output
+        output, *_ = self._run(compute, tensor, tensor.nbytes)
+        return CudaOutput(tensor, output, self._staging, out)
 
-    def evaluate(self, x: DeviceTensor, state: LayerState, config: LayerConfig) -> Array:
+    def evaluate(self, x: DeviceTensor, state: LayerState, config: LayerConfig, out: Array | None = None) -> Output:
         """Normalize a batch by the state's running statistics, with its scale and bias."""
         tensor = self._own(x)
 
@@ -167,15 +172,22 @@ class CudaDevice:
             mean, var = gpu.vector(state.mean), gpu.vector(state.var)
             _cuda_compute.evaluate(gpu, tensor.tensors(gpu), _affine(gpu, state, config), mean, var, y)
 
-        output = _empty(tensor)
-        self._run(compute, tensor, output)
-        return output
+        output, *_ = self._run(compute, tensor, tensor.nbytes)
+        return CudaOutput(tensor, output, self._staging, out)
 
     def backward(
-        self, x: DeviceTensor, grad: Array, batch: Moments, scale: Vector, config: LayerConfig, *, input_grad: bool
-    ) -> tuple[Array | None, Vector, Vector]:
-        """Return the gradients of a training forward: of its input (None unless asked for), scale and bias."""
-        tensor, upper, maps = self._own(x), self.load(grad), config.maps
+        self,
+        x: DeviceTensor,
+        grad: DeviceTensor,
+        batch: Moments,
+        scale: Vector,
+        config: LayerConfig,
+        *,
+        input_grad: bool,
+        out: Array | None = None,
+    ) -> Gradients:
+        """Return the gradients of a training forward."""
+        tensor, upper, maps = self._own(x), self._own(grad), config.maps
 
         def compute(gpu: Gpu, dx: int, params: int) -> None:
             _cuda_compute.backward(
@@ -183,33 +195,32 @@ class CudaDevice:
                 gpu.vector(scale), config.epsilon, dx if input_grad else None, params,
             )  # fmt: skip
 
-        output = _empty(tensor) if input_grad else None
-        _, read = self._run(compute, tensor, output, _PARAM_GRADS * maps)
+        output, _, read = self._run(compute, tensor, tensor.nbytes if input_grad else 0, _PARAM_GRADS * maps)
         upper.settle()
         scale_grad, bias_grad = read.view(np.float32).reshape(2, maps)
-        return output, scale_grad, bias_grad
+        dx = CudaOutput(tensor, output, self._staging, out) if input_grad else None
+        return Gradients(dx, scale_grad, bias_grad)
 
     def _run(
-        self, compute: Callable[[Gpu, int, int], None], tensor: CudaTensor, output: Array | None, facts_bytes: int = 0
-    ) -> tuple[DeviceBuffer, Bytes]:
-        """Have something computed, and bring back what came out.
+        self, compute: Callable[[Gpu, int, int], None], tensor: CudaTensor, output_bytes: int, facts_bytes: int = 0
+    ) -> tuple[Computed, DeviceBuffer, Bytes]:
+        """Have something computed, and bring back the facts, and as much of the output as comes with them.
 
         Args:
             compute: Launches it, given the addresses of the output and of the facts.
             tensor: What it reads.
-            output: Where the output goes; None: there is none.
+            output_bytes: Size of the output; 0: there is none.
             facts_bytes: Size of what else it writes.
 
         Returns:
-            The facts, on the GPU and here.
+            The output; the facts, on the GPU and here.
         """
-        data = _bytes_of(output) if output is not None else np.empty(0, np.uint8)
         chunk = self._staging.take()
         # What fits into the chunk beside the facts comes with them; for a small tensor that is all.
-        first = min(data.nbytes, chunk.nbytes - facts_bytes)
+        first = min(output_bytes, chunk.nbytes - facts_bytes, _FIRST_BYTES)
 
         def task(gpu: Gpu) -> Issued[tuple[DeviceBuffer, DeviceBuffer]]:
-            out, facts = gpu.allocate(data.nbytes or 1), gpu.allocate(facts_bytes or 1)
+            out, facts = gpu.allocate(output_bytes or 1), gpu.allocate(facts_bytes or 1)
             compute(gpu, out.address, facts.address)
             mark = gpu.copy_out([Part(facts, 0, facts_bytes), Part(out, 0, first)], chunk)
             return Issued(mark, (out, facts))
@@ -218,14 +229,13 @@ class CudaDevice:
         try:
             future = self._worker.submit(task)
             out, facts = future.result()
-            read = chunk[:facts_bytes].copy()
-            data[:first] = chunk[facts_bytes : facts_bytes + first]
+            read = chunk[: facts_bytes + first].copy()
         finally:
             self._staging.give_back(chunk, after=future)
             del future  # one that failed refers to this frame
         tensor.settle()
-        self._staging.download(out, first, data)
-        return facts, read
+        computed = Computed(out if first < output_bytes else None, output_bytes, read[facts_bytes:])
+        return computed, facts, read[:facts_bytes]
 
     def _own(self, x: DeviceTensor) -> CudaTensor:
         if not isinstance(x, CudaTensor) or x.owner is not self:
@@ -238,13 +248,14 @@ class CudaDevice:
         x, grad = random.normal(3.0, 2.0, (2, *shape)).astype(np.float32)
         state, tensor = blank_state(config), self.load(x)
         trained = self.forward(tensor, state, config)
-        grads = self.backward(tensor, grad, trained.moments, state.scale, config, input_grad=True)
+        grads = self.backward(tensor, self.load(grad), trained.moments, state.scale, config, input_grad=True)
         reference = arithmetic("numpy")
         output, moments = reference.forward(x, state.scale, state.bias, config.epsilon)
         expected = (output, moments.mean, moments.m2, *reference.backward(
             x, grad, moments, state.scale, config.epsilon, input_grad=True
         ))  # fmt: skip
-        actual = (trained.output, trained.moments.mean, trained.moments.m2, *grads)
+        dx = None if grads.input is None else grads.input.array()
+        actual = (trained.output.array(), trained.moments.mean, trained.moments.m2, dx, grads.scale, grads.bias)
         return all(
             got is not None and wanted is not None and np.allclose(got, wanted, rtol=1e-4, atol=1e-4)
             for got, wanted in zip(actual, expected, strict=True)
@@ -290,10 +301,6 @@ def _plan(shape: tuple[int, ...], itemsize: int, limits: DeviceLimits) -> Plan:
         return plan(shape, itemsize, limits)
     except ValueError as error:
         raise LimitExceeded(f"the GPU cannot compute with this tensor: {error}", {"limit": "shape"}) from error
-
-
-def _empty(tensor: CudaTensor) -> Array:
-    return np.empty(tensor.shape, dtype_of(tensor.dtype_name))
 
 
 def _bytes_of(array: Array) -> Bytes:

@@ -41,7 +41,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
         )
     facts = ask(arguments.server, arguments.timeout)
     if arguments.json:
-        print(json.dumps(facts))  # noqa: T201 - a command's way to speak
+        print(json.dumps(facts))
     else:
         print_table([(name, shown(value)) for name, value in facts.items()])
     return 0
@@ -52,12 +52,12 @@ def _examine(device: str | None, as_json: bool) -> int:
 
     found = report.examine(cuda=device != CPU)
     if as_json:
-        print(json.dumps(found.as_json()))  # noqa: T201
+        print(json.dumps(found.as_json()))
     else:
         rows = [(check.name, check.state, shown(check.detail)) for check in found.checks]
         print_table([("CHECK", "STATE", "DETAIL"), *rows])
-        print()  # noqa: T201
+        print()
         for name, why in found.verdicts.items():
             verdict = f"not possible: {shown(why)}" if why else "ready"
-            print(f"serve --device {name}: {verdict}")  # noqa: T201
+            print(f"serve --device {name}: {verdict}")
     return FAILED if found.verdicts[device or CPU] else 0

@@ -33,7 +33,7 @@ def package(module: str, distribution: str) -> None:
 def arithmetic() -> None:
     """Make the device that `serve --device cpu` would make, and say how it describes itself."""
     from sharednorm.errors import SharedNormError  # noqa: PLC0415 - the questions to the driver need none of it
-    from sharednorm_server.device.cpu import CpuDevice  # noqa: PLC0415
+    from sharednorm_server.device.cpu import CpuDevice  # noqa: PLC0415 - what crashes in it is to crash here
 
     try:
         _say(description=CpuDevice().description)

@@ -5,11 +5,16 @@ A record is immutable; `put` is atomic and returns only when the record is kept.
 
 from __future__ import annotations
 
+import itertools
+import secrets
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from sharednorm.config import LayerConfig
 from sharednorm.state import LayerState
+
+_RUN = secrets.token_bytes(8)
+_records = itertools.count()
 
 
 @dataclass(frozen=True, order=True)
@@ -41,12 +46,20 @@ class LayerRecord:
         config: Its configuration.
         state: Parameters, statistics, gradients, version.
         train: The mode of calls that do not choose one.
+        tag: Names this record among all that this process has ever made: records of one tag are one record. A store
+            that reads a record anew makes another one of it, and so does a server that is started anew.
     """
 
     key: LayerKey
     config: LayerConfig
     state: LayerState
     train: bool = True
+    # Never handed on, not by `replace` either, so that no change can be forgotten.
+    tag: bytes = field(default_factory=lambda: _RUN + next(_records).to_bytes(8, "little"), init=False, compare=False)
+
+    def with_state(self, state: LayerState) -> LayerRecord:
+        """Return the record with another state."""
+        return LayerRecord(self.key, self.config, state, self.train)
 
 
 class Store(Protocol):

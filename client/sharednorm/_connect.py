@@ -1,0 +1,74 @@
+"""The way to a hub."""
+
+from __future__ import annotations
+
+from sharednorm._address import parse_address
+from sharednorm._calls import Connection
+from sharednorm._exchange import Exchange
+from sharednorm._places import open_hubs
+from sharednorm._progress import ProgressCallback
+from sharednorm._ways import check_transport
+from sharednorm.config import MAX_SECONDS, check_namespace, is_finite
+from sharednorm.errors import InvalidConfiguration
+from sharednorm.hub import Hub
+
+
+def connect(
+    address: str,
+    *,
+    namespace: str = "default",
+    token: None = None,
+    tls: None = None,
+    timeout: float = 30.0,
+    transport: str = "auto",
+    progress: ProgressCallback | None = None,
+) -> Hub:
+    """Connect to a server.
+
+    Processes that use one are spawned, not forked: a child that is forked after the first `connect` can neither
+    use its parent's hubs nor connect anew, and is told so. (It can connect if GRPC_ENABLE_FORK_SUPPORT=1 was in
+    the environment when gRPC was imported, as far as gRPC's own support of that goes.)
+
+    Args:
+        address: Where it listens: "host:port", "[::1]:port" or "unix:/path/of/socket".
+        namespace: Whose layers these are; two namespaces never see each other's.
+        token: Must be None: servers of this release ask for no token.
+        tls: Must be None: servers of this release speak plaintext only.
+        timeout: Seconds that any one call may take, a large tensor's way there and back included; > 0,
+            at most 1e8.
+        transport: How tensors travel. "shm": in memory that the server shares with this process, which a server on a
+            unix socket does; "direct": on a connection of their own, beside gRPC; "grpc". "auto" takes the first of
+            them that works; any other is an error where it does not.
+        progress: Called with a `Progress` as the tensors of calls come and go; None: nobody wants to know.
+
+    Raises:
+        InvalidConfiguration: An argument is not what it should be.
+        InvalidName: The namespace is too long, or has control characters.
+        ServerUnavailable: Nobody listens there.
+        DeadlineExceeded: Whoever listens there did not answer in time.
+        IncompatibleServer: It is not a sharednorm server, or one that speaks another protocol.
+        HubClosed: This process was forked from one that was connected.
+    """
+    where = parse_address(address)
+    for name, value in (("token", token), ("tls", tls)):
+        if value is not None:
+            raise InvalidConfiguration(
+                f"{name} is given, and this release has neither tokens nor TLS (expected: None; keep the server on "
+                "loopback or a unix socket, and reach it through an SSH tunnel or the like)"
+            )
+    if not (is_finite(timeout) and 0 < timeout <= MAX_SECONDS):
+        raise InvalidConfiguration(
+            f"timeout is {ascii(timeout)[:120]} (expected: a finite number of seconds > 0, at most {MAX_SECONDS:g})"
+        )
+    checked, way = check_namespace(namespace), check_transport(transport)
+    if progress is not None and not callable(progress):
+        raise InvalidConfiguration(f"progress is {ascii(progress)[:60]} (expected: a function, or None)")
+    connection = Connection(where, float(timeout))
+    try:
+        connection.greet()
+        hub = Hub(Exchange(connection, way, progress), checked)
+    except BaseException:
+        connection.close()
+        raise
+    open_hubs.add(hub.place, hub)
+    return hub
