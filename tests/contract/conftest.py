@@ -1,4 +1,4 @@
-"""The five backends that one suite runs over, unchanged: `make_layer` makes a layer on each."""
+"""The backends that one suite runs over, unchanged: `make_layer` makes a layer on each."""
 
 from __future__ import annotations
 
@@ -13,23 +13,41 @@ from tests.support import cuda
 from tests.support.making import MakeLayer
 from tests.support.server import in_process, server_process
 
-BACKENDS = ("local-numpy", "local-numba", "remote-in-process", "remote-process", "remote-cuda")
+BACKENDS = (
+    *("local-numpy", "local-numba", "remote-grpc", "remote-direct", "remote-shm"),
+    *("remote-client", "remote-async", "remote-cuda"),
+)
+HANDLINGS: dict[str, dict[str, Any]] = {
+    "remote-client": {"compute": "client"},
+    "remote-async": {"compute": "client", "push": "async"},
+}
 
 names = itertools.count()
 
 
 @pytest.fixture(scope="session")
-def in_process_hub() -> Iterator[sharednorm.Hub]:
-    """Give a connection over TCP to a server in this process."""
-    with in_process() as server, sharednorm.connect(server.address) as hub:
+def grpc_hub() -> Iterator[sharednorm.Hub]:
+    """Give a connection over TCP, by gRPC alone, to a server in this process."""
+    with in_process() as server, sharednorm.connect(server.address, transport="grpc") as hub:
         yield hub
 
 
 @pytest.fixture(scope="session")
-def process_hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[sharednorm.Hub]:
-    """Give a connection over a unix socket to a server in a process of its own."""
+def direct_hub() -> Iterator[sharednorm.Hub]:
+    """Give a connection over TCP to a server in this process; tensors travel on connections of their own."""
+    with in_process() as server, sharednorm.connect(server.address, transport="direct") as hub:
+        yield hub
+
+
+@pytest.fixture(scope="session")
+def shm_hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[sharednorm.Hub]:
+    """Give a connection to a server process that shares memory with this one; all tensors are there."""
     socket = tmp_path_factory.mktemp("server") / "socket"
-    with server_process(listen=f"unix:{socket}") as server, sharednorm.connect(server.address) as hub:
+    with (
+        server_process(listen=f"unix:{socket}") as server,
+        sharednorm.connect(server.address, transport="shm") as hub,
+    ):
+        hub._exchange._share_bytes = 0
         yield hub
 
 
@@ -59,11 +77,12 @@ def make_layer(backend: str, request: pytest.FixtureRequest, monkeypatch: pytest
         place: Any = sharednorm
         monkeypatch.setenv("SHAREDNORM_ARITHMETIC", backend.removeprefix("local-"))
     else:
-        hubs = {"remote-in-process": "in_process_hub", "remote-process": "process_hub", "remote-cuda": "cuda_hub"}
-        place = request.getfixturevalue(hubs[backend])
+        way = "direct" if backend in HANDLINGS else backend.removeprefix("remote-")
+        place = request.getfixturevalue(f"{way}_hub")
+    usual = HANDLINGS.get(backend, {})
 
     def make(kind: str, maps: int, **options: Any) -> sharednorm.Layer:
-        layer: sharednorm.Layer = getattr(place, kind)(maps, **{"name": f"contract/{next(names)}", **options})
+        layer: sharednorm.Layer = getattr(place, kind)(maps, **{"name": f"contract/{next(names)}", **usual, **options})
         return layer
 
     return make

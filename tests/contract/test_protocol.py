@@ -85,8 +85,8 @@ def run(layer: sharednorm.Layer, kind: str) -> list[bytes]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_remote_layers_give_the_bits_of_local_ones(
-    kind: str, in_process_hub: sharednorm.Hub, process_hub: sharednorm.Hub
+    kind: str, grpc_hub: sharednorm.Hub, direct_hub: sharednorm.Hub, shm_hub: sharednorm.Hub
 ) -> None:
     expected = run(getattr(sharednorm, kind)(31), kind)
-    for hub in (in_process_hub, process_hub):
+    for hub in (grpc_hub, direct_hub, shm_hub):
         assert run(getattr(hub, kind)(31, name=f"bits/{kind}"), kind) == expected

@@ -19,7 +19,7 @@ def test_our_passes(shape: tuple[int, ...], name: str) -> None:
 
     from benchmarks.gpu import DTYPES, make_sets
     from benchmarks.gpu_passes import Launches, Layer, our_calls, verify
-    from sharednorm_kernels import fatbin
+    from sharednorm_kernels import fatbin, plan
     from sharednorm_server.device._cuda_gpu import limits_of
     from sharednorm_server.device._cuda_kernels import Kernels
 
@@ -33,7 +33,7 @@ def test_our_passes(shape: tuple[int, ...], name: str) -> None:
         limits = limits_of(device)
         sets, layer = make_sets(shape, DTYPES[name], 0, where), Layer.create(shape[1], where)
         launches = Launches(Kernels(fatbin(), limits.shared_bytes), where)
-        calls = our_calls(launches, sets, layer, name, limits)
+        calls = our_calls(launches, sets, layer, name, plan(shape, sets[0].x.element_size(), limits))
 
         def waiting(call: Any) -> Any:
             def run(number: int) -> None:

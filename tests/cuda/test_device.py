@@ -10,7 +10,7 @@ import pytest
 from sharednorm.config import Averaging, LayerConfig, LayerKind
 from sharednorm.errors import LimitExceeded, UnsupportedDType
 from sharednorm.state import LayerState, StateUpdate, blank_state, step, updated
-from sharednorm_server.device import Device
+from sharednorm_server.device import Device, DeviceTensor, Incoming
 from tests.support import oracle
 from tests.support.cuda import REAL
 
@@ -24,7 +24,7 @@ def config_of(shape: tuple[int, ...], averaging: Averaging = Averaging.STANDARD)
 
 def state_of(shape: tuple[int, ...], config: LayerConfig, steps: int = 3) -> LayerState:
     random = np.random.default_rng(shape[1])
-    drawn = {name: random.normal(1, 0.3, shape[1]) for name in ("scale", "bias", "mean")}
+    drawn: dict[str, Any] = {name: random.normal(1, 0.3, shape[1]) for name in ("scale", "bias", "mean")}
     update = StateUpdate(**drawn, var=random.uniform(0.5, 2, shape[1]), num_of_props=steps)
     return updated(blank_state(config), config, update)
 
@@ -39,16 +39,18 @@ def test_forward_and_backward(device: Device, shape: tuple[int, ...], name: str)
     trained = device.forward(tensor, now, config)
     count, mean, m2 = oracle.batch_moments(x)
     expected = oracle.normalized(x, mean, m2 / count, now.scale.astype(float), now.bias.astype(float), 1e-3)
-    assert (trained.output.shape, trained.output.dtype, trained.moments.count) == (x.shape, x.dtype, count)
-    close(trained.output, expected, name)
+    y = trained.output.array()
+    assert (y.shape, y.dtype, trained.moments.count) == (x.shape, x.dtype, count)
+    close(y, expected, name)
     np.testing.assert_allclose(trained.moments.mean, mean, rtol=1e-12)
     np.testing.assert_allclose(trained.moments.m2, m2, rtol=1e-9)
-    dx, scale_grad, bias_grad = device.backward(tensor, grad, trained.moments, now.scale, config, input_grad=True)
+    found = device.backward(tensor, device.load(grad), trained.moments, now.scale, config, input_grad=True)
     wanted = oracle.gradients(x, grad, now.scale.astype(float), 1e-3)
-    close(dx, wanted[0], name)
+    assert found.input is not None
+    close(found.input.array(), wanted[0], name)
     size = np.abs(grad.astype(float)).sum() / shape[1]
-    np.testing.assert_allclose(scale_grad, wanted[1], rtol=1e-6, atol=1e-7 * size)
-    np.testing.assert_allclose(bias_grad, wanted[2], rtol=1e-6, atol=1e-7 * size)
+    np.testing.assert_allclose(found.scale, wanted[1], rtol=1e-6, atol=1e-7 * size)
+    np.testing.assert_allclose(found.bias, wanted[2], rtol=1e-6, atol=1e-7 * size)
 
 
 def close(actual: Any, expected: Any, name: str) -> None:
@@ -62,7 +64,7 @@ def test_evaluate(device: Device, name: str) -> None:
     now = state_of(shape, config)
     mean, var, scale, bias = (each.astype(float) for each in (now.mean, now.var, now.scale, now.bias))
     expected = oracle.normalized(x, mean, var, scale, bias, 1e-3)
-    close(device.evaluate(device.load(x), now, config), expected, name)
+    close(device.evaluate(device.load(x), now, config).array(), expected, name)
 
 
 @pytest.mark.parametrize("averaging", Averaging)
@@ -90,8 +92,8 @@ def test_a_chain_of_steps_uses_the_statistics_that_stayed_on_the_device(device: 
         expected = step(now, config, trained.moments)
         now = step(now, config, trained.moments, trained.statistics)
         assert (now.mean.tobytes(), now.var.tobytes()) == (expected.mean.tobytes(), expected.var.tobytes())
-    evaluated = device.evaluate(device.load(x), now, config)
-    assert evaluated.tobytes() == device.evaluate(device.load(x), expected, config).tobytes()
+    evaluated = device.evaluate(device.load(x), now, config).array()
+    assert evaluated.tobytes() == device.evaluate(device.load(x), expected, config).array().tobytes()
 
 
 @pytest.mark.parametrize("name", oracle.DTYPES)
@@ -101,8 +103,9 @@ def test_normalize_batch_repeats_the_bits_of_forward(device: Device, shape: tupl
     now = state_of(shape, config)
     trained = device.forward(tensor, now, config)
     again = device.forward(tensor, now, config)
-    assert trained.output.tobytes() == again.output.tobytes()
-    assert device.normalize_batch(tensor, trained.moments, now, config).tobytes() == trained.output.tobytes()
+    expected = trained.output.array().tobytes()
+    assert again.output.array().tobytes() == expected
+    assert device.normalize_batch(tensor, trained.moments, now, config).array().tobytes() == expected
 
 
 def test_gradients_of_the_parameters_alone(device: Device) -> None:
@@ -110,11 +113,11 @@ def test_gradients_of_the_parameters_alone(device: Device) -> None:
     x, grad, config = oracle.random_tensor(6, shape), oracle.random_tensor(7, shape), config_of(shape)
     now, tensor = state_of(shape, config), device.load(x)
     moments = device.forward(tensor, now, config).moments
-    dx, scale_grad, bias_grad = device.backward(tensor, grad, moments, now.scale, config, input_grad=False)
+    found = device.backward(tensor, device.load(grad), moments, now.scale, config, input_grad=False)
     expected = oracle.gradients(x, grad, now.scale.astype(float), 1e-3)
-    assert dx is None
-    np.testing.assert_allclose(scale_grad, expected[1], rtol=1e-5, atol=1e-4)
-    np.testing.assert_allclose(bias_grad, expected[2], rtol=1e-5, atol=1e-4)
+    assert found.input is None
+    np.testing.assert_allclose(found.scale, expected[1], rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(found.bias, expected[2], rtol=1e-5, atol=1e-4)
 
 
 def test_a_large_mean_and_a_small_spread(device: Device) -> None:
@@ -124,7 +127,7 @@ def test_a_large_mean_and_a_small_spread(device: Device) -> None:
     trained = device.forward(device.load(x), blank_state(config), config)
     count, mean, m2 = oracle.batch_moments(x)
     expected = oracle.normalized(x, mean, m2 / count, np.ones(3), np.zeros(3), config.epsilon)
-    assert np.abs(trained.output - expected).max() <= 2e-6
+    assert np.abs(trained.output.array() - expected).max() <= 2e-6
     np.testing.assert_allclose(trained.moments.m2, m2, rtol=2e-9)
 
 
@@ -136,9 +139,41 @@ def test_tensors_of_several_chunks(device: Device) -> None:
     trained = device.forward(tensor, now, config)
     _, mean, m2 = oracle.batch_moments(x)
     expected = oracle.normalized(x, mean, m2 / trained.moments.count, np.ones(3), np.zeros(3), config.epsilon)
-    close(trained.output, expected, "float32")
-    dx, _, _ = device.backward(tensor, grad, trained.moments, now.scale, config, input_grad=True)
-    close(dx, oracle.gradients(x, grad, np.ones(3), config.epsilon)[0], "float32")
+    close(trained.output.array(), expected, "float32")
+    found = device.backward(tensor, device.load(grad), trained.moments, now.scale, config, input_grad=True)
+    assert found.input is not None
+    close(found.input.array(), oracle.gradients(x, grad, np.ones(3), config.epsilon)[0], "float32")
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 901, 449), (2, 3, 5, 7)], ids=["several chunks", "small"])
+def test_a_tensor_in_parts_gives_the_bits_of_the_whole(device: Device, shape: tuple[int, ...]) -> None:
+    x = np.random.default_rng(9).normal(size=shape).astype(np.float32)
+    config, now = config_of(shape), blank_state(config_of(shape))
+    whole = device.forward(device.load(x), now, config)
+    expected = whole.output.array()
+
+    def filled(incoming: Incoming) -> DeviceTensor:
+        data, begin = x.reshape(-1).view(np.uint8), 0
+        while begin < data.nbytes:
+            room = incoming.space(300_001)
+            room[:] = data[begin : begin + room.nbytes].data
+            incoming.filled(room.nbytes)
+            begin += room.nbytes
+        return incoming.finish()
+
+    tensor = filled(device.receive(shape, "float32", train=True))
+    trained = device.forward(tensor, now, config)
+    assert b"".join(bytes(part) for part in trained.output.parts(700_000)) == expected.tobytes()
+    assert trained.moments.mean.tobytes() == whole.moments.mean.tobytes()
+    out = np.empty_like(x)
+    assert device.evaluate(tensor, now, config, out).array() is out
+    wanted = device.backward(tensor, device.load(x), whole.moments, now.scale, config, input_grad=True).input
+    again = filled(device.receive_input(device.load(x), whole.moments))
+    grad = filled(device.receive_gradient(tensor, whole.moments))
+    found = device.backward(again, grad, whole.moments, now.scale, config, input_grad=True).input
+    assert wanted is not None
+    assert found is not None
+    assert b"".join(bytes(part) for part in found.parts(1 << 20)) == wanted.array().tobytes()
 
 
 def test_arrays_of_other_strides_are_no_other_tensors(device: Device) -> None:
@@ -146,7 +181,7 @@ def test_arrays_of_other_strides_are_no_other_tensors(device: Device) -> None:
     config = LayerConfig(LayerKind.BATCH_NORM_2D, 3)
     one = device.forward(device.load(x), blank_state(config), config)
     other = device.forward(device.load(np.ascontiguousarray(x)), blank_state(config), config)
-    assert one.output.tobytes() == other.output.tobytes()
+    assert one.output.array().tobytes() == other.output.array().tobytes()
 
 
 def test_another_element_type_is_refused(device: Device) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 import sharednorm
 from sharednorm.config import LayerConfig, LayerKind
-from sharednorm.errors import InternalError, ServerUnavailable
+from sharednorm.errors import DeviceOutOfMemory, InternalError, ServerUnavailable
 from sharednorm.state import StateUpdate
 from sharednorm_server.cli import DEVICE_LOST
 from sharednorm_server.device import Device, DeviceFault
@@ -66,6 +66,24 @@ def test_the_client_gets_an_internal_error_without_internals(breakable: Device) 
             bn(oracle.random_tensor(1, SHAPE))
         assert "resources" not in str(caught.value)
         bn(oracle.random_tensor(1, SHAPE))
+        assert bn.numOfProps == 1
+
+
+@pytest.mark.parametrize("transport", ["direct", "grpc"])
+def test_a_call_that_fails_while_its_tensor_arrives_leaves_the_connection_to_the_next(
+    breakable: Device, transport: str
+) -> None:
+    x = oracle.random_tensor(1, (8, 4, 256, 256))  # several steps: the first finds no memory on its way to the GPU
+    service = service_on(breakable)
+    with in_process(service=service) as server, sharednorm.connect(server.address, transport=transport) as hub:
+        bn = hub.layer("bn")
+        for _ in range(3):
+            fail("allocation:2+")  # the first is the tensor's own
+            with pytest.raises(DeviceOutOfMemory):
+                bn(x)
+            fail()
+        assert bn.numOfProps == 0
+        bn(x)
         assert bn.numOfProps == 1
 
 

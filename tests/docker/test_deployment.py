@@ -46,7 +46,10 @@ def test_a_service_is_kept_running_and_keeps_its_state(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["cuda", "cpu"])
 def test_nothing_is_published_beyond_this_machine_unless_asked_for(name: str) -> None:
-    assert [defaults(port) for port in SERVICES[name]["ports"]] == ["127.0.0.1:50051:50051"]
+    assert [defaults(port) for port in SERVICES[name]["ports"]] == [
+        "127.0.0.1:50051:50051",
+        "127.0.0.1:50052:50052",
+    ]
 
 
 def test_the_gpu_service_reserves_gpus() -> None:

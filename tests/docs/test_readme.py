@@ -53,7 +53,14 @@ def _commands() -> list[str]:
     return list(dict.fromkeys(line.partition(" #")[0].strip() for line in lines if line.strip()))
 
 
-@pytest.mark.parametrize("document", [d for d in DOCUMENTS if _blocks(d, "python")], ids=str)
+def _with_examples() -> Iterator[Any]:
+    for document in DOCUMENTS:
+        code = "".join(text for _, text in _blocks(document, "python"))
+        if code:
+            yield pytest.param(document, id=str(document), marks=[pytest.mark.torch] * ("import torch" in code))
+
+
+@pytest.mark.parametrize("document", list(_with_examples()))
 def test_examples_print_what_the_document_says(document: Path, tmp_path: Path) -> None:
     variables: dict[str, Any] = {"__name__": "__main__"}
     with server_process() as server:
@@ -120,6 +127,12 @@ def _check_serve(command: str) -> None:
         assert server.stop() == 0
 
 
+def _check_bench(command: str) -> None:
+    with server_process() as server:
+        words = [*shlex.split(command)[1:], "--server", server.address, "--seconds", "0.01"]
+        assert "backward" in run_python("-m", "sharednorm_server", *words)
+
+
 def _check_query(command: str) -> None:
     with server_process() as server:
         run_python(str(ROOT / "examples" / "remote.py"), server.address, "2")
@@ -152,6 +165,7 @@ CHECKS: dict[str, Callable[[str], None]] = {
     "pip install ": _check_pip,
     "sharednorm serve": _check_serve,
     ".venv/bin/sharednorm doctor": _check_doctor,
+    ".venv/bin/sharednorm bench": _check_bench,
     ".venv/bin/sharednorm ls": _check_query,
     ".venv/bin/sharednorm stats": _check_query,
     ".venv/bin/python examples/": _check_script,

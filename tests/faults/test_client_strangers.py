@@ -16,6 +16,7 @@ import grpc
 import pytest
 
 from sharednorm._channel import SERVICE
+from sharednorm._connect import connect
 from sharednorm.errors import (
     DeadlineExceeded,
     IncompatibleServer,
@@ -23,7 +24,6 @@ from sharednorm.errors import (
     ServerUnavailable,
     SharedNormError,
 )
-from sharednorm.hub import connect
 from sharednorm.v1 import service_pb2
 
 

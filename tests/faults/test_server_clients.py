@@ -11,7 +11,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from sharednorm.config import LayerConfig
+from sharednorm.config import Array, LayerConfig
 from sharednorm.normalization import arithmetic
 from sharednorm.state import LayerState
 from sharednorm.v1 import layer_pb2, service_pb2
@@ -149,7 +149,13 @@ class DefectiveDevice(CpuDevice):
         super().__init__(arithmetic("numpy"))
         self._error = error
 
-    def forward(self, x: DeviceTensor, state: LayerState, config: LayerConfig) -> TrainedBatch:  # noqa: ARG002
+    def forward(
+        self,
+        x: DeviceTensor,  # noqa: ARG002
+        state: LayerState,  # noqa: ARG002
+        config: LayerConfig,  # noqa: ARG002
+        out: Array | None = None,  # noqa: ARG002
+    ) -> TrainedBatch:
         """Fail."""
         raise self._error
 

@@ -14,9 +14,9 @@ from tests.support.oracle import batch_moments, gradients, normalized, random_te
 
 Array = npt.NDArray[Any]
 
-H200 = DeviceLimits(132, 232_448, 233_472, (9, 0), 62_914_560)
-A100 = DeviceLimits(108, 166_912, 167_936, (8, 0), 41_943_040)
-SMALL = DeviceLimits(2, 49_152, 65_536, (9, 0), 4 << 20)
+H200 = DeviceLimits(132, 232_448, 233_472, (9, 0))
+A100 = DeviceLimits(108, 166_912, 167_936, (8, 0))
+SMALL = DeviceLimits(2, 49_152, 65_536, (9, 0))
 
 
 def batch_of(shape: tuple[int, ...], name: str, seed: int = 1) -> Batch:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from sharednorm.config import Array, LayerConfig, LayerKind
 from sharednorm.normalization import arithmetic
 from sharednorm.state import LayerState, Moments, StateUpdate
-from sharednorm_server.device import DeviceTensor, TrainedBatch
+from sharednorm_server.device import DeviceTensor, Output, TrainedBatch
 from sharednorm_server.device.cpu import CpuDevice
 from sharednorm_server.placement import Placement
 from sharednorm_server.requests import LayerKey, LayerRecord
@@ -39,16 +39,20 @@ class InterruptedDevice(CpuDevice):
         self.renormalized = 0
         self.interrupt: Callable[[int], object] = lambda _: None
 
-    def forward(self, x: DeviceTensor, state: LayerState, config: LayerConfig) -> TrainedBatch:
+    def forward(
+        self, x: DeviceTensor, state: LayerState, config: LayerConfig, out: Array | None = None
+    ) -> TrainedBatch:
         """Normalize a batch by its own statistics."""
-        result = super().forward(x, state, config)
+        result = super().forward(x, state, config, out)
         self.forwards += 1
         self.interrupt(self.forwards + self.renormalized)
         return result
 
-    def normalize_batch(self, x: DeviceTensor, batch: Moments, state: LayerState, config: LayerConfig) -> Array:
+    def normalize_batch(
+        self, x: DeviceTensor, batch: Moments, state: LayerState, config: LayerConfig, out: Array | None = None
+    ) -> Output:
         """Normalize a batch whose moments are known."""
-        result = super().normalize_batch(x, batch, state, config)
+        result = super().normalize_batch(x, batch, state, config, out)
         self.renormalized += 1
         self.interrupt(self.forwards + self.renormalized)
         return result
@@ -76,7 +80,11 @@ def create(service: LayerService, key: LayerKey = KEY, config: LayerConfig = CON
     service.create_layer(key, config, update, sscale=0.0, empty=False)
 
 
-def close(actual: Array | None, expected: npt.NDArray[np.float64], *, rtol: float = 2e-6, atol: float = 2e-5) -> None:
+def close(
+    actual: Array | Output | None, expected: npt.NDArray[np.float64], *, rtol: float = 2e-6, atol: float = 2e-5
+) -> None:
     """Check that an array is there and has the expected values."""
     assert actual is not None
+    if not isinstance(actual, np.ndarray):
+        actual = actual.array()
     np.testing.assert_allclose(actual.astype(np.float64), expected, rtol=rtol, atol=atol)

@@ -15,6 +15,7 @@ import numpy as np
 import sharednorm
 from sharednorm._address import parse_address
 from sharednorm._calls import Connection
+from sharednorm._exchange import Exchange
 from sharednorm.config import Array, LayerConfig
 from sharednorm.convert import ref_to_proto
 from sharednorm.layers import BatchNormND, ForwardResult
@@ -59,7 +60,8 @@ def train(address: str, namespace: str, config: LayerConfig, first_seed: int, st
     """Attach to the layer, take steps, and report them."""
     connection = Connection(parse_address(address), 30.0)
     connection.greet()
-    backend = Recorder(connection, ref_to_proto(namespace, NAME), config)
+    exchange = Exchange(connection, "auto", None)
+    backend = Recorder(exchange, ref_to_proto(namespace, NAME), config)
     backend.versions = []
     layer = BatchNormND(backend, NAME, inplace=False, train=None)
     seen = []
@@ -67,6 +69,7 @@ def train(address: str, namespace: str, config: LayerConfig, first_seed: int, st
         layer(batch(seed))
         seen.append(layer.snapshot().num_of_props)
     connection.close()
+    exchange.close()
     return Steps(dict(zip(backend.versions, range(first_seed, first_seed + steps), strict=True)), seen)
 
 

@@ -28,12 +28,16 @@ def _server(*names: str) -> tuple[str, ...]:
 
 
 # The rooms. What is not listed belongs to the local layers on the client's side.
-CODEC = _client("wire", "convert", "_status")
-CONNECTION = _client("hub", "remote", "_calls", "_channel")
+CODEC = _client("wire", "convert", "_status", "_frames")
+CONNECTION = _client("hub", "remote", "_async_compute", "_calls", "_channel", "_client_compute", "_connect",
+                     "_deadline", "_direct", "_exchange", "_group", "_group_compute", "_handling", "_link", "_places",
+                     "_progress", "_push", "_reading", "_shared", "_torch_functions", "_ways", "torch")  # fmt: skip
 COMPILED = _client("_numba_arithmetic", "_numba_backward", "_numba_common", "_numba_forward", "_numba_half",
                    "_numba_moments", "_numba_plan", "_numba_vector")  # fmt: skip
-EDGE = _server("__main__", "cli", "commands", "server", "servicer", "calls", "listen")
-MEANING = _server("service", "placement", "requests", "layers", "saved_inputs", "checks", "paging")
+EDGE = _server("__main__", "cli", "commands", "server", "servicer", "calls", "group_calls", "batches", "listen",
+               "direct", "lane", "regions", "transfers", "bench")  # fmt: skip
+MEANING = _server("service", "budget", "placement", "requests", "layers", "saved_inputs", "checks", "paging")
+GROUPS = _server("groups", "synchronization")
 CUDA = ("cuda", "_cuda_gpu", "_cuda_kernels", "_cuda_worker")
 DEVICE, STORE = _server("device."), _server("store.")
 DOCTOR = _server("doctor.")
@@ -116,6 +120,8 @@ LOCAL = tuple(m for m in MODULES if _within(m, ("sharednorm.",)) and m != "share
         pytest.param(LOCAL, (*PROTOBUF, *GRPC, *CODEC, *CONNECTION), id="a local layer knows no transport"),
         pytest.param(CODEC, (*CONNECTION, *_client("layers", "_handle", "_local")), id="the codec knows no handles"),
         pytest.param(MEANING, (*PROTOBUF, *GRPC, *CODEC, *EDGE), id="the service knows no transport"),
+        pytest.param(GROUPS, (*PROTOBUF, *GRPC, *CODEC, *EDGE, *DEVICE, *STORE), id="groups know no transport"),
+        pytest.param((*MEANING, *DEVICE, *STORE), GROUPS, id="a layer knows no groups"),
         pytest.param(DEVICE, (*PROTOBUF, *GRPC, *CODEC, *EDGE, *MEANING, *STORE), id="a device only computes"),
         pytest.param(STORE, (*PROTOBUF, *GRPC, *CODEC, *EDGE, *MEANING, *DEVICE), id="a store only remembers"),
         pytest.param((*MEANING, *STORE), _client("normalization"), id="only a device computes with tensors"),
@@ -134,7 +140,11 @@ def test_arrows_point_one_way(importers: tuple[str, ...], forbidden: tuple[str, 
 @pytest.mark.parametrize(
     ("imported", "users"),
     [
-        pytest.param(PROTOBUF, (*CODEC, *CONNECTION, *GENERATED, *_server("servicer")), id="protobuf"),
+        pytest.param(
+            PROTOBUF,
+            (*CODEC, *CONNECTION, *GENERATED, *_server("servicer", "group_calls", "batches", "lane", "transfers")),
+            id="protobuf",
+        ),
         pytest.param(
             ("grpc.",), (*CONNECTION, *_client("_status"), *GENERATED, *EDGE, *_server("doctor.ask")), id="grpc"
         ),
@@ -143,6 +153,8 @@ def test_arrows_point_one_way(importers: tuple[str, ...], forbidden: tuple[str, 
         pytest.param(COMPILED, (*COMPILED, *_client("normalization")), id="compiled arithmetic"),
         pytest.param(("pycuda.",), _server(*(f"device.{name}" for name in CUDA)), id="pycuda"),
         pytest.param(("ml_dtypes.",), _client("config"), id="ml_dtypes"),
+        pytest.param(("torch.",), _client("torch", "_torch_functions"), id="torch"),
+        pytest.param(_client("torch", "_torch_functions"), _client("torch"), id="the adapter of torch"),
         pytest.param(("h5py.",), _client("_formats", "files"), id="h5py"),
         pytest.param(("safetensors.",), _client("_formats"), id="safetensors"),
     ],
@@ -154,19 +166,20 @@ def test_each_package_has_its_room(imported: tuple[str, ...], users: tuple[str, 
 
 
 def test_every_room_is_there() -> None:
-    rooms = (*CODEC, *CONNECTION, *COMPILED, *EDGE, *MEANING, *DEVICE, *STORE, *DOCTOR, *KERNELS, *GENERATED)
+    rooms = (*CODEC, *CONNECTION, *COMPILED, *EDGE, *MEANING, *GROUPS, *DEVICE, *STORE, *DOCTOR, *KERNELS, *GENERATED)
     assert [room for room in rooms if room.rstrip(".") not in MODULES] == []
 
 
 def test_every_module_of_the_server_has_its_room() -> None:
-    rooms = (*EDGE, *MEANING, *DEVICE, *STORE, *DOCTOR, *_server("config"), "sharednorm_server")
+    rooms = (*EDGE, *MEANING, *GROUPS, *DEVICE, *STORE, *DOCTOR, *_server("config", "tensors"), "sharednorm_server")
     assert [m for m in MODULES if _within(m, ("sharednorm_server.",)) and not _within(m, rooms)] == []
 
 
 def test_the_client_needs_numpy_grpcio_and_protobuf_and_nothing_else_to_be_imported() -> None:
     known = {*sys.stdlib_module_names, "numpy", "grpc", "google", "sharednorm"}
-    # The compiled arithmetic is loaded at the first use of it, where numba is installed.
-    loaded = [f for f in IMPORTS if _within(f.importer, ("sharednorm.",)) and f.top and f.importer not in COMPILED]
+    # The compiled arithmetic is loaded at the first use of it, where numba is installed; the adapter by its users.
+    later = (*COMPILED, *_client("torch", "_torch_functions"))
+    loaded = [f for f in IMPORTS if _within(f.importer, ("sharednorm.",)) and f.top and f.importer not in later]
     assert [str(found) for found in loaded if _root(found) not in known or found.imported in COMPILED] == []
 
 
@@ -180,7 +193,18 @@ def test_optional_packages_are_those_of_the_extras() -> None:
         "sharednorm_server",
         "sharednorm_kernels",
     }
-    extras = {"numba", "llvmlite", "ml_dtypes", "h5py", "safetensors", "pycuda", "grpc_health", "grpc_reflection"}
+    extras = {
+        "numba",
+        "llvmlite",
+        "ml_dtypes",
+        "h5py",
+        "safetensors",
+        "pycuda",
+        "grpc_health",
+        "grpc_reflection",
+        "torch",
+        "tqdm",
+    }
     assert {_root(found) for found in IMPORTS} - known <= extras
 
 

@@ -16,15 +16,38 @@ def test_without_a_gpu_nothing_is_run(capsys: pytest.CaptureFixture[str], monkey
     assert "there is no GPU on this machine" in capsys.readouterr().err
 
 
-def test_a_step_that_fails_ends_it(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def run_steps(monkeypatch: pytest.MonkeyPatch, *steps: tuple[str, str]) -> int:
     monkeypatch.setattr(gpu_check, "gpus", lambda: 1)
-    failing = [("one", ["-c", "print('hello')"]), ("two", ["-c", "raise SystemExit(7)"]), ("three", ["-c", "print(3)"])]
-    monkeypatch.setattr(gpu_check, "steps", lambda *_: failing)
-    assert gpu_check.main([]) == 7
+    monkeypatch.setattr(gpu_check, "steps", lambda *_: [(name, ["-c", program]) for name, program in steps])
+    return gpu_check.main([])
+
+
+def test_a_step_that_fails_fails_the_whole_and_the_next_is_run(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    steps = ("one", "print('hello')"), ("two", "raise SystemExit(7)"), ("three", "raise SystemExit(8)")
+    assert run_steps(monkeypatch, *steps, ("four", "print('good-bye')")) == 7
     captured = capfd.readouterr()
     assert "hello" in captured.out
-    assert "three" not in captured.out
+    assert "good-bye" in captured.out
+    assert "failed: two, three" in captured.out
     assert "two: failed" in captured.err
+
+
+def test_without_kernels_nothing_more_is_run(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run_steps(monkeypatch, ("kernels", "raise SystemExit(3)"), ("two", "print('hello')")) == 3
+    assert "hello" not in capfd.readouterr().out
+
+
+def test_a_step_that_does_not_end_fails(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(gpu_check, "STEP_SECONDS", 2.0)
+    steps = ("one", ""), ("two", "import time; time.sleep(60)"), ("three", "print('good-bye')")
+    assert run_steps(monkeypatch, *steps) == gpu_check.TIMED_OUT
+    captured = capfd.readouterr()
+    assert "timed out after" in captured.err
+    assert "good-bye" in captured.out
 
 
 def test_what_the_steps_name_exists() -> None:

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 from sharednorm._address import MAX_SOCKET_PATH_BYTES, parse_address
-from sharednorm._calls import Connection, Deadline
+from sharednorm._calls import Connection
 from sharednorm._channel import SERVICE, channel_options, proxy_hint
+from sharednorm._connect import connect
+from sharednorm._deadline import Deadline
 from sharednorm.errors import HubClosed, InvalidConfiguration, InvalidName
-from sharednorm.hub import connect
 from sharednorm.v1 import service_pb2
 
 PROXIES = ("grpc_proxy", "https_proxy", "http_proxy", "no_grpc_proxy", "no_proxy")
@@ -108,7 +109,8 @@ def test_only_calls_that_change_nothing_are_retried() -> None:
     config = json.loads(str(dict(channel_options(parse_address("localhost:1")))["grpc.service_config"]))
     (methods,) = config["methodConfig"]
     assert {name["service"] for name in methods["name"]} == {SERVICE}
-    assert {name["method"] for name in methods["name"]} == {"GetServerInfo", "GetLayer", "ListLayers", "GetStats"}
+    reading = {"GetServerInfo", "GetLayer", "ListLayers", "GetStats", "GetManyStats"}
+    assert {name["method"] for name in methods["name"]} == reading
     assert methods["retryPolicy"]["retryableStatusCodes"] == ["UNAVAILABLE"]
 
 

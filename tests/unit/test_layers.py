@@ -251,8 +251,10 @@ class Interrupted(NumpyArithmetic):
     def __init__(self) -> None:
         self.meanwhile: list[Any] = []
 
-    def forward(self, x: Array, scale: Vector, bias: Vector, epsilon: float) -> tuple[Array, Moments]:
-        result = super().forward(x, scale, bias, epsilon)
+    def forward(
+        self, x: Array, scale: Vector, bias: Vector, epsilon: float, out: Array | None = None
+    ) -> tuple[Array, Moments]:
+        result = super().forward(x, scale, bias, epsilon, out)
         while self.meanwhile:
             self.meanwhile.pop()()
         return result

@@ -14,7 +14,7 @@ import sharednorm.errors
 
 PUBLIC = {
     "BatchNorm", "BatchNorm1D", "BatchNorm2D", "BatchNorm3D", "Layer", "Variable",
-    "Hub", "LayerInfo", "ServerInfo", "connect", "__version__",
+    "Group", "Statistics", "StatisticsDelta", "Hub", "LayerInfo", "Progress", "ServerInfo", "connect", "__version__",
 }  # fmt: skip
 
 
@@ -52,14 +52,27 @@ def test_the_arguments_are_the_originals_and_our_own_by_keyword() -> None:
         keywords = [(p.name, p.default) for p in parameters if p.kind is p.KEYWORD_ONLY]
         assert keywords == [("averaging", "standard"), ("nonfinite", "refuse")]
         remote = list(inspect.signature(getattr(sharednorm.Hub, kind.__name__)).parameters.values())
-        assert remote[1:] == parameters
+        assert remote[1:-6] == parameters
+        added = [("compute", "server"), ("max_age", 0.0), ("wire_dtype", None), ("group", None)]
+        added += [("push", "sync"), ("max_pending", None)]
+        assert [(p.name, p.default) for p in remote[-6:]] == added
+        assert {p.kind for p in remote[-6:]} == {remote[-1].KEYWORD_ONLY}
 
 
 def test_the_signatures_of_the_hub() -> None:
     assert str(inspect.signature(sharednorm.connect)) == (
         "(address: 'str', *, namespace: 'str' = 'default', token: 'None' = None, tls: 'None' = None, "
-        "timeout: 'float' = 30.0) -> 'Hub'"
+        "timeout: 'float' = 30.0, transport: 'str' = 'auto', progress: 'ProgressCallback | None' = None) -> 'Hub'"
     )
-    names = {"layers": [], "layer": ["name"], "delete": ["name"], "set_train": ["name", "train"], "close": []}
+    names = {
+        "layers": [],
+        "layer": ["name", "compute", "max_age", "wire_dtype", "group", "push", "max_pending"],
+        "delete": ["name"],
+        "set_train": ["name", "train"],
+        "close": [],
+        "flush": [],
+        "refresh": ["layers"],
+        "empty": ["shape", "dtype"],
+    }
     for method, arguments in names.items():
         assert list(inspect.signature(getattr(sharednorm.Hub, method)).parameters) == ["self", *arguments]

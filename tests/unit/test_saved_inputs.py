@@ -125,7 +125,7 @@ def test_release_if_drops_all_of_a_layer() -> None:
     token = saved.put(entry(B))
     for _ in range(3):
         saved.put(entry(A))
-    saved.release_if(lambda layer: layer is A)
+    saved.release_if(lambda entry: entry.layer is A)
     assert (len(saved), saved.nbytes) == (1, 40)
     assert saved.get(token, B)
 

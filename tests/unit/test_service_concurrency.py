@@ -92,7 +92,7 @@ def test_every_output_has_the_parameters_of_its_moment_while_others_change_them(
         value = float(answer.scale[0])
         np.testing.assert_array_equal(answer.scale, ones * value)
         expected = oracle.normalized(x, mean, m2 / count, np.full(MAPS, value), np.full(MAPS, -value), 1e-5)
-        np.testing.assert_allclose(answer.output, expected, rtol=1e-5, atol=1e-3)
+        np.testing.assert_allclose(answer.output.array(), expected, rtol=1e-5, atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_a_step_computes_with_the_parameters_that_it_finds_at_its_commit(
     answer = service.forward(TRAIN, x)
     count, mean, m2 = oracle.batch_moments(x)
     expected = oracle.normalized(x, mean, m2 / count, np.array(scale), np.array(bias), 1e-5)
-    np.testing.assert_allclose(answer.output, expected, rtol=1e-6, atol=1e-5)
+    np.testing.assert_allclose(answer.output.array(), expected, rtol=1e-6, atol=1e-5)
     np.testing.assert_array_equal(answer.scale, scale)
     assert (device.forwards, device.renormalized) == (1, 1)  # moments do not depend on parameters
 
@@ -297,7 +297,9 @@ def test_a_step_by_default_is_none_once_the_default_is_eval() -> None:
     x = oracle.random_tensor(1, SHAPE)
     answer = service.forward(ForwardCall(KEY, keep_input=True), x)
     assert (answer.train, answer.version, answer.saved_input, answer.moments) == (False, 0, "", None)
-    np.testing.assert_allclose(answer.output, x / np.sqrt(1 + 1e-5), rtol=1e-6)  # by the statistics of a new layer
+    np.testing.assert_allclose(
+        answer.output.array(), x / np.sqrt(1 + 1e-5), rtol=1e-6
+    )  # by the statistics of a new layer
     assert service.get_layer(KEY).state.version == 0
     assert service.forward(TRAIN, x).version == 1  # who chooses the mode trains
 

@@ -40,7 +40,7 @@ def test_steps_and_evaluation_follow_the_model(service: LayerService, kind: str,
         x = oracle.random_tensor(number, oracle.shape_of(kind, MAPS), name)
         answer = service.forward(TRAIN, x)
         close(answer.output, model.train(x), rtol=rtol, atol=4e-6)
-        assert (answer.output.dtype, answer.train, answer.version, answer.num_of_props) == (
+        assert (answer.output.array().dtype, answer.train, answer.version, answer.num_of_props) == (
             x.dtype,
             True,
             number,
@@ -70,7 +70,7 @@ def test_evaluation_takes_one_value_a_map(service: LayerService) -> None:
     create(service, mean=[1, 2, 3], var=[4, 4, 4])
     x = np.zeros((1, MAPS, 1, 1), np.float32)
     expected = -np.array([1, 2, 3]) / np.sqrt(4 + 1e-5)
-    np.testing.assert_allclose(service.forward(EVAL, x).output.reshape(MAPS), expected, rtol=1e-6)
+    np.testing.assert_allclose(service.forward(EVAL, x).output.array().reshape(MAPS), expected, rtol=1e-6)
 
 
 BAD_INPUTS: dict[str, tuple[Array, type[Exception], str]] = {
