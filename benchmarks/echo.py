@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
+from queue import SimpleQueue
 
 import grpc
 
@@ -42,6 +43,17 @@ class EchoClient:
     def received(self, data: Sequence[bytes]) -> int:
         """Send a stream of messages, which comes back when all of it has arrived; return the bytes."""
         return sum(map(len, self._received(iter(data), timeout=60)))
+
+    def kept_open(self) -> Callable[[bytes], int]:
+        """Open a stream, and return what sends one message on it; it returns the bytes that came back."""
+        messages: SimpleQueue[bytes] = SimpleQueue()
+        answers = self._overlapped(iter(messages.get, b""))
+
+        def whole(data: bytes) -> int:
+            messages.put(data)
+            return len(next(answers))
+
+        return whole
 
 
 def cut(data: bytes) -> list[bytes]:

@@ -1,6 +1,7 @@
 """How fast the CUDA kernels are: training forward, evaluation and backward, against torch on the same GPU.
 
-`python -m benchmarks.gpu` prints a table and writes benchmarks/results/gpu-NAME-DATE.json. Both sides run in the legacy
+`python -m benchmarks.gpu` prints a table and writes benchmarks/results/gpu-kernels-NAME-DATE.json. Both
+sides run in the legacy
 default stream of one process, on buffers of the same sizes, and take turns. What is done so that the numbers mean
 something:
 
@@ -30,7 +31,7 @@ import torch
 
 from benchmarks.gpu_passes import TRIPS, Call, Launches, Layer, Set, our_calls, torch_calls, verify
 from benchmarks.remote import machine
-from sharednorm_kernels import fatbin
+from sharednorm_kernels import fatbin, plan
 from sharednorm_server.device._cuda_gpu import limits_of
 from sharednorm_server.device._cuda_kernels import Kernels
 
@@ -136,7 +137,8 @@ def rows(dtypes: list[str], shapes: tuple[tuple[int, ...], ...], repeats: int) -
             for dtype_name in dtypes:
                 sets = make_sets(shape, DTYPES[dtype_name], l2_bytes)
                 layer = Layer.create(shape[1], "cuda")
-                ours = our_calls(launches, sets, layer, dtype_name, limits)
+                how = plan(shape, sets[0].x.element_size(), limits)
+                ours = our_calls(launches, sets, layer, dtype_name, how)
                 errors = verify(ours, sets[0], layer)
                 sides = {"ours": ours} | {
                     f"torch, {name}": torch_calls(sets, layer, cudnn=cudnn)
@@ -194,19 +196,15 @@ def line(one: dict[str, Any]) -> str:
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description="Measure the CUDA kernels against torch.")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="directory to write to; default %(default)s")
+    parser.add_argument("--output", type=Path, help="directory to write to; default benchmarks/results")
     parser.add_argument("--shapes", type=int, default=len(SHAPES), metavar="N", help="only the first N shapes")
     parser.add_argument("--dtypes", nargs="+", choices=tuple(DTYPES), default=list(DTYPES))
     parser.add_argument("--repeats", type=int, default=_REPEATS, help="rounds of each side; default %(default)s")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         parser.exit(2, "there is no GPU that torch can use: nothing is measured\n")
-    properties = torch.cuda.get_device_properties(0)
-    about: dict[str, Any] = machine() | {
-        "GPU": properties.name, "driver": _driver(), "CUDA of the driver": cuda.get_driver_version(),
-        "cuDNN": torch.backends.cudnn.version(),
-    }  # fmt: skip
-    print(", ".join(f"{name} {value}" for name, value in about.items()))
+    found_on = about()
+    print(", ".join(f"{name} {value}" for name, value in found_on.items()))
     print(
         f"{'shape':18}{'':>9}{'MB':>7}"
         + "".join(f" |{name:>8}{'cuDNN':>8}{'native':>8}{'x':>6}{'copy':>7}" for name in TRIPS)
@@ -215,14 +213,30 @@ def main() -> None:
     for one in rows(arguments.dtypes, SHAPES[: arguments.shapes], arguments.repeats):
         found.append(one)
         print(line(one), flush=True)
-    report = {"machine": about, "summary": summary(found), "rows": found}
+    report = {"machine": found_on, "summary": summary(found), "rows": found}
     for name, value in summary(found).items():
         print(f"{name}: {value}")
-    label = re.sub(r"[^a-z0-9]+", "-", properties.name.lower()).strip("-")
-    target = arguments.output / f"gpu-{label}-{datetime.date.today().isoformat()}.json"
-    target.parent.mkdir(parents=True, exist_ok=True)
+    target = result_file("gpu-kernels", arguments.output)
     target.write_text(json.dumps(report, indent=1) + "\n")
     print(f"written: {target}")
+
+
+def about() -> dict[str, Any]:
+    """Return what the figures were measured on and with."""
+    return machine() | {
+        "GPU": torch.cuda.get_device_properties(0).name,
+        "driver": _driver(),
+        "CUDA of the driver": cuda.get_driver_version(),
+        "cuDNN": torch.backends.cudnn.version(),
+    }
+
+
+def result_file(kind: str, directory: Path | None) -> Path:
+    """Return the file that the results go to, of this GPU and this day; its directory is there."""
+    label = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_properties(0).name.lower()).strip("-")
+    directory = directory or RESULTS
+    directory.mkdir(parents=True, exist_ok=True)
+    return directory / f"{kind}-{label}-{datetime.date.today().isoformat()}.json"
 
 
 def _driver() -> str:

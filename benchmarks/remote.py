@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import distributions, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -46,28 +46,42 @@ LEAST, MOST = 7, 400
 Calls = dict[str, Callable[[], object]]
 
 
+class Child(NamedTuple):
+    """A process that listens: the line that it has printed, and its number."""
+
+    line: str
+    pid: int
+
+
+class Server(NamedTuple):
+    """A server process: where it listens, and its number."""
+
+    address: str
+    pid: int
+
+
 @contextlib.contextmanager
-def process(*arguments: str) -> Iterator[str]:
-    """Run a Python module that prints one line when it listens; give that line."""
+def process(*arguments: str) -> Iterator[Child]:
+    """Run a Python module that prints one line when it listens."""
     with subprocess.Popen([sys.executable, "-m", *arguments], stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None
         try:
-            yield child.stdout.readline().strip()
+            yield Child(child.stdout.readline().strip(), child.pid)
         finally:
             child.kill()
 
 
 @contextlib.contextmanager
-def server(listen: str) -> Iterator[str]:
-    """Run `sharednorm serve`; give its address."""
-    with process("sharednorm_server", "serve", "--listen", listen, "--log-level", "warning") as banner:
-        yield banner.partition(" listening on ")[2].partition(", device")[0]
+def server(listen: str, *options: str) -> Iterator[Server]:
+    """Run `sharednorm serve`."""
+    with process("sharednorm_server", "serve", "--listen", listen, "--log-level", "warning", *options) as child:
+        yield Server(child.line.partition(" listening on ")[2].partition(", device")[0], child.pid)
 
 
 def start_seconds() -> float:
     """Return the time from the start of a server process to the answer to its first training step."""
     began = time.perf_counter()
-    with server("127.0.0.1:0") as address, sharednorm.connect(address) as hub:
+    with server("127.0.0.1:0") as running, sharednorm.connect(running.address) as hub:
         hub.BatchNorm2D(16, name="bn")(np.random.default_rng(0).normal(size=SHAPES[0]).astype(np.float32))
         return time.perf_counter() - began
 
@@ -174,10 +188,10 @@ def rows(shapes: tuple[tuple[int, ...], ...]) -> Iterator[dict[str, Any]]:
         remote, echo = {}, {}
         for transport, listen in (("tcp", "127.0.0.1:0"), ("unix", f"unix:{directory}")):
             path = "" if transport == "tcp" else "/sharednorm"
-            address = stack.enter_context(server(listen + path))
-            remote[transport] = stack.enter_context(sharednorm.connect(address))
+            running = stack.enter_context(server(listen + path))
+            remote[transport] = stack.enter_context(sharednorm.connect(running.address))
             path = "" if transport == "tcp" else "/echo"
-            echo[transport] = EchoClient(stack.enter_context(process("benchmarks.echo", listen + path)))
+            echo[transport] = EchoClient(stack.enter_context(process("benchmarks.echo", listen + path)).line)
         for shape in shapes:
             x = random.normal(1, 2, shape).astype(np.float32)
             calls = torch_calls(x)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
@@ -13,8 +14,11 @@ NAMES = {"train": "train forward", "eval": "eval forward", "backward": "backward
 
 
 def load(name: str) -> dict[str, Any]:
-    """Return a report, "local" or "remote"."""
-    report: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    """Return a report: of "gpu-kernels" and "gpu-calls" the last one of any GPU, of others the one of that name."""
+    path = RESULTS / f"{name}.json"
+    if name.startswith("gpu-"):
+        path = max(RESULTS.glob(f"{name}-*.json"), key=lambda each: each.stem[-len("2026-01-01") :])
+    report: dict[str, Any] = json.loads(path.read_text())
     return report
 
 
@@ -46,11 +50,110 @@ def remote_table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def datapath_table(report: dict[str, Any]) -> str:
+    """Return one line a comparison: its ratio, and the one that it was meant to be."""
+    lines = ["| measure | ratio | meant to be |", "|---|---:|---:|"]
+    for each in report["goals"]:
+        mark = "" if each["met"] else ", not met"
+        lines.append(_line([each["what"], f"{each['ratio']:.2f}", f"{each['goal']}{mark}"]))
+    return "\n".join(lines)
+
+
+def calls_table(report: dict[str, Any]) -> str:
+    """Return one line a way: medians in ms of a training forward of 25.7 MB and of a tiny one, and of the peers."""
+    single = report["single"]
+    lines = ["| ms | 25.7 MB, TCP | unix socket | 8 KB, TCP | unix socket |", "|---|---:|---:|---:|---:|"]
+    names = {
+        "direct": "remote train forward, direct",
+        "grpc": "remote train forward, gRPC",
+        "echo, overlapped": "bare echo by grpcio, chunks sent back as they come",
+        "echo, once received": "bare echo by grpcio, sent back when all is there",
+        "unary echo": "bare echo by grpcio, one message",
+        "echo, open stream": "bare echo by grpcio, one message on an open stream",
+        "socket echo": "bare echo on a socket, sent back when all is there",
+        "Flight echo": "Arrow Flight echo",
+    }
+    for name, label in names.items():
+        groups = ("TCP", "unix socket", "tiny, TCP", "tiny, unix socket")
+        cells = [_ms(single[group][name]["p50"]) if name in single[group] else "" for group in groups]
+        lines.append(_line([label, *cells]))
+    host = single["one host"]
+    for name, label in (
+        ("shared memory", "remote train forward, shared memory"),
+        ("shared memory, hub.empty", "the same, arrays from `hub.empty`"),
+        ("compute=client", 'remote train forward, `compute="client"`'),
+        ("local layer", "local layer of ours"),
+        ("torch train", "local torch BatchNorm2d"),
+    ):
+        lines.append(_line([label, "", _ms(host[name]["p50"]), "", ""]))
+    return "\n".join(lines)
+
+
+def together_table(report: dict[str, Any]) -> str:
+    """Return one line a thing that processes do together: medians in ms, of a group and of gloo's ranks."""
+    found = report["together"]
+    steps = found["steps, 2"]
+    lines = ["| ms | group | by hand over gloo | the same, fewest passes |", "|---|---:|---:|---:|"]
+    for name in ("forward", "forward and backward"):
+        sides = ("group", "gloo", "gloo, fewest passes")
+        lines.append(_line([f"step of 2 members, {name}", *(_ms(steps[f"{each}, {name}"]["p50"]) for each in sides)]))
+    for key, label in (
+        ("network, 2", "20 meetings in a row, 2 members"),
+        ("network, 4", "20 meetings in a row, 4 members"),
+        ("barrier, 8", "one meeting, 8 members"),
+    ):
+        lines.append(_line([label, *(_ms(found[key][side]["p50"]) for side in ("group", "gloo")), ""]))
+    return "\n".join(lines)
+
+
+def kernels_table(report: dict[str, Any]) -> str:
+    """Return one line a shape: medians in microseconds of our kernels and the faster torch, and the ratio, float32.
+
+    Then the ratios' geometric means over all shapes, for each element type.
+    """
+    head = "".join(f" {NAMES[each]} | torch | |" for each in PASSES)
+    lines = [f"| float32, microseconds |{head}", "|---|" + "---:|---:|---:|" * len(PASSES)]
+    ratios: dict[tuple[str, str], list[float]] = {}
+    for row in report["rows"]:
+        cells = [f"({', '.join(map(str, row['shape']))})"]
+        for each in PASSES:
+            found = row["passes"][each]
+            theirs = min(taken["p50"] for side, taken in found["us"].items() if side != "ours")
+            ratio = theirs / found["us"]["ours"]["p50"]
+            ratios.setdefault((row["dtype"], each), []).append(ratio)
+            cells += [_ms(found["us"]["ours"]["p50"]), _ms(theirs), f"{ratio:.1f}x"]
+        if row["dtype"] == "float32":
+            lines.append(_line(cells))
+    for dtype in ("float32", "float16", "bfloat16"):
+        means = [f"**{geometric_mean(ratios[dtype, each]):.1f}x**" for each in PASSES]
+        lines.append(_line([f"geometric mean, {dtype}", *(cell for mean in means for cell in ("", "", mean))]))
+    return "\n".join(lines)
+
+
+def gpu_calls_table(report: dict[str, Any]) -> str:
+    """Return one line a way: medians in ms of a call to a server's GPU, and of torch in the program itself."""
+    rows = report["rows"]
+    sizes = " | ".join(f"{row['bytes'] / 1e6:.3g} MB" for row in rows)
+    lines = [f"| ms | {sizes} |", "|---|" + "---:|" * len(rows)]
+    for name, label in (
+        ("shm train", "remote train forward, shared memory"),
+        ("shm train, hub.empty", "the same, arrays from `hub.empty`"),
+        ("shm train and backward", "remote train forward and backward, shared memory"),
+        ("direct train", "remote train forward, TCP"),
+        ("torch on the GPU", "torch in the program, GPU, with the copies there and back"),
+        ("torch on the GPU, pinned", "the same, from and to pinned memory"),
+        ("torch train", "torch in the program, CPU"),
+    ):
+        lines.append(_line([label, *(_ms(row["ms"][name]["p50"]) for row in rows)]))
+    return "\n".join(lines)
+
+
 def machine(report: dict[str, Any]) -> str:
     """Return what a report was measured on, as one sentence."""
     found = report["machine"]
+    gpu = f"{found['GPU']}, driver {found['driver']}, cuDNN {found['cuDNN']}, " if "GPU" in found else ""
     versions = ", ".join(f"{name} {found['packages'][name]}" for name in ("numpy", "numba", "grpcio", "torch"))
-    return f"{found['date']}, {found['cpu']}, {found['cpus']} CPUs, Python {found['python']}, {versions}."
+    return f"{found['date']}, {gpu}{found['cpu']}, {found['cpus']} CPUs, Python {found['python']}, {versions}."
 
 
 def _line(cells: list[str]) -> str:
@@ -63,8 +166,13 @@ def _ms(value: float) -> str:
 
 def updated(readme: str) -> str:
     """Return a README whose parts between `<!-- benchmarks: NAME -->` and `<!-- end -->` are those of the results."""
-    for name, table in (("local", local_table), ("remote", remote_table)):
-        report = load(name)
+    tables = {
+        "gpu-kernels": kernels_table, "gpu-calls": gpu_calls_table,
+        "local": local_table, "datapath": datapath_table, "calls": calls_table, "remote": remote_table,
+        "groups": datapath_table, "together": together_table,
+    }  # fmt: skip
+    for name, table in tables.items():
+        report = load({"calls": "datapath", "together": "groups"}.get(name, name))
         head, mark, rest = readme.partition(f"<!-- benchmarks: {name} -->\n")
         _, end, tail = rest.partition("<!-- end -->")
         if not (mark and end):
