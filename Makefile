@@ -31,13 +31,16 @@ READY  := $(VENV)/.ready
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test serve check bench gpu-check kernels proto images up down image-check clean
+.PHONY: help demo demo-torch test serve check bench gpu-check kernels proto images up down image-check clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 demo: $(READY)-demo  ## Several processes share layers on one server, on real data (under a minute)
 	$(BIN)/python -m examples.demo
+
+demo-torch: $(READY)-demo $(READY)-torch  ## Workers with tiny batches train a network with PyTorch, normalized as one; STEPS= is how long
+	$(BIN)/python -m examples.synchronized $(if $(STEPS),--steps $(STEPS))
 
 test: $(READY)-test $(if $(TORCH),$(READY)-torch) $(if $(CUDA),$(READY)-cuda)  ## Run every test that this machine can run; TORCH=1 adds PyTorch, CUDA=1 PyCUDA
 	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
@@ -57,9 +60,11 @@ check: $(READY)-check $(READY)-test $(READY)-demo  ## Lint, types, the contract,
 	diff -r -x __init__.py -x __pycache__ $(VENV)/generated/sharednorm/v1 client/sharednorm/v1 \
 	    || { echo 'client/sharednorm/v1 is not what proto/ makes: run `make proto`' >&2; exit 1; }
 
-bench: $(READY)-demo $(READY)-torch  ## Compare with PyTorch and measure the server; writes benchmarks/results and the README's tables
+bench: $(READY)-bench $(READY)-server $(READY)-torch  ## Compare with PyTorch, gloo, Arrow Flight and raw gRPC; writes benchmarks/results and the README's tables
 	$(BIN)/python -m benchmarks.local
+	$(BIN)/python -m benchmarks.datapath
 	$(BIN)/python -m benchmarks.remote
+	$(BIN)/python -m benchmarks.groups
 	$(BIN)/python -m benchmarks.plot
 	$(BIN)/python -m benchmarks.tables
 

@@ -41,7 +41,8 @@ WORKDIR /var/lib/sharednorm
 # The build fails here, and not the first start, if something that the server imports is missing.
 RUN ["/opt/sharednorm/bin/python", "-c", "import sharednorm_server.server, numba, ml_dtypes"]
 
-EXPOSE 50051
+# gRPC, and the port that tensors travel by.
+EXPOSE 50051 50052
 
 # The first start compiles, which takes a minute on a small machine.
 HEALTHCHECK --interval=15s --timeout=10s --start-period=120s --retries=3 \
@@ -50,4 +51,4 @@ HEALTHCHECK --interval=15s --timeout=10s --start-period=120s --retries=3 \
 # The server is process 1 and gets SIGTERM itself. Plain text is right inside the container; who may reach the port is
 # decided where it is published.
 ENTRYPOINT ["sharednorm"]
-CMD ["serve", "--listen", "0.0.0.0:50051", "--insecure", "--device", "cpu", "--state", "memory:"]
+CMD ["serve", "--listen", "0.0.0.0:50051", "--direct-port", "50052", "--insecure", "--device", "cpu", "--state", "memory:"]

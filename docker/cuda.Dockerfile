@@ -79,7 +79,8 @@ WORKDIR /var/lib/sharednorm
 # PyCUDA itself can be imported only where the driver is.
 RUN ["/opt/sharednorm/bin/python", "-c", "import sharednorm_server.server, sharednorm_kernels.files as f, importlib.util as u; f.fatbin(); assert u.find_spec('pycuda._driver')"]
 
-EXPOSE 50051
+# gRPC, and the port that tensors travel by.
+EXPOSE 50051 50052
 
 HEALTHCHECK --interval=15s --timeout=10s --start-period=120s --retries=3 \
     CMD ["sharednorm", "doctor", "--server", "127.0.0.1:50051"]
@@ -87,4 +88,4 @@ HEALTHCHECK --interval=15s --timeout=10s --start-period=120s --retries=3 \
 # The server is process 1 and gets SIGTERM itself. Plain text is right inside the container; who may reach the port is
 # decided where it is published.
 ENTRYPOINT ["sharednorm"]
-CMD ["serve", "--listen", "0.0.0.0:50051", "--insecure", "--device", "cuda", "--state", "memory:"]
+CMD ["serve", "--listen", "0.0.0.0:50051", "--direct-port", "50052", "--insecure", "--device", "cuda", "--state", "memory:"]

@@ -59,8 +59,12 @@ def main() -> int:
         _check_image(cpu)
         with _served(cpu) as address:
             say(f"a client uses the CPU server, {address}")
-            _use(address)
+            for transport in ("direct", "grpc"):
+                _use(address, transport)
             _check_health(cpu, address)
+        with tempfile.TemporaryDirectory() as shared, _served(cpu, socket_directory=Path(shared)) as address:
+            say(f"a client shares memory with the CPU server, and nothing else but a directory, {address}")
+            _use(address, "shm")
         say("the image of the CUDA server: kernels by nvcc, PyCUDA, the server")
         toolkit = f"{TOOLKIT.resolve()}:{TOOLKIT}:ro"
         gpu = _build("cuda", f"CUDA_TOOLKIT={BASE}", f"CUDA_BASE={BASE}", volumes=[toolkit])
@@ -70,7 +74,7 @@ def main() -> int:
             environment, volume = _emulated(Path(scratch))
             with _served(gpu, ["--device", "cuda"], environment, [volume]) as address:
                 say(f"a client uses the CUDA server over the emulated driver, {address}")
-                _use(address)
+                _use(address, "direct")
                 _check_health(gpu, address)
         say("both images are right")
     except CheckFailed as error:
@@ -151,13 +155,13 @@ def _check_health(image: str, address: str) -> None:
         _output(_inside(container, [address if word == "127.0.0.1:50051" else word for word in test[1:]]))
 
 
-def _use(address: str) -> None:
+def _use(address: str, transport: str) -> None:
     """Train a layer through a client on this side, and compare with float64 NumPy."""
     x = np.random.default_rng(0).normal(3.0, 2.0, (32, 64, 28, 28)).astype(np.float32)
     wide = x.astype(np.float64)
     mean = wide.mean((0, 2, 3), keepdims=True)
     expected = (wide - mean) / np.sqrt(wide.var((0, 2, 3), keepdims=True) + 1e-5)
-    with sharednorm.connect(address) as hub:
+    with sharednorm.connect(address, transport=transport) as hub:
         bn = hub.BatchNorm2D(64, name="image-check/bn", sscale=0.0)
         worst = float(np.abs(bn(x) - expected).max())
         off = float(np.abs(bn.mean - mean).max())
@@ -171,12 +175,24 @@ def _use(address: str) -> None:
 
 @contextlib.contextmanager
 def _served(
-    image: str, options: Sequence[str] = (), environment: Sequence[str] = (), volumes: Sequence[str] = ()
+    image: str,
+    options: Sequence[str] = (),
+    environment: Sequence[str] = (),
+    volumes: Sequence[str] = (),
+    socket_directory: Path | None = None,
 ) -> Iterator[str]:
-    """Run the image's server on a free port of the loopback, stop it as an engine does, and see that it ends well."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    """Run the image's server, stop it as an engine does, and see that it ends well; give its address from outside.
+
+    It listens on a free port of the loopback, or on a socket in a directory that it is given.
+    """
+    if socket_directory is None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            address = outside = f"127.0.0.1:{free.getsockname()[1]}"
+    else:
+        os.chown(socket_directory, USER, USER)
+        address, outside = "unix:/shared/server.sock", f"unix:{socket_directory}/server.sock"
+        volumes = [*volumes, f"{socket_directory}:/shared"]
     with _container(image) as container, tempfile.TemporaryFile("w+") as log:
         words = [*_config(image)["Entrypoint"], "serve", "--listen", address, *options]
         command = _inside(container, words, environment, volumes)
@@ -186,7 +202,7 @@ def _served(
             if f"listening on {address}" not in line:
                 log.seek(0)
                 raise CheckFailed(f"the server of {image} did not start: {line}{log.read()}")
-            yield address
+            yield outside
             os.kill(_server_of(process.pid), signal.SIGTERM)
             code = process.wait(_STOP_SECONDS)
             if code:

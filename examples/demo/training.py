@@ -122,7 +122,7 @@ class Training:
     def _hear_evaluator(self, child: Child) -> None:
         message = _receive(child)
         if not isinstance(message, Reading):
-            raise RuntimeError(f"the evaluator said {message} while the workers were still training")  # noqa: TRY004
+            raise RuntimeError(f"the evaluator said {message} while the workers were still training")  # noqa: TRY004 - not of a type, but of a moment
         self.readings.append(message)
         if len(self.readings) % 20 in {1, 2}:
             self._say(f"evaluator: {message.layer} after {message.number:3} steps; its held-out batch, normalized, "
