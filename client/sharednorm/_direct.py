@@ -148,7 +148,9 @@ class DirectLink:
         if len(self._idle) >= _MOST_IDLE or self._closed:
             self._drop(lane)
         else:
-            self._idle.append(lane)  # one that `close` comes too early for goes with the link
+            self._idle.append(lane)
+            if self._closed:  # since a moment ago
+                self._drop_idle()
         if isinstance(result, SharedNormError):
             raise result
         return result
@@ -160,9 +162,7 @@ class DirectLink:
             lanes = list(self._lanes)
         for lane in lanes:
             lane.shut()
-        while self._idle:
-            with suppress(IndexError):  # a call has taken it, and will find it broken
-                self._drop(self._idle.pop())
+        self._drop_idle()
 
     def _take(self, left: Deadline) -> _Lane:
         while True:
@@ -181,11 +181,16 @@ class DirectLink:
         sock = self.place.connect(seconds)
         lane = _Lane(sock, self.place, self._session, welcome_seconds(left, patient=self._patient))
         with self._lock:
-            if self._closed:
-                lane.shut()
-                raise EOFError
-            self._lanes.add(lane)
-        return lane
+            if not self._closed:
+                self._lanes.add(lane)
+                return lane
+        lane.close()
+        raise EOFError
+
+    def _drop_idle(self) -> None:
+        while self._idle:
+            with suppress(IndexError):  # another thread has taken it, and will find it broken
+                self._drop(self._idle.pop())
 
     def _drop(self, lane: _Lane) -> None:
         with self._lock:

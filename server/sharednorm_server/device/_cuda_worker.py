@@ -23,6 +23,7 @@ import pycuda.driver as cuda
 from sharednorm.errors import DeviceLost, SharedNormError
 from sharednorm_server.device import DeviceFault
 from sharednorm_server.device._cuda_gpu import Gpu, Mark, out_of_memory
+from sharednorm_server.device._task_queue import TaskQueue
 
 T = TypeVar("T")
 Task = Callable[[Gpu], None]
@@ -37,6 +38,10 @@ _CLOSE_SECONDS = 10.0
 _ASLEEP_SECONDS = 0.05
 
 _log = logging.getLogger(__name__)
+
+
+def _end(_gpu: Gpu) -> None:
+    """The last task, which is not run: the thread ends."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,7 @@ class CudaWorker:
 
     def __init__(self, name: str, open_gpu: Callable[[Callable[[Task], None]], Gpu]) -> None:
         self._name = name
-        self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
+        self._tasks: TaskQueue[Task] = TaskQueue()
         self._flights: dict[str, deque[_Flight]] = {}  # of each stream, in the order of their events
         self._flown = 0.0
         self._lost: str | None = None
@@ -149,7 +154,7 @@ class CudaWorker:
             if self._closed:
                 return
             self._closed = True
-            self._tasks.put(None)
+            self._tasks.put(_end)
         self._done.wait(_CLOSE_SECONDS)
         if self.lost:
             # The thread stays, and must be asleep for good before the interpreter ends, which ends threads that wake.
@@ -191,20 +196,19 @@ class CudaWorker:
     def _turn(self, gpu: Gpu) -> bool:
         # A function of its own: an idle thread holds no task, and so nothing that a task held.
         task = self._next(gpu)
-        if task is None:
+        if task is _end:
             return False
         task(gpu)
         return True
 
-    def _next(self, gpu: Gpu) -> Task | None:
+    def _next(self, gpu: Gpu) -> Task:
         while True:
             under_way = self._land(gpu)
             self._tell()
             eager = time.monotonic() - self._flown < _EAGER_SECONDS
-            try:
-                return self._tasks.get(block=not under_way or not eager, timeout=_PAUSE_SECONDS if under_way else None)
-            except queue.Empty:
-                continue
+            task = self._tasks.get(None if not under_way else 0.0 if eager else _PAUSE_SECONDS)
+            if task is not None:
+                return task
 
     def _attempt(self, gpu: Gpu, attempt: Callable[[], T], future: Future[Any], *, settle: bool = True) -> T | None:
         """Run a part of a task; if it fails, give the future what that means and return None.
