@@ -10,6 +10,7 @@ from sharednorm._exchange import Exchange
 from sharednorm._push import Line, Sender
 from sharednorm._seam import ForwardResult, Gradients, Parameters, SavedForward
 from sharednorm.config import Array, LayerConfig, NonFinitePolicy, Vector
+from sharednorm.remote import RemoteBackend
 from sharednorm.state import LayerState, StateUpdate, refuse_nonfinite
 from sharednorm.statistics import StatisticsDelta
 from sharednorm.v1 import layer_pb2, service_pb2
@@ -43,6 +44,11 @@ class AsyncComputeBackend(ClientComputeBackend):
         super().__init__(exchange, ref, config, max_age)
         self._sender = sender
         self._line = Line(ref, config.maps, self.copy.changed, self.refused, max_pending)
+
+    def _of(self, ref: layer_pb2.LayerRef) -> RemoteBackend:
+        """Return a backend like this one of another domain."""
+        age, most = self.copy.max_age, self._line.max_pending
+        return AsyncComputeBackend(self._exchange, ref, self._config, age, self._sender, most)
 
     @property
     def how(self) -> str:

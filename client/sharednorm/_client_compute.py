@@ -38,6 +38,10 @@ class ClientComputeBackend(RemoteBackend):
         self._arithmetic = arithmetic()
         self._copy = LayerCopy(ref, max_age)
 
+    def _of(self, ref: layer_pb2.LayerRef) -> RemoteBackend:
+        """Return a backend like this one of another domain."""
+        return ClientComputeBackend(self._exchange, ref, self._config, self._copy.max_age)
+
     @property
     def how(self) -> str:
         """How tensors are dealt with, for people."""

@@ -12,6 +12,7 @@ from sharednorm._seam import ForwardResult, Gradients, Parameters, SavedForward
 from sharednorm._tensors import output
 from sharednorm.config import Array, LayerConfig, NonFinitePolicy, Vector
 from sharednorm.normalization import Wide, input_gradient, parameter_gradients
+from sharednorm.remote import RemoteBackend
 from sharednorm.state import LayerState
 from sharednorm.v1 import layer_pb2
 
@@ -36,6 +37,10 @@ class GroupComputeBackend(ClientComputeBackend):
     ) -> None:
         super().__init__(exchange, ref, config, max_age)
         self._group = group
+
+    def _of(self, ref: layer_pb2.LayerRef) -> RemoteBackend:
+        """Return a backend like this one of another domain."""
+        return GroupComputeBackend(self._exchange, ref, self._config, self._copy.max_age, self._group)
 
     @property
     def how(self) -> str:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from sharednorm._checks import check_data, check_grad, check_out, check_writable, dtype_from
 from sharednorm._seam import Gradients, LayerBackend, SavedForward
 from sharednorm._view import LayerView
-from sharednorm.config import Array, Vector, check_flag, is_finite
+from sharednorm.config import Array, Vector, check_domain, check_flag, is_finite
 from sharednorm.errors import BackwardInEval, BackwardWithoutForward, InplaceInTraining, InvalidConfiguration
 from sharednorm.state import StateUpdate
 
@@ -98,6 +98,28 @@ class BatchNormND(LayerView):
         """
         arguments = self._prepared(data, out)
         return self._backend.queue.submit(lambda: self._forward(*arguments))
+
+    def inDomain(self, domain: str) -> BatchNormND:
+        """Return another handle of the layer, which uses the running statistics of a domain: a site, a camera, a task.
+
+        A layer keeps the statistics of each domain beside its own: mean, var and numOfProps, and whether they are
+        frozen. Those of a new domain begin as 0, 1 and 0. Scale, bias, their gradients and the order of the steps are
+        the layer's, whatever the domain; `version` counts the steps of all.
+
+        Args:
+            domain: Its name, 1 to 256 characters; "": the layer's own statistics.
+
+        Returns:
+            The handle, in the mode of this one. Its last forward is its own.
+
+        Raises:
+            InvalidName: No domain could have that name.
+            LimitExceeded: The layer has 1024 domains.
+        """
+        state = {**self.__getstate__(), "_backend": self._backend.within(check_domain(domain))}
+        inside = object.__new__(type(self))
+        inside.__setstate__(state)
+        return inside
 
     def flush(self) -> None:
         """Wait until every step of this handle has been taken.

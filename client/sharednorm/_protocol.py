@@ -194,6 +194,24 @@ class Layer(Protocol):
         """Whether training steps leave mean, var and numOfProps as they are."""
         ...
 
+    @property
+    def domain(self) -> str:
+        """Whose running statistics this handle uses; "" for the layer's own."""
+        ...
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """The domains that the layer keeps statistics of beside its own, in the order of their names."""
+        ...
+
+    def inDomain(self, domain: str) -> Layer:
+        """Return another handle of the layer, which uses the running statistics of a domain."""
+        ...
+
+    def deleteDomain(self, domain: str) -> None:
+        """Forget a domain and its statistics, for all handles of the layer."""
+        ...
+
     def freezeStats(self) -> None:
         """Keep the running statistics as they are, apart from the mode."""
         ...

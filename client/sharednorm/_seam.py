@@ -92,6 +92,23 @@ class LayerBackend(Protocol):
         """The calls of the layer that are made one after the other."""
         ...
 
+    @property
+    def domain(self) -> str:
+        """Whose statistics these are; "": the layer's own."""
+        ...
+
+    def domains(self) -> tuple[str, ...]:
+        """Return the names of the layer's domains, in their order."""
+        ...
+
+    def within(self, domain: str) -> LayerBackend:
+        """Return the same layer with the statistics of a domain, which is made if it is not there."""
+        ...
+
+    def delete_domain(self, domain: str) -> None:
+        """Forget a domain and its statistics."""
+        ...
+
     def flush(self) -> None:
         """Wait until no step of this handle is on its way; raise what one has ended with, if no call has yet."""
         ...

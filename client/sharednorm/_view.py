@@ -11,7 +11,7 @@ import numpy.typing as npt
 from sharednorm import files
 from sharednorm._seam import LayerBackend
 from sharednorm._variable import Variable
-from sharednorm.config import Vector
+from sharednorm.config import Vector, check_domain
 from sharednorm.errors import InvalidConfiguration, InvalidShape
 from sharednorm.files import Source, Target
 from sharednorm.state import LayerState, StateUpdate, check_steps, given, require_initialized
@@ -132,6 +132,25 @@ class LayerView:
     @numOfProps.setter
     def numOfProps(self, steps: int) -> None:
         self._backend.update(StateUpdate(num_of_props=check_steps(steps)))
+
+    @property
+    def domain(self) -> str:
+        """Whose running statistics this handle uses; "" for the layer's own. See `inDomain`."""
+        return self._backend.domain
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """The domains that the layer keeps statistics of beside its own, in the order of their names."""
+        return self._backend.domains()
+
+    def deleteDomain(self, domain: str) -> None:
+        """Forget a domain and its statistics, for everybody: handles that are in it raise LayerNotFound from then on.
+
+        Raises:
+            LayerNotFound: The layer has no such domain.
+            InvalidName: No domain could have that name.
+        """
+        self._backend.delete_domain(check_domain(domain))
 
     @property
     def statsFrozen(self) -> bool:
@@ -259,11 +278,12 @@ class LayerView:
 
     def __repr__(self) -> str:
         """Return the kind, its configuration and the name; reads no state."""
-        config = self._backend.config
+        config, domain = self._backend.config, self._backend.domain
         return (
             f"{config.kind.label}({config.maps}, epsilon={config.epsilon}, initFactor={config.init_factor}, "
             f"minFactor={config.min_factor}, affine={config.affine}, name={self.name!r}, "
-            f"averaging={config.averaging.value!r}, nonfinite={config.nonfinite.value!r})"
+            f"averaging={config.averaging.value!r}, nonfinite={config.nonfinite.value!r}"
+            f"{f', domain={domain!r}' if domain else ''})"
         )
 
     def _initialized(self) -> LayerState:

@@ -26,6 +26,8 @@ Vector: TypeAlias = npt.NDArray[np.float32]
 DEFAULT_NAMESPACE = "default"
 MAX_NAME_BYTES = 512
 MAX_GROUP_NAME_CHARACTERS = 256
+MAX_DOMAIN_NAME_CHARACTERS = 256
+MAX_DOMAINS = 1024
 MAX_GROUP_MEMBERS = 1024
 MAX_GROUP_SECONDS = 86_400.0
 MAX_NAMESPACE_CHARACTERS = 128
@@ -269,6 +271,21 @@ def check_group_name(what: str, name: object) -> str:
         )
     _check_characters(what, name)
     return name
+
+
+def check_domain(domain: object) -> str:
+    """Check the name of a domain and return it; "" stands for a layer's own statistics.
+
+    Raises:
+        InvalidName: Not a string, blank, over 256 characters, or with control characters.
+    """
+    if not isinstance(domain, str) or (domain and not domain.strip()) or len(domain) > MAX_DOMAIN_NAME_CHARACTERS:
+        raise InvalidName(
+            f"the domain's name is {_brief(domain)} (expected: a string of 1 to {MAX_DOMAIN_NAME_CHARACTERS} "
+            "characters; '' for the layer's own statistics)"
+        )
+    _check_characters("domain", domain)
+    return domain
 
 
 def check_namespace(namespace: object) -> str:

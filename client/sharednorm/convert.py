@@ -20,6 +20,7 @@ from sharednorm.config import (
     LayerKind,
     NonFinitePolicy,
     Vector,
+    check_domain,
     check_flag,
     check_name,
     check_namespace,
@@ -79,18 +80,18 @@ _NUMBERS = {field.name: field.number for field in layer_pb2.LayerState.DESCRIPTO
 # --- Names and configurations -----------------------------------------------------------------------
 
 
-def ref_to_proto(namespace: str, name: str, uid: str = "") -> layer_pb2.LayerRef:
-    """Return the message that names a layer: the one of that `uid`, or whichever has the name."""
-    return layer_pb2.LayerRef(namespace=namespace, name=name, uid=uid)
+def ref_to_proto(namespace: str, name: str, uid: str = "", domain: str = "") -> layer_pb2.LayerRef:
+    """Return the message that names a layer: the one of that `uid`, or whichever has the name; and whose statistics."""
+    return layer_pb2.LayerRef(namespace=namespace, name=name, uid=uid, domain=domain)
 
 
-def ref_from_proto(ref: layer_pb2.LayerRef) -> tuple[str, str, str]:
-    """Return namespace ("default" if it is not set), name and uid ("" if it is not set).
+def ref_from_proto(ref: layer_pb2.LayerRef) -> tuple[str, str, str, str]:
+    """Return namespace ("default" if it is not set), name, uid and domain ("" if they are not set).
 
     Raises:
         InvalidName: One of them is not allowed.
     """
-    return check_namespace(ref.namespace), check_name(ref.name), ref.uid
+    return check_namespace(ref.namespace), check_name(ref.name), ref.uid, check_domain(ref.domain)
 
 
 def config_to_proto(config: LayerConfig) -> layer_pb2.LayerConfig:

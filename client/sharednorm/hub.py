@@ -11,7 +11,7 @@ import operator
 import warnings
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import TracebackType
 from typing import final
 
@@ -25,6 +25,7 @@ from sharednorm._client_compute import refresh
 from sharednorm._exchange import Exchange
 from sharednorm._group import Group
 from sharednorm._handling import Handling
+from sharednorm._listing import LayerInfo, list_layers
 from sharednorm._places import HubPlace, attach_again
 from sharednorm._progress import Progress
 from sharednorm._push import Sender
@@ -32,38 +33,16 @@ from sharednorm.config import (
     Array,
     LayerConfig,
     LayerKind,
+    check_domain,
     check_flag,
     check_name,
 )
 from sharednorm.errors import InvalidShape, SharedNormError
-from sharednorm.remote import RemoteBatchNorm, is_train
+from sharednorm.remote import RemoteBatchNorm, create_domain
 from sharednorm.state import StateUpdate, initial_state
 from sharednorm.v1 import layer_pb2, service_pb2
 
 __all__ = ["Hub", "LayerInfo", "Progress", "ServerInfo"]
-
-
-@dataclass(frozen=True)
-class LayerInfo:
-    """A layer as it was when the server was asked.
-
-    Attributes:
-        name: Its name.
-        config: Its configuration.
-        train: The mode of handles that have not chosen one: True for train.
-        version: Steps applied since it was created.
-        num_of_props: Steps that its running statistics have taken in.
-        initialized: False if it was created with `empty=True` and has not been loaded yet.
-        stats_frozen: Whether training steps leave the running statistics as they are.
-    """
-
-    name: str
-    config: LayerConfig
-    train: bool
-    version: int
-    num_of_props: int
-    initialized: bool
-    stats_frozen: bool
 
 
 @final
@@ -210,15 +189,7 @@ class Hub:
 
     def layers(self) -> list[LayerInfo]:
         """Return all layers of the namespace, in the order of their names."""
-        found: list[LayerInfo] = []
-        token = ""
-        while True:
-            request = service_pb2.ListLayersRequest(namespace=self._namespace, page_size=1000, page_token=token)
-            answer = self._connection.call("ListLayers", request, service_pb2.ListLayersResponse)
-            found += map(_info, answer.layers)
-            token = answer.next_page_token
-            if not token:
-                return found
+        return list_layers(self._connection, self._namespace)
 
     def layer(
         self,
@@ -230,6 +201,7 @@ class Hub:
         group: Group | None = None,
         push: str = "sync",
         max_pending: int | None = None,
+        domain: str = "",
     ) -> RemoteBatchNorm:
         """Return a handle of an existing layer.
 
@@ -241,14 +213,15 @@ class Hub:
             group: With whose batches this handle's are normalized.
             push: Whether training waits for the server.
             max_pending: How far training may be ahead of it.
+            domain: Whose statistics the handle uses.
 
         Raises:
-            LayerNotFound: There is none of that name.
+            LayerNotFound: There is none of that name, or it has no such domain.
             InvalidName: No layer could have it.
             InvalidConfiguration: One of the others is none of those that there are.
         """
         handling = Handling.parse(compute, max_age, wire_dtype, group, push, max_pending)
-        ref = self._ref(name)
+        ref = self._ref(name, domain)
         answer = self._connection.call("GetLayer", service_pb2.GetLayerRequest(ref=ref), service_pb2.GetLayerResponse)
         return self._handle(answer.layer, False, handling)
 
@@ -293,13 +266,14 @@ class Hub:
         group: Group | None = None,
         push: str = "sync",
         max_pending: int | None = None,
+        domain: str = "",
     ) -> RemoteBatchNorm:
         """Return a handle of a layer for matrices, (N, C). See `BatchNorm2D`."""
         config = LayerConfig.parse(
             LayerKind.BATCH_NORM, size, epsilon, initFactor, minFactor, affine, averaging, nonfinite
         )
         handling = Handling.parse(compute, max_age, wire_dtype, group, push, max_pending)
-        return self._create(config, sscale, name, empty, inplace, handling)
+        return self._create(config, sscale, name, empty, inplace, handling, domain)
 
     def BatchNorm1D(
         self,
@@ -321,13 +295,14 @@ class Hub:
         group: Group | None = None,
         push: str = "sync",
         max_pending: int | None = None,
+        domain: str = "",
     ) -> RemoteBatchNorm:
         """Return a handle of a layer for sequences, (N, C, L). See `BatchNorm2D`."""
         config = LayerConfig.parse(
             LayerKind.BATCH_NORM_1D, maps, epsilon, initFactor, minFactor, affine, averaging, nonfinite
         )
         handling = Handling.parse(compute, max_age, wire_dtype, group, push, max_pending)
-        return self._create(config, sscale, name, empty, inplace, handling)
+        return self._create(config, sscale, name, empty, inplace, handling, domain)
 
     def BatchNorm2D(
         self,
@@ -349,6 +324,7 @@ class Hub:
         group: Group | None = None,
         push: str = "sync",
         max_pending: int | None = None,
+        domain: str = "",
     ) -> RemoteBatchNorm:
         """Create a layer for images, (N, C, H, W), or attach to the one of that name.
 
@@ -387,6 +363,8 @@ class Hub:
                 at the handle's next call, once; those behind it are not taken. Such a handle begins in train mode.
             max_pending: With `push="async"`: how many steps may not have been answered, 1 to 1024, before a forward
                 waits; None: 8.
+            domain: Whose running statistics this handle uses: those that the layer keeps of a site, a camera, a task,
+                of that name, which is made if it is not there; see `inDomain`. "": the layer's own.
 
         Raises:
             InvalidConfiguration: An argument is out of its range.
@@ -398,7 +376,7 @@ class Hub:
             LayerKind.BATCH_NORM_2D, maps, epsilon, initFactor, minFactor, affine, averaging, nonfinite
         )
         handling = Handling.parse(compute, max_age, wire_dtype, group, push, max_pending)
-        return self._create(config, sscale, name, empty, inplace, handling)
+        return self._create(config, sscale, name, empty, inplace, handling, domain)
 
     def BatchNorm3D(
         self,
@@ -420,13 +398,14 @@ class Hub:
         group: Group | None = None,
         push: str = "sync",
         max_pending: int | None = None,
+        domain: str = "",
     ) -> RemoteBatchNorm:
         """Return a handle of a layer for volumes, (N, C, D, H, W). See `BatchNorm2D`."""
         config = LayerConfig.parse(
             LayerKind.BATCH_NORM_3D, maps, epsilon, initFactor, minFactor, affine, averaging, nonfinite
         )
         handling = Handling.parse(compute, max_age, wire_dtype, group, push, max_pending)
-        return self._create(config, sscale, name, empty, inplace, handling)
+        return self._create(config, sscale, name, empty, inplace, handling, domain)
 
     def _close(self) -> SharedNormError | None:
         unsaid = None
@@ -448,20 +427,24 @@ class Hub:
         empty: bool,
         inplace: bool,
         handling: Handling,
+        domain: str,
         begin: StateUpdate | None = None,
     ) -> RemoteBatchNorm:
-        ref = self._ref(name)
+        inside = self._ref(name, domain)
         # Drawn here, and as a local layer draws it: after np.random.seed both begin alike.
         state = initial_state(config, sscale, np.random, empty=empty)
         request = service_pb2.CreateLayerRequest(
-            ref=ref, config=convert.config_to_proto(config), sscale=float(sscale), empty=empty
+            ref=self._ref(name), config=convert.config_to_proto(config), sscale=float(sscale), empty=empty
         )
         if not empty:
             # Bias, mean and variance begin on the server as they begin here: 0, 0 and 1.
             first = StateUpdate(scale=state.scale) if begin is None else replace(begin, scale=state.scale)
             request.initial_state.CopyFrom(convert.update_to_proto(first))
-        answer = self._connection.call("CreateLayer", request, service_pb2.CreateLayerResponse)
-        return self._handle(answer.layer, inplace, handling)
+        layer = self._connection.call("CreateLayer", request, service_pb2.CreateLayerResponse).layer
+        if domain:
+            inside.uid = layer.ref.uid
+            layer = create_domain(self._connection, inside, begin)
+        return self._handle(layer, inplace, handling)
 
     def _handle(self, layer: layer_pb2.Layer, inplace: bool, handling: Handling) -> RemoteBatchNorm:
         # The answer's ref has the layer's uid: a handle stays with this layer, whoever gets its name later.
@@ -479,17 +462,5 @@ class Hub:
         again = attach_again, (self.place, ref.SerializeToString(), config, handling)
         return RemoteBatchNorm(backend, ref.name, inplace, train, again)
 
-    def _ref(self, name: str | None) -> layer_pb2.LayerRef:
-        return convert.ref_to_proto(self._namespace, check_name(name))
-
-
-def _info(layer: layer_pb2.Layer) -> LayerInfo:
-    return LayerInfo(
-        layer.ref.name,
-        convert.config_from_proto(layer.config),
-        is_train(layer.default_mode),
-        layer.version,
-        layer.num_of_props,
-        layer.initialized,
-        layer.stats_frozen,
-    )
+    def _ref(self, name: str | None, domain: str = "") -> layer_pb2.LayerRef:
+        return convert.ref_to_proto(self._namespace, check_name(name), domain=check_domain(domain))

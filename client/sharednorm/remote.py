@@ -15,7 +15,7 @@ from sharednorm._exchange import Exchange
 from sharednorm._narrow import narrowed, widened
 from sharednorm._queue import CallQueue
 from sharednorm._seam import ForwardResult, Gradients, SavedForward
-from sharednorm.config import Array, LayerConfig, NonFinitePolicy
+from sharednorm.config import Array, LayerConfig, NonFinitePolicy, check_domain
 from sharednorm.errors import InplaceInTraining, InputEvicted, LayerNotFound, MalformedMessage
 from sharednorm.layers import BatchNormND
 from sharednorm.state import LayerState, StateUpdate
@@ -73,6 +73,41 @@ class RemoteBackend:
     def queue(self) -> CallQueue:
         """The calls of the layer, by whichever handle of this hub, that are made one after the other."""
         return self._queue
+
+    @property
+    def ref(self) -> layer_pb2.LayerRef:
+        """Which layer it is, and which domain."""
+        return self._ref
+
+    @property
+    def domain(self) -> str:
+        """Whose statistics these are; "": the layer's own."""
+        return self._ref.domain
+
+    def domains(self) -> tuple[str, ...]:
+        """Return the names of the layer's domains, in their order."""
+        request = service_pb2.ListDomainsRequest(ref=self._ref)
+        with self._explained():
+            answer = self._connection.call("ListDomains", request, service_pb2.ListDomainsResponse)
+        return tuple(domain.name for domain in answer.domains)
+
+    def within(self, domain: str) -> RemoteBackend:
+        """Return the same layer with the statistics of a domain, which is made if it is not there."""
+        ref = _with_domain(self._ref, domain)
+        if domain:
+            with self._explained():
+                create_domain(self._connection, ref)
+        return self._of(ref)
+
+    def delete_domain(self, domain: str) -> None:
+        """Forget a domain and its statistics."""
+        self.flush()
+        request = service_pb2.DeleteDomainRequest(ref=_with_domain(self._ref, domain))
+        self._connection.call("DeleteDomain", request, service_pb2.DeleteDomainResponse)
+
+    def _of(self, ref: layer_pb2.LayerRef) -> RemoteBackend:
+        """Return a backend like this one of another domain."""
+        return RemoteBackend(self._exchange, ref, self._config, self._wire_dtype)
 
     def read(self) -> LayerState:
         """Return the layer's state of one moment, gradients included."""
@@ -211,6 +246,11 @@ class RemoteBackend:
         try:
             yield
         except LayerNotFound as error:
+            if "domain" in error.metadata:
+                raise LayerNotFound(
+                    f"{error.message}. It was there when this handle was made: somebody deleted it",
+                    error.metadata,
+                ) from error
             info = self._connection.info
             forgets = info is not None and info.store.startswith("memory:")
             restarted = ", or the server was restarted, and with state memory: it forgets its layers then"
@@ -259,15 +299,45 @@ class RemoteBatchNorm(BatchNormND):
         """Return what `copy.copy` does: what the layer is, is on the server."""
         return self.__copy__()
 
+    def inDomain(self, domain: str) -> RemoteBatchNorm:
+        """Return another handle of the layer, which uses the statistics of a domain; see `BatchNorm.inDomain`."""
+        backend = self._remote.within(check_domain(domain))
+        make, (place, _, *rest) = self._again
+        again = make, (place, backend.ref.SerializeToString(), *rest)
+        inside = RemoteBatchNorm(backend, str(self.name), self.inplace, self._train, again)
+        inside._calctype = self._calctype
+        return inside
+
     def __repr__(self) -> str:
         """Name the layer and its server."""
         config, address = self._backend.config, self._remote.connection.address.text
-        return f"<RemoteBatchNorm {self.name!r}: {config.kind.label}({config.maps}) on {address}{self._remote.how}>"
+        domain = f", domain {self.domain!r}" if self.domain else ""
+        how = f"{domain} on {address}{self._remote.how}"
+        return f"<RemoteBatchNorm {self.name!r}: {config.kind.label}({config.maps}){how}>"
 
 
 def backend_of(layer: object) -> RemoteBackend | None:
     """Return what is behind a handle of a layer on a server; None of anything else."""
     return layer._remote if isinstance(layer, RemoteBatchNorm) else None
+
+
+def create_domain(
+    connection: Connection, ref: layer_pb2.LayerRef, initial: StateUpdate | None = None
+) -> layer_pb2.Layer:
+    """Have a layer keep statistics of a domain; return the layer, seen there.
+
+    Args:
+        connection: To the server.
+        ref: The layer, and the domain.
+        initial: What a new domain's statistics begin with; None: as those of a new layer.
+
+    Raises:
+        LayerNotFound: There is no such layer.
+        LimitExceeded: It has as many domains as it may have.
+    """
+    state = None if initial is None else convert.update_to_proto(initial)
+    request = service_pb2.CreateDomainRequest(ref=ref, initial_state=state)
+    return connection.call("CreateDomain", request, service_pb2.CreateDomainResponse).layer
 
 
 def is_train(number: layer_pb2.Mode.ValueType) -> bool:
@@ -279,6 +349,13 @@ def is_train(number: layer_pb2.Mode.ValueType) -> bool:
     if number not in {layer_pb2.MODE_TRAIN, layer_pb2.MODE_EVAL}:
         raise MalformedMessage(f"the answer's mode is {int(number)} (expected: train or eval)")
     return number == layer_pb2.MODE_TRAIN
+
+
+def _with_domain(ref: layer_pb2.LayerRef, domain: str) -> layer_pb2.LayerRef:
+    changed = layer_pb2.LayerRef()
+    changed.CopyFrom(ref)
+    changed.domain = domain
+    return changed
 
 
 def _require_spec(what: str, got: tensor_pb2.TensorSpec, wanted: tensor_pb2.TensorSpec) -> None:

@@ -20,7 +20,7 @@ from sharednorm._group import Group
 from sharednorm._handling import Handling
 from sharednorm._link import LayerLink
 from sharednorm._torch_functions import Evaluate, LocalBatches, TrainHere, TrainThere, as_array, normalized_there
-from sharednorm.config import LayerConfig, LayerKind, check_name
+from sharednorm.config import LayerConfig, LayerKind, check_domain, check_name
 from sharednorm.errors import InvalidConfiguration, InvalidName, UnsupportedDType
 from sharednorm.hub import Hub
 from sharednorm.remote import RemoteBackend, RemoteBatchNorm
@@ -57,6 +57,7 @@ class _SharedBatchNorm(nn.Module):
         nonfinite: str = "refuse",
         push: str = "sync",
         max_pending: int | None = None,
+        domain: str = "",
     ) -> None:
         _require_hub(hub)
         handling = Handling.parse(compute, max_age, wire_dtype, group, push, max_pending)
@@ -69,7 +70,7 @@ class _SharedBatchNorm(nn.Module):
         else:
             self.register_parameter("weight", None)
             self.register_parameter("bias", None)
-        self._link = LayerLink(hub._create(config, 0.0, name, False, False, handling))
+        self._link = LayerLink(hub._create(config, 0.0, name, False, False, handling, domain))
 
     def _begin(self, affine: bool, track_running_stats: bool, momentum: float | None) -> None:
         self.affine = bool(affine)
@@ -298,6 +299,7 @@ class BatchNorm1d(_SharedBatchNorm):
             statistics stay as they were; "allow" does as PyTorch.
         push: With "client": "async" has moments sent in the background, while training goes on.
         max_pending: With "async": how many steps training may be ahead of the server.
+        domain: Whose running statistics these are, of those that the layer keeps; "": its own.
 
     Raises:
         InvalidConfiguration: An argument is out of its range.
@@ -345,8 +347,8 @@ def convert(
         prefix: What the layers' names begin with.
         load: Whether layers that exist take over the module's statistics, too.
         synchronized: What a SyncBatchNorm becomes, which does not say what it takes.
-        options: `compute`, `max_age`, `wire_dtype`, `group`, `nonfinite`, `push` and `max_pending` of the new modules;
-            see `BatchNorm1d`.
+        options: `compute`, `max_age`, `wire_dtype`, `group`, `nonfinite`, `push`, `max_pending` and `domain` of the new
+            modules; see `BatchNorm1d`.
 
     Returns:
         The model; the new module, if the model is a batch normalization itself.
@@ -424,12 +426,13 @@ def _shared(
         "nonfinite": "refuse",
         "push": "sync",
         "max_pending": None,
+        "domain": "",
     }
     unknown = set(options) - set(known)
     if unknown:
         raise InvalidConfiguration(f"there is no option {min(unknown)!r} (expected: {', '.join(known)})")
     chosen = {**known, **options}
-    nonfinite = chosen.pop("nonfinite")
+    nonfinite, domain = chosen.pop("nonfinite"), check_domain(chosen.pop("domain"))
     handling = Handling.parse(**chosen)
     config = _config(kind._kind, old.num_features, old.eps, old.momentum, nonfinite)
     if not name:
@@ -437,13 +440,13 @@ def _shared(
             "the model is a batch normalization itself: pass prefix='...', which becomes the layer's name"
         )
     check_name(name)
-    return lambda: _take_over(kind, old, load, hub, (config, name, handling))
+    return lambda: _take_over(kind, old, load, hub, (config, name, handling, domain))
 
 
 def _take_over(
-    kind: type[_SharedBatchNorm], old: nn.Module, load: bool, hub: Hub, layer: tuple[LayerConfig, str, Handling]
+    kind: type[_SharedBatchNorm], old: nn.Module, load: bool, hub: Hub, layer: tuple[LayerConfig, str, Handling, str]
 ) -> _SharedBatchNorm:
-    config, name, handling = layer
+    config, name, handling, domain = layer
     begin = None
     if old.track_running_stats:
         begin = _update({each: getattr(old, each) for each in _STATISTICS})
@@ -452,7 +455,7 @@ def _take_over(
     new._begin(old.affine, old.track_running_stats, old.momentum)
     new.register_parameter("weight", old.weight)
     new.register_parameter("bias", old.bias)
-    new._link = LayerLink(hub._create(config, 0.0, name, False, False, handling, begin))
+    new._link = LayerLink(hub._create(config, 0.0, name, False, False, handling, domain, begin))
     if load and begin is not None:
         new._remote.update(begin)
     return cast("_SharedBatchNorm", new.train(old.training))

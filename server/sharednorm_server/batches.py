@@ -16,7 +16,7 @@ def push_many(
     request: service_pb2.PushManyRequest,
     push: Callable[[service_pb2.PushMomentsRequest], service_pb2.PushMomentsResponse],
 ) -> service_pb2.PushManyResponse:
-    """Take many steps. One that is refused takes with it those of the same layer that come behind it.
+    """Take many steps. One that is refused takes with it those of the same layer and domain that come behind.
 
     Args:
         request: The steps.
@@ -27,7 +27,7 @@ def push_many(
     """
     require_few("pushes", len(request.pushes), sum(len(each.moments.mean) for each in request.pushes))
     results: list[service_pb2.PushManyResult] = []
-    refused: set[tuple[str, str]] = set()
+    refused: set[tuple[str, str, str]] = set()
     for each in request.pushes:
         name = _name(each.ref)
         try:
@@ -87,13 +87,13 @@ def require_few(what: str, entries: int, maps: int) -> None:
             )
 
 
-def _require_none_before(name: tuple[str, str], refused: set[tuple[str, str]]) -> None:
+def _require_none_before(name: tuple[str, str, str], refused: set[tuple[str, str, str]]) -> None:
     if name in refused:
         raise CallCancelled("not taken, since an earlier push of this layer in the same call was not")
 
 
-def _name(ref: layer_pb2.LayerRef) -> tuple[str, str]:
-    return ref.namespace or DEFAULT_NAMESPACE, ref.name
+def _name(ref: layer_pb2.LayerRef) -> tuple[str, str, str]:
+    return ref.namespace or DEFAULT_NAMESPACE, ref.name, ref.domain
 
 
 def _detail(method: str, error: Exception) -> service_pb2.ErrorDetail:

@@ -26,7 +26,7 @@ def add_ls(commands: Commands[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
         "ls",
         help="list the layers of a server",
-        description="List the layers of a namespace: kind, maps, default mode, steps, steps in the statistics.",
+        description="List the layers of a namespace: kind, maps, mode, steps, steps in the statistics, domains.",
         epilog="example: sharednorm ls --server gpu-box:50051 --namespace experiment-7",
     )
     parser.set_defaults(run=_ls, failure=FAILED)
@@ -43,6 +43,9 @@ def add_stats(commands: Commands[argparse.ArgumentParser]) -> None:
     )
     parser.set_defaults(run=_stats, failure=FAILED)
     parser.add_argument("name", metavar="NAME", help="the layer's name")
+    parser.add_argument(
+        "--domain", default="", help="whose running statistics; default: the layer's own, which are of no domain"
+    )
     parser.add_argument("--maps", type=int, default=8, metavar="N", help="maps to show one by one; default %(default)s")
     add_server(parser)
 
@@ -72,7 +75,7 @@ def _connect(arguments: argparse.Namespace) -> Hub:
 def _ls(arguments: argparse.Namespace) -> int:
     with _connect(arguments) as hub:
         layers = hub.layers()
-    head = ("NAME", "KIND", "MAPS", "MODE", "STEPS", "NUMOFPROPS")
+    head = ("NAME", "KIND", "MAPS", "MODE", "STEPS", "NUMOFPROPS", "DOMAINS")
     rows = [
         (
             shown(layer.name),
@@ -81,6 +84,7 @@ def _ls(arguments: argparse.Namespace) -> int:
             _mode(layer.train, layer.stats_frozen) if layer.initialized else "empty",
             str(layer.version),
             str(layer.num_of_props),
+            str(layer.domains),
         )
         for layer in layers
     ]
@@ -90,7 +94,7 @@ def _ls(arguments: argparse.Namespace) -> int:
 
 def _stats(arguments: argparse.Namespace) -> int:
     with _connect(arguments) as hub:
-        layer = hub.layer(arguments.name)
+        layer = hub.layer(arguments.name, domain=arguments.domain)
         state = layer.snapshot()
         print_table(_facts(layer, hub, state))
     vectors = [getattr(state, name) for name in _VECTORS]
@@ -111,8 +115,10 @@ def _stats(arguments: argparse.Namespace) -> int:
 
 
 def _facts(layer: Layer, hub: Hub, state: LayerState) -> Iterable[tuple[str, str]]:
+    names = ", ".join(map(shown, layer.domains)) or "none"
     return (
         ("layer", f"{shown(str(layer.name))} of namespace {shown(hub.namespace)} on {hub.address}"),
+        ("domain", f"{shown(layer.domain) or 'none: its own statistics'} (it has: {names})"),
         ("maps", str(layer.maps)),
         ("mode", _mode(layer.train, state.stats_frozen) if state.initialized else "empty: waits for its state"),
         ("steps", f"{state.version}, {state.num_of_props} of them in the running statistics (numOfProps)"),

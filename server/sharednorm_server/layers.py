@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 from sharednorm.errors import LayerNotFound
 from sharednorm_server.store import LayerKey, LayerRecord, Store
@@ -22,6 +23,11 @@ class Layer:
         self._record: LayerRecord | None = record  # None once it is deleted
         self._store = store
         self._lock = threading.Lock()
+
+    @property
+    def whole(self) -> Layer:
+        """The layer, whichever of its domains this is."""
+        return self
 
     @property
     def record(self) -> LayerRecord:
@@ -67,6 +73,42 @@ class Layer:
         self._record = None
 
 
+class LayerInDomain(Layer):
+    """A layer that is alive, seen with the statistics of one of its domains. Each question gets another one.
+
+    Records that are read here have the domain's statistics, and those that are committed here change them. Where the
+    layer has no such domain, that raises LayerNotFound.
+
+    Args:
+        layer: The layer.
+        domain: The domain.
+    """
+
+    def __init__(self, layer: Layer, domain: str) -> None:
+        self.key = replace(layer.key, domain=domain)
+        self._layer = layer
+
+    @property
+    def whole(self) -> Layer:
+        """The layer, whichever of its domains this is."""
+        return self._layer
+
+    @property
+    def record(self) -> LayerRecord:
+        """The current record: all of one moment."""
+        return self._layer.record.within(self.key.domain)
+
+    @contextmanager
+    def exclusive(self) -> Iterator[LayerRecord]:
+        """Hold the layer, so that nobody else changes it, in whatever domain; gives its current record."""
+        with self._layer.exclusive() as record:
+            yield record.within(self.key.domain)
+
+    def commit(self, record: LayerRecord) -> None:
+        """Make a record the current one, once the store has kept it. Only while holding the layer."""
+        self._layer.commit(record.within(""))
+
+
 class LayerRegistry:
     """Finds layers by name. Where both locks are taken, the layer's comes first and the registry's second."""
 
@@ -76,7 +118,7 @@ class LayerRegistry:
         self._layers: dict[LayerKey, Layer] = {}
 
     def find(self, key: LayerKey) -> Layer:
-        """Return a layer.
+        """Return a layer, seen in the key's domain, which may not be there.
 
         Raises:
             LayerNotFound: There is none of that name, or it is not the one that the key's `uid` means.
@@ -92,7 +134,7 @@ class LayerRegistry:
                 f"{key} was deleted, and another one has its name now (expected: a handle of that one)",
                 {"namespace": key.namespace, "name": key.name},
             )
-        return layer
+        return LayerInDomain(layer, key.domain) if key.domain else layer
 
     def create(self, key: LayerKey, make: Callable[[], LayerRecord]) -> tuple[LayerRecord, bool]:
         """Return the record of a layer, and whether this call made it; only then is `make` called."""
@@ -106,12 +148,12 @@ class LayerRegistry:
             return record, True
 
     def delete(self, key: LayerKey) -> Layer:
-        """Forget a layer, and return what it was.
+        """Forget a layer with all its domains, and return what it was.
 
         Raises:
             LayerNotFound: There is none of that name.
         """
-        layer = self.find(key)
+        layer = self.find(key).whole
         with layer.exclusive(), self._lock:
             self._store.delete(key)
             layer.bury()

@@ -76,7 +76,7 @@ class SavedInputs:
         """
         with self._lock:
             entry = self._entries.get(token)
-            if entry is None or entry.layer is not layer:
+            if entry is None or entry.layer.whole is not layer.whole:
                 raise InputEvicted(
                     "the server no longer keeps the input of that forward: "
                     "send the call again with saved_forward and the input"
@@ -88,7 +88,7 @@ class SavedInputs:
         """Drop an input of a layer that nobody will ask for; one that is not kept is no error."""
         with self._lock:
             entry = self._entries.get(token)
-            if entry is not None and entry.layer is layer:
+            if entry is not None and entry.layer.whole is layer.whole:
                 self._drop(token)
 
     def release_if(self, condition: Callable[[SavedInput], bool]) -> None:

@@ -1,4 +1,4 @@
-"""What a request means: layers, their steps and their gradients. Knows no transport.
+"""What a request means: steps of layers, and their gradients. Knows no transport; keeping layers is `catalog`.
 
 Steps of one layer happen in one order, those of different layers at the same time. A step computes outside its
 layer's lock, with the parameters of one moment, and holds the lock only to see that they still are the layer's,
@@ -7,16 +7,15 @@ to take the batch into the statistics, and to have that kept.
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import TypeVar
 
 import numpy as np
 
 from sharednorm._version import __version__
-from sharednorm.config import Array, LayerConfig, Vector, check_dtype, is_finite
+from sharednorm.config import Array, Vector, check_dtype, is_finite
 from sharednorm.errors import (
     BackwardWithoutForward,
     CallCancelled,
@@ -27,21 +26,16 @@ from sharednorm.errors import (
 from sharednorm.state import (
     LayerState,
     Moments,
-    StateUpdate,
     accumulate_gradients,
-    initial_state,
-    merge_delta,
     require_initialized,
     require_two_values,
     step,
-    update_params,
-    updated,
 )
 from sharednorm_server.budget import ByteBudget
-from sharednorm_server.checks import check_facts, require_same_config, require_same_tensor
+from sharednorm_server.catalog import LayerCatalog
+from sharednorm_server.checks import check_facts, require_same_tensor
 from sharednorm_server.device import Device, DeviceTensor, Incoming, Output, TrainedBatch
-from sharednorm_server.layers import Layer, LayerRegistry
-from sharednorm_server.paging import name_of_token, page_size, token_of_name
+from sharednorm_server.layers import Layer
 from sharednorm_server.placement import Placement
 from sharednorm_server.requests import (
     BackwardAnswer,
@@ -62,7 +56,7 @@ _PATIENCE = 3
 T = TypeVar("T")
 
 
-class LayerService:
+class LayerService(LayerCatalog):
     """Keeps layers and computes with them. Every method may be called from many threads at once.
 
     A method that raises has changed nothing.
@@ -77,9 +71,8 @@ class LayerService:
     def __init__(
         self, store: Store, placement: Placement, saved_input_bytes: int, in_flight_bytes: int = 8 << 30
     ) -> None:
-        self._store = store
+        super().__init__(store)
         self._placement = placement
-        self._layers = LayerRegistry(store)
         self._saved = SavedInputs(saved_input_bytes)
         self._in_flight = ByteBudget("in_flight_bytes", in_flight_bytes)
 
@@ -97,95 +90,11 @@ class LayerService:
         self._placement.close()
         self._store.close()
 
-    # --- Layers -------------------------------------------------------------------------------------
-
-    def create_layer(
-        self, key: LayerKey, config: LayerConfig, initial: StateUpdate, *, sscale: float, empty: bool
-    ) -> tuple[LayerRecord, bool]:
-        """Create a layer, or find the one of that name; return it, and whether this call created it.
-
-        Args:
-            key: Its name.
-            config: What it, or the one that exists, is configured with.
-            initial: State of a new layer. What it leaves open: scale ~ N(1, sscale), bias 0, mean 0, variance 1.
-            sscale: Standard deviation of the initial scale.
-            empty: Whether a new layer waits for a state.
-
-        Raises:
-            ConfigurationMismatch: It exists with another configuration.
-            InvalidConfiguration, InvalidShape, LayerEmpty: The state of a new layer is not one.
-        """
-
-        def make() -> LayerRecord:
-            state = initial_state(config, sscale, np.random.default_rng(), empty=empty)
-            return LayerRecord(
-                replace(key, uid=secrets.token_hex(8)),
-                config,
-                updated(state, config, initial) if _sets_anything(initial) else state,
-            )
-
-        record, created = self._layers.create(key, make)
-        require_same_config(record.config, config, key)
-        return record, created
-
-    def get_layer(self, key: LayerKey) -> LayerRecord:
-        """Return all of a layer, of one moment.
-
-        Raises:
-            LayerNotFound: There is none of that name. So does every other method that takes a key.
-        """
-        return self._layers.find(key).record
-
-    def list_layers(self, namespace: str, size: int, page_token: str) -> tuple[list[LayerRecord], str]:
-        """Return a page of a namespace's layers, in the order of their names, and the token of the next page.
-
-        Args:
-            namespace: Whose layers.
-            size: Most layers, 1 to 1000; 0 for 100.
-            page_token: "" for the first page.
-
-        Raises:
-            InvalidConfiguration: The page size is out of its range.
-            InvalidPageToken: The token is none that this method gave for this namespace.
-        """
-        most = page_size(size)
-        records = self._layers.page(namespace, name_of_token(namespace, page_token), most + 1)
-        page = records[:most]
-        return page, token_of_name(namespace, page[-1].key.name) if len(records) > most else ""
-
-    def delete_layer(self, key: LayerKey) -> None:
+    def delete_layer(self, key: LayerKey) -> Layer:
         """Forget a layer, and the inputs kept for it."""
-        deleted = self._layers.delete(key)
-        self._saved.release_if(lambda entry: entry.layer is deleted)
-
-    def set_train(self, key: LayerKey, train: bool) -> LayerRecord:
-        """Set the mode of calls that choose none; return the layer."""
-        return self._layers.find(key).change(lambda record: replace(record, train=train))
-
-    def set_state(self, key: LayerKey, update: StateUpdate) -> LayerRecord:
-        """Replace parts of a layer's state, all at once; return the layer.
-
-        Raises:
-            InvalidShape, InvalidConfiguration, LayerEmpty: The new values are not a state of this layer.
-        """
-        return self._change_state(key, lambda record: updated(record.state, record.config, update))
-
-    def update_params(self, key: LayerKey, learn_rate: float) -> LayerRecord:
-        """Add `learn_rate` times the gradients to scale and bias; return the layer.
-
-        Raises:
-            InvalidConfiguration: `learn_rate` is not finite.
-            LayerEmpty: The layer has no state yet.
-        """
-
-        def change(record: LayerRecord) -> LayerState:
-            require_initialized(record.state, str(key))
-            return update_params(record.state, record.config, learn_rate)
-
-        return self._change_state(key, change)
-
-    def _change_state(self, key: LayerKey, change: Callable[[LayerRecord], LayerState]) -> LayerRecord:
-        return self._layers.find(key).change(lambda record: record.with_state(change(record)))
+        deleted = super().delete_layer(key)
+        self._saved.release_if(lambda entry: entry.layer.whole is deleted)
+        return deleted
 
     def admitted(self, nbytes: int) -> AbstractContextManager[None]:
         """Admit a call whose tensors arrive in parts, for as long as it needs them.
@@ -333,25 +242,6 @@ class LayerService:
             layer.commit(stepped)
             return stepped, True
 
-    def merge_statistics(self, key: LayerKey, delta: bytes, batch: Moments) -> tuple[LayerRecord, bool]:
-        """Take statistics that were gathered elsewhere into a layer's; return it, and whether that was not done before.
-
-        Raises:
-            InvalidConfiguration: The layer's statistics are frozen, or the name is not one.
-            TooFewValues: There is one value a map.
-            LayerEmpty: The layer has no state yet.
-            NonFiniteInput: The moments are not finite, and the layer refuses that.
-        """
-        layer = self._layers.find(key)
-        with layer.exclusive() as record:
-            require_initialized(record.state, str(key))
-            state = merge_delta(record.state, record.config, delta, batch)
-            if state is record.state:
-                return record, False
-            merged = record.with_state(state)
-            layer.commit(merged)
-            return merged, True
-
     # --- Backward -----------------------------------------------------------------------------------
 
     def check_backward(self, call: BackwardCall, shape: tuple[int, ...], dtype_name: str) -> None:
@@ -486,10 +376,6 @@ def _same_parameters(one: LayerState, other: LayerState) -> bool:
 
 def _same_statistics(one: LayerState, other: LayerState) -> bool:
     return one.mean is other.mean and one.var is other.var and one.num_of_props == other.num_of_props
-
-
-def _sets_anything(update: StateUpdate) -> bool:
-    return any(getattr(update, field.name) is not None for field in fields(update))
 
 
 def _require_wanted(wanted: Wanted) -> None:

@@ -113,6 +113,9 @@ class Servicer:
             "GetLayer": _plain(service_pb2.GetLayerRequest, self._get_layer),
             "ListLayers": _plain(service_pb2.ListLayersRequest, self._list_layers),
             "DeleteLayer": _plain(service_pb2.DeleteLayerRequest, self._delete_layer),
+            "CreateDomain": _plain(service_pb2.CreateDomainRequest, self._create_domain),
+            "ListDomains": _plain(service_pb2.ListDomainsRequest, self._list_domains),
+            "DeleteDomain": _plain(service_pb2.DeleteDomainRequest, self._delete_domain),
             "Forward": self._forward_message,
             "Backward": self._backward_message,
             "PushMoments": self._push_moments_message,
@@ -170,6 +173,22 @@ class Servicer:
     def _delete_layer(self, request: service_pb2.DeleteLayerRequest) -> service_pb2.DeleteLayerResponse:
         self._service.delete_layer(_key(request.ref))
         return service_pb2.DeleteLayerResponse()
+
+    def _create_domain(self, request: service_pb2.CreateDomainRequest) -> service_pb2.CreateDomainResponse:
+        initial = convert.update_from_proto(request.initial_state)
+        record, created = self._service.create_domain(_key(request.ref), initial)
+        return service_pb2.CreateDomainResponse(layer=_layer(record), created=created)
+
+    def _list_domains(self, request: service_pb2.ListDomainsRequest) -> service_pb2.ListDomainsResponse:
+        return service_pb2.ListDomainsResponse(
+            domains=(
+                service_pb2.Domain(name=name, num_of_props=each.num_of_props, stats_frozen=each.stats_frozen)
+                for name, each in self._service.list_domains(_key(request.ref))
+            )
+        )
+
+    def _delete_domain(self, request: service_pb2.DeleteDomainRequest) -> service_pb2.DeleteDomainResponse:
+        return service_pb2.DeleteDomainResponse(layer=_layer(self._service.delete_domain(_key(request.ref))))
 
     def _get_stats(self, request: service_pb2.GetStatsRequest) -> service_pb2.GetStatsResponse:
         record = self._service.get_layer(_key(request.ref))
@@ -398,13 +417,14 @@ def _key(ref: layer_pb2.LayerRef) -> LayerKey:
 
 def _layer(record: LayerRecord) -> layer_pb2.Layer:
     return layer_pb2.Layer(
-        ref=convert.ref_to_proto(record.key.namespace, record.key.name, record.key.uid),
+        ref=convert.ref_to_proto(record.key.namespace, record.key.name, record.key.uid, record.key.domain),
         config=convert.config_to_proto(record.config),
         default_mode=convert.mode_to_proto(record.train),
         version=record.state.version,
         num_of_props=record.state.num_of_props,
         initialized=record.state.initialized,
         stats_frozen=record.state.stats_frozen,
+        domains=len(record.domains),
     )
 
 

@@ -96,6 +96,7 @@ _Result = Stepped | Summed
 @dataclass(frozen=True)
 class _Place:
     key: LayerKey
+    domain: str  # which keys that are equal may differ in
     backward: bool
 
 
@@ -221,7 +222,7 @@ class Synchronizer:
                 "long; join again"
             )
         entry.used = self._clock()
-        place = _Place(key, backward)
+        place = _Place(key, key.domain, backward)
         return self._act(entry, lambda future: entry.group.contribute(ticket, place, number, part, future))
 
     def _act(self, entry: _Entry, act: Callable[[Future[Any]], list[Event[_Result, _Part]]]) -> Future[Any]:

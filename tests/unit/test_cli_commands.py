@@ -21,6 +21,7 @@ def address() -> Iterator[str]:
         bn = hub.BatchNorm2D(3, name="stem/bn", sscale=0.0)
         for seed in range(4):
             bn(oracle.random_tensor(seed, (4, 3, 5, 2)))
+        bn.inDomain("site\u202e"), bn.inDomain("A")
         hub.BatchNorm(12, name="head\u202ebn", empty=True)
         hub.BatchNorm3D(2, name="層", affine=False, nonfinite="allow")
         hub.set_train("層", False)
@@ -39,10 +40,10 @@ def test_ls(address: str) -> None:
     result = run("ls", "--server", address)
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout.splitlines() == [
-        "NAME          KIND         MAPS  MODE   STEPS  NUMOFPROPS",
-        "head\\u202ebn  BatchNorm    12    empty  0      0",
-        "stem/bn       BatchNorm2D  3     train  4      4",
-        "層             BatchNorm3D  2     eval   0      0",
+        "NAME          KIND         MAPS  MODE   STEPS  NUMOFPROPS  DOMAINS",
+        "head\\u202ebn  BatchNorm    12    empty  0      0           0",
+        "stem/bn       BatchNorm2D  3     train  4      4           2",
+        "層             BatchNorm3D  2     eval   0      0           0",
     ]
 
 
@@ -52,7 +53,7 @@ def test_ls_of_another_namespace(address: str) -> None:
 
 def test_ls_of_nothing(address: str) -> None:
     result = run("ls", "--server", address, "--namespace", "empty")
-    assert result.stdout.splitlines() == ["NAME  KIND  MAPS  MODE  STEPS  NUMOFPROPS"]
+    assert result.stdout.splitlines() == ["NAME  KIND  MAPS  MODE  STEPS  NUMOFPROPS  DOMAINS"]
 
 
 def test_ls_where_the_terminal_cannot_show_a_name(address: str) -> None:
@@ -66,6 +67,7 @@ def test_stats(address: str) -> None:
     assert (result.returncode, result.stderr) == (0, "")
     lines = result.stdout.splitlines()
     assert lines[0] == f"layer          stem/bn of namespace default on {address}"
+    assert lines[1] == "domain         none: its own statistics (it has: A, site\\u202e)"
     assert "mode           train" in lines
     assert "steps          4, 4 of them in the running statistics (numOfProps)" in lines
     assert "averaging      standard, f = max(1 / n, 0.1)" in lines
@@ -80,6 +82,15 @@ def test_stats(address: str) -> None:
     first = next(line for line in lines if line.startswith("0 ")).split()
     np.testing.assert_allclose(np.array(first[3:], float), [model.mean[0], model.var[0]], rtol=1e-5)
     assert lines[-1] == "(1 more; --maps 3 shows all)"
+
+
+def test_stats_of_a_domain(address: str) -> None:
+    lines = run("stats", "stem/bn", "--server", address, "--domain", "A").stdout.splitlines()
+    assert lines[1] == "domain         A (it has: A, site\\u202e)"
+    assert "steps          4, 0 of them in the running statistics (numOfProps)" in lines
+    result = run("stats", "stem/bn", "--server", address, "--domain", "B")
+    assert result.returncode == 1
+    assert "has no domain 'B'" in result.stderr
 
 
 def test_stats_of_an_empty_layer_and_of_one_that_is_not_affine(address: str) -> None:

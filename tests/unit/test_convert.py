@@ -35,11 +35,16 @@ def sent(message: Any) -> Any:
 
 @pytest.mark.parametrize("name", ["stem/bn", "層/ß", "a" * 512, " x "])
 def test_names_go_there_and_back(name: str) -> None:
-    assert convert.ref_from_proto(sent(convert.ref_to_proto("lab", name, "7f"))) == ("lab", name, "7f")
+    assert convert.ref_from_proto(sent(convert.ref_to_proto("lab", name, "7f", "site-a"))) == (
+        "lab",
+        name,
+        "7f",
+        "site-a",
+    )
 
 
 def test_an_unset_namespace_is_the_default_one() -> None:
-    assert convert.ref_from_proto(layer_pb2.LayerRef(name="bn")) == ("default", "bn", "")
+    assert convert.ref_from_proto(layer_pb2.LayerRef(name="bn")) == ("default", "bn", "", "")
 
 
 @pytest.mark.parametrize(
@@ -51,8 +56,14 @@ def test_an_unset_namespace_is_the_default_one() -> None:
         layer_pb2.LayerRef(name="a\nb"),
         layer_pb2.LayerRef(namespace="a\x00", name="bn"),
         layer_pb2.LayerRef(namespace="n" * 129, name="bn"),
+        layer_pb2.LayerRef(name="bn", domain=" "),
+        layer_pb2.LayerRef(name="bn", domain="d" * 257),
+        layer_pb2.LayerRef(name="bn", domain="a\tb"),
     ],
-    ids=["unset", "blank", "long", "line feed", "NUL in the namespace", "long namespace"],
+    ids=[
+        *("unset", "blank", "long", "line feed", "NUL in the namespace", "long namespace"),
+        *("blank domain", "long domain", "tab in the domain"),
+    ],
 )
 def test_bad_names_are_refused(ref: layer_pb2.LayerRef) -> None:
     with pytest.raises(InvalidName):

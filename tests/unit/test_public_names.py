@@ -52,11 +52,11 @@ def test_the_arguments_are_the_originals_and_our_own_by_keyword() -> None:
         keywords = [(p.name, p.default) for p in parameters if p.kind is p.KEYWORD_ONLY]
         assert keywords == [("averaging", "standard"), ("nonfinite", "refuse")]
         remote = list(inspect.signature(getattr(sharednorm.Hub, kind.__name__)).parameters.values())
-        assert remote[1:-6] == parameters
+        assert remote[1:-7] == parameters
         added = [("compute", "server"), ("max_age", 0.0), ("wire_dtype", None), ("group", None)]
-        added += [("push", "sync"), ("max_pending", None)]
-        assert [(p.name, p.default) for p in remote[-6:]] == added
-        assert {p.kind for p in remote[-6:]} == {remote[-1].KEYWORD_ONLY}
+        added += [("push", "sync"), ("max_pending", None), ("domain", "")]
+        assert [(p.name, p.default) for p in remote[-7:]] == added
+        assert {p.kind for p in remote[-7:]} == {remote[-1].KEYWORD_ONLY}
 
 
 def test_the_signatures_of_the_hub() -> None:
@@ -66,7 +66,7 @@ def test_the_signatures_of_the_hub() -> None:
     )
     names = {
         "layers": [],
-        "layer": ["name", "compute", "max_age", "wire_dtype", "group", "push", "max_pending"],
+        "layer": ["name", "compute", "max_age", "wire_dtype", "group", "push", "max_pending", "domain"],
         "delete": ["name"],
         "set_train": ["name", "train"],
         "close": [],

@@ -131,6 +131,7 @@ class LayerRef(_message.Message):
     NAMESPACE_FIELD_NUMBER: _builtins.int
     NAME_FIELD_NUMBER: _builtins.int
     UID_FIELD_NUMBER: _builtins.int
+    DOMAIN_FIELD_NUMBER: _builtins.int
     namespace: _builtins.str
     """1 to 128 characters, no control characters. Empty means "default"."""
     name: _builtins.str
@@ -140,16 +141,23 @@ class LayerRef(_message.Message):
     Empty means the one that has it now. If it is not that one any more: NOT_FOUND, LAYER_NOT_FOUND.
     CreateLayer does not look at it.
     """
+    domain: _builtins.str
+    """Whose statistics are meant: those of a domain, which CreateDomain makes; empty: the layer's own. 1 to 256 characters,
+    no control characters, not only white space. Scale, bias, their gradients, the version and the default mode are the
+    layer's, whatever the domain. If the layer has no such domain: NOT_FOUND, LAYER_NOT_FOUND, with it in the metadata.
+    CreateLayer and DeleteLayer take none.
+    """
     def __init__(
         self,
         *,
         namespace: _builtins.str = ...,
         name: _builtins.str = ...,
         uid: _builtins.str = ...,
+        domain: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "namespace", b"namespace", "uid", b"uid"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["domain", b"domain", "name", b"name", "namespace", b"namespace", "uid", b"uid"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -287,6 +295,7 @@ class Layer(_message.Message):
     NUM_OF_PROPS_FIELD_NUMBER: _builtins.int
     INITIALIZED_FIELD_NUMBER: _builtins.int
     STATS_FROZEN_FIELD_NUMBER: _builtins.int
+    DOMAINS_FIELD_NUMBER: _builtins.int
     default_mode: Global___Mode.ValueType
     """The mode of calls that do not choose one."""
     version: _builtins.int
@@ -297,6 +306,8 @@ class Layer(_message.Message):
     """False for a layer that was created empty and has not been given its state yet."""
     stats_frozen: _builtins.bool
     """Whether training steps leave the running statistics as they are."""
+    domains: _builtins.int
+    """Domains whose statistics the layer keeps beside its own."""
     @_builtins.property
     def ref(self) -> Global___LayerRef:
         """Its name."""
@@ -315,10 +326,11 @@ class Layer(_message.Message):
         num_of_props: _builtins.int = ...,
         initialized: _builtins.bool = ...,
         stats_frozen: _builtins.bool = ...,
+        domains: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "ref", b"ref"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "default_mode", b"default_mode", "initialized", b"initialized", "num_of_props", b"num_of_props", "ref", b"ref", "stats_frozen", b"stats_frozen", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "default_mode", b"default_mode", "domains", b"domains", "initialized", b"initialized", "num_of_props", b"num_of_props", "ref", b"ref", "stats_frozen", b"stats_frozen", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

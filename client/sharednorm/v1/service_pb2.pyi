@@ -403,6 +403,192 @@ class DeleteLayerResponse(_message.Message):
 Global___DeleteLayerResponse: _TypeAlias = DeleteLayerResponse  # noqa: Y015
 
 @_typing.final
+class CreateDomainRequest(_message.Message):
+    """Asks a layer to keep statistics of a domain."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REF_FIELD_NUMBER: _builtins.int
+    INITIAL_STATE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def ref(self) -> _layer_pb2.LayerRef:
+        """The layer, and the domain. More than 1024 of a layer: RESOURCE_EXHAUSTED, LIMIT_EXCEEDED."""
+
+    @_builtins.property
+    def initial_state(self) -> _layer_pb2.LayerState:
+        """Statistics of a new domain: mean, var, num_of_props and stats_frozen; anything else is refused with
+        INVALID_CONFIGURATION. What is not set begins as mean 0, variance 1, no step. Ignored when the domain exists.
+        """
+
+    def __init__(
+        self,
+        *,
+        ref: _layer_pb2.LayerRef | None = ...,
+        initial_state: _layer_pb2.LayerState | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["initial_state", b"initial_state", "ref", b"ref"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["initial_state", b"initial_state", "ref", b"ref"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CreateDomainRequest: _TypeAlias = CreateDomainRequest  # noqa: Y015
+
+@_typing.final
+class CreateDomainResponse(_message.Message):
+    """The layer, seen in that domain."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LAYER_FIELD_NUMBER: _builtins.int
+    CREATED_FIELD_NUMBER: _builtins.int
+    created: _builtins.bool
+    """Whether this call created the domain."""
+    @_builtins.property
+    def layer(self) -> _layer_pb2.Layer:
+        """Its ref says which layer and which domain it is."""
+
+    def __init__(
+        self,
+        *,
+        layer: _layer_pb2.Layer | None = ...,
+        created: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["layer", b"layer"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["created", b"created", "layer", b"layer"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CreateDomainResponse: _TypeAlias = CreateDomainResponse  # noqa: Y015
+
+@_typing.final
+class ListDomainsRequest(_message.Message):
+    """Asks for the domains of a layer."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REF_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def ref(self) -> _layer_pb2.LayerRef:
+        """The layer; its domain is not looked at."""
+
+    def __init__(
+        self,
+        *,
+        ref: _layer_pb2.LayerRef | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ref", b"ref"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ref", b"ref"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListDomainsRequest: _TypeAlias = ListDomainsRequest  # noqa: Y015
+
+@_typing.final
+class ListDomainsResponse(_message.Message):
+    """The domains, without the layer's own statistics, which are of none."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DOMAINS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def domains(self) -> _containers.RepeatedCompositeFieldContainer[Global___Domain]:
+        """In the order of their names' code points."""
+
+    def __init__(
+        self,
+        *,
+        domains: _abc.Iterable[Global___Domain] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["domains", b"domains"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListDomainsResponse: _TypeAlias = ListDomainsResponse  # noqa: Y015
+
+@_typing.final
+class Domain(_message.Message):
+    """Statistics that a layer keeps of a domain, without their arrays."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    NUM_OF_PROPS_FIELD_NUMBER: _builtins.int
+    STATS_FROZEN_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """What it is called."""
+    num_of_props: _builtins.int
+    """Steps that they have taken in."""
+    stats_frozen: _builtins.bool
+    """Whether training steps leave them as they are."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        num_of_props: _builtins.int = ...,
+        stats_frozen: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "num_of_props", b"num_of_props", "stats_frozen", b"stats_frozen"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Domain: _TypeAlias = Domain  # noqa: Y015
+
+@_typing.final
+class DeleteDomainRequest(_message.Message):
+    """Asks to forget a domain."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REF_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def ref(self) -> _layer_pb2.LayerRef:
+        """The layer, and the domain."""
+
+    def __init__(
+        self,
+        *,
+        ref: _layer_pb2.LayerRef | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ref", b"ref"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ref", b"ref"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteDomainRequest: _TypeAlias = DeleteDomainRequest  # noqa: Y015
+
+@_typing.final
+class DeleteDomainResponse(_message.Message):
+    """The domain is gone."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LAYER_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def layer(self) -> _layer_pb2.Layer:
+        """The layer, with its own statistics."""
+
+    def __init__(
+        self,
+        *,
+        layer: _layer_pb2.Layer | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["layer", b"layer"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["layer", b"layer"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteDomainResponse: _TypeAlias = DeleteDomainResponse  # noqa: Y015
+
+@_typing.final
 class ForwardRequest(_message.Message):
     """One tensor to normalize."""
 

@@ -60,6 +60,21 @@ class BatchNormServiceStub:
                 request_serializer=sharednorm_dot_v1_dot_service__pb2.DeleteLayerRequest.SerializeToString,
                 response_deserializer=sharednorm_dot_v1_dot_service__pb2.DeleteLayerResponse.FromString,
                 _registered_method=True)
+        self.CreateDomain = channel.unary_unary(
+                '/sharednorm.v1.BatchNormService/CreateDomain',
+                request_serializer=sharednorm_dot_v1_dot_service__pb2.CreateDomainRequest.SerializeToString,
+                response_deserializer=sharednorm_dot_v1_dot_service__pb2.CreateDomainResponse.FromString,
+                _registered_method=True)
+        self.ListDomains = channel.unary_unary(
+                '/sharednorm.v1.BatchNormService/ListDomains',
+                request_serializer=sharednorm_dot_v1_dot_service__pb2.ListDomainsRequest.SerializeToString,
+                response_deserializer=sharednorm_dot_v1_dot_service__pb2.ListDomainsResponse.FromString,
+                _registered_method=True)
+        self.DeleteDomain = channel.unary_unary(
+                '/sharednorm.v1.BatchNormService/DeleteDomain',
+                request_serializer=sharednorm_dot_v1_dot_service__pb2.DeleteDomainRequest.SerializeToString,
+                response_deserializer=sharednorm_dot_v1_dot_service__pb2.DeleteDomainResponse.FromString,
+                _registered_method=True)
         self.Forward = channel.unary_unary(
                 '/sharednorm.v1.BatchNormService/Forward',
                 request_serializer=sharednorm_dot_v1_dot_service__pb2.ForwardRequest.SerializeToString,
@@ -181,6 +196,27 @@ class BatchNormServiceServicer:
 
     def DeleteLayer(self, request, context):
         """Forgets a layer and all that it had learned.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CreateDomain(self, request, context):
+        """Has a layer keep statistics of a domain beside its own, or finds that it does.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListDomains(self, request, context):
+        """Describes the domains of a layer, in the order of their names.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteDomain(self, request, context):
+        """Forgets a domain and its statistics.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -332,6 +368,21 @@ def add_BatchNormServiceServicer_to_server(servicer, server):
                     servicer.DeleteLayer,
                     request_deserializer=sharednorm_dot_v1_dot_service__pb2.DeleteLayerRequest.FromString,
                     response_serializer=sharednorm_dot_v1_dot_service__pb2.DeleteLayerResponse.SerializeToString,
+            ),
+            'CreateDomain': grpc.unary_unary_rpc_method_handler(
+                    servicer.CreateDomain,
+                    request_deserializer=sharednorm_dot_v1_dot_service__pb2.CreateDomainRequest.FromString,
+                    response_serializer=sharednorm_dot_v1_dot_service__pb2.CreateDomainResponse.SerializeToString,
+            ),
+            'ListDomains': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListDomains,
+                    request_deserializer=sharednorm_dot_v1_dot_service__pb2.ListDomainsRequest.FromString,
+                    response_serializer=sharednorm_dot_v1_dot_service__pb2.ListDomainsResponse.SerializeToString,
+            ),
+            'DeleteDomain': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteDomain,
+                    request_deserializer=sharednorm_dot_v1_dot_service__pb2.DeleteDomainRequest.FromString,
+                    response_serializer=sharednorm_dot_v1_dot_service__pb2.DeleteDomainResponse.SerializeToString,
             ),
             'Forward': grpc.unary_unary_rpc_method_handler(
                     servicer.Forward,
@@ -555,6 +606,87 @@ class BatchNormService:
             '/sharednorm.v1.BatchNormService/DeleteLayer',
             sharednorm_dot_v1_dot_service__pb2.DeleteLayerRequest.SerializeToString,
             sharednorm_dot_v1_dot_service__pb2.DeleteLayerResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CreateDomain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sharednorm.v1.BatchNormService/CreateDomain',
+            sharednorm_dot_v1_dot_service__pb2.CreateDomainRequest.SerializeToString,
+            sharednorm_dot_v1_dot_service__pb2.CreateDomainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListDomains(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sharednorm.v1.BatchNormService/ListDomains',
+            sharednorm_dot_v1_dot_service__pb2.ListDomainsRequest.SerializeToString,
+            sharednorm_dot_v1_dot_service__pb2.ListDomainsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteDomain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sharednorm.v1.BatchNormService/DeleteDomain',
+            sharednorm_dot_v1_dot_service__pb2.DeleteDomainRequest.SerializeToString,
+            sharednorm_dot_v1_dot_service__pb2.DeleteDomainResponse.FromString,
             options,
             channel_credentials,
             insecure,

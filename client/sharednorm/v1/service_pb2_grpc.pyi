@@ -47,6 +47,12 @@ class BatchNormServiceStub:
     """Describes the layers of a namespace, in the order of their names, a page at a time."""
     DeleteLayer: _grpc.UnaryUnaryMultiCallable[_service_pb2.DeleteLayerRequest, _service_pb2.DeleteLayerResponse]
     """Forgets a layer and all that it had learned."""
+    CreateDomain: _grpc.UnaryUnaryMultiCallable[_service_pb2.CreateDomainRequest, _service_pb2.CreateDomainResponse]
+    """Has a layer keep statistics of a domain beside its own, or finds that it does."""
+    ListDomains: _grpc.UnaryUnaryMultiCallable[_service_pb2.ListDomainsRequest, _service_pb2.ListDomainsResponse]
+    """Describes the domains of a layer, in the order of their names."""
+    DeleteDomain: _grpc.UnaryUnaryMultiCallable[_service_pb2.DeleteDomainRequest, _service_pb2.DeleteDomainResponse]
+    """Forgets a domain and its statistics."""
     Forward: _grpc.UnaryUnaryMultiCallable[_service_pb2.ForwardRequest, _service_pb2.ForwardResponse]
     """Normalizes one tensor, whole in one message."""
     ForwardStream: _grpc.StreamStreamMultiCallable[_service_pb2.ForwardStreamRequest, _service_pb2.ForwardStreamResponse]
@@ -97,6 +103,12 @@ class BatchNormServiceAsyncStub(BatchNormServiceStub):
     """Describes the layers of a namespace, in the order of their names, a page at a time."""
     DeleteLayer: _aio.UnaryUnaryMultiCallable[_service_pb2.DeleteLayerRequest, _service_pb2.DeleteLayerResponse]  # type: ignore[assignment]
     """Forgets a layer and all that it had learned."""
+    CreateDomain: _aio.UnaryUnaryMultiCallable[_service_pb2.CreateDomainRequest, _service_pb2.CreateDomainResponse]  # type: ignore[assignment]
+    """Has a layer keep statistics of a domain beside its own, or finds that it does."""
+    ListDomains: _aio.UnaryUnaryMultiCallable[_service_pb2.ListDomainsRequest, _service_pb2.ListDomainsResponse]  # type: ignore[assignment]
+    """Describes the domains of a layer, in the order of their names."""
+    DeleteDomain: _aio.UnaryUnaryMultiCallable[_service_pb2.DeleteDomainRequest, _service_pb2.DeleteDomainResponse]  # type: ignore[assignment]
+    """Forgets a domain and its statistics."""
     Forward: _aio.UnaryUnaryMultiCallable[_service_pb2.ForwardRequest, _service_pb2.ForwardResponse]  # type: ignore[assignment]
     """Normalizes one tensor, whole in one message."""
     ForwardStream: _aio.StreamStreamMultiCallable[_service_pb2.ForwardStreamRequest, _service_pb2.ForwardStreamResponse]  # type: ignore[assignment]
@@ -174,6 +186,30 @@ class BatchNormServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_service_pb2.DeleteLayerResponse, _abc.Awaitable[_service_pb2.DeleteLayerResponse]]:
         """Forgets a layer and all that it had learned."""
+
+    @_abc_1.abstractmethod
+    def CreateDomain(
+        self,
+        request: _service_pb2.CreateDomainRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_service_pb2.CreateDomainResponse, _abc.Awaitable[_service_pb2.CreateDomainResponse]]:
+        """Has a layer keep statistics of a domain beside its own, or finds that it does."""
+
+    @_abc_1.abstractmethod
+    def ListDomains(
+        self,
+        request: _service_pb2.ListDomainsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_service_pb2.ListDomainsResponse, _abc.Awaitable[_service_pb2.ListDomainsResponse]]:
+        """Describes the domains of a layer, in the order of their names."""
+
+    @_abc_1.abstractmethod
+    def DeleteDomain(
+        self,
+        request: _service_pb2.DeleteDomainRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_service_pb2.DeleteDomainResponse, _abc.Awaitable[_service_pb2.DeleteDomainResponse]]:
+        """Forgets a domain and its statistics."""
 
     @_abc_1.abstractmethod
     def Forward(

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import itertools
 import secrets
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from sharednorm.config import LayerConfig
+from sharednorm.domains import Domains, swapped
 from sharednorm.state import LayerState
 
 _RUN = secrets.token_bytes(8)
@@ -26,11 +27,14 @@ class LayerKey:
         name: What it is called there.
         uid: Which of the layers that have had this name, one after the other; "" in a question means whichever
             has it now. Two keys of one name are equal, since never two layers have it.
+        domain: Whose statistics are meant; "" for the layer's own. They are of the same layer, so that keys which
+            differ in nothing else are equal.
     """
 
     namespace: str
     name: str
     uid: str = field(default="", compare=False)
+    domain: str = field(default="", compare=False)
 
     def __str__(self) -> str:
         """For messages."""
@@ -42,24 +46,45 @@ class LayerRecord:
     """All that is kept of a layer.
 
     Attributes:
-        key: Its name.
+        key: Its name, and whose statistics the state has.
         config: Its configuration.
         state: Parameters, statistics, gradients, version.
         train: The mode of calls that do not choose one.
-        tag: Names this record among all that this process has ever made: records of one tag are one record. A store
-            that reads a record anew makes another one of it, and so does a server that is started anew.
+        domains: The statistics that the state does not have, by domain.
     """
 
     key: LayerKey
     config: LayerConfig
     state: LayerState
     train: bool = True
-    # Never handed on, not by `replace` either, so that no change can be forgotten.
-    tag: bytes = field(default_factory=lambda: _RUN + next(_records).to_bytes(8, "little"), init=False, compare=False)
+    domains: Domains = field(default_factory=dict)
+    # Never handed on, not by `replace` either, so that no change can be forgotten; but by `within`.
+    _mark: bytes = field(default_factory=lambda: _RUN + next(_records).to_bytes(8, "little"), init=False, compare=False)
+
+    @property
+    def tag(self) -> bytes:
+        """What names this record among all that this process has ever made: records of one tag are one record.
+
+        A store that reads a record anew makes another one of it, and so does a server that is started anew.
+        """
+        return self._mark + self.key.domain.encode("utf-8", "surrogatepass")
 
     def with_state(self, state: LayerState) -> LayerRecord:
-        """Return the record with another state."""
-        return LayerRecord(self.key, self.config, state, self.train)
+        """Return the record with another state, of the same domain."""
+        return LayerRecord(self.key, self.config, state, self.train, self.domains)
+
+    def within(self, domain: str) -> LayerRecord:
+        """Return the same record, seen with the statistics of a domain; "" are the layer's own.
+
+        Raises:
+            LayerNotFound: The layer has no such domain.
+        """
+        if domain == self.key.domain:
+            return self
+        state, domains = swapped(self.state, self.domains, self.key.domain, domain, str(self.key))
+        seen = LayerRecord(replace(self.key, domain=domain), self.config, state, self.train, domains)
+        object.__setattr__(seen, "_mark", self._mark)
+        return seen
 
 
 class Store(Protocol):

@@ -1,0 +1,207 @@
+"""What a request means that computes with no tensor: layers and their domains made, found, changed and forgotten."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from dataclasses import fields, replace
+
+import numpy as np
+
+from sharednorm.config import LayerConfig
+from sharednorm.domains import DomainStatistics, blank_statistics, with_domain, without_domain
+from sharednorm.errors import InvalidConfiguration
+from sharednorm.state import (
+    LayerState,
+    Moments,
+    StateUpdate,
+    initial_state,
+    merge_delta,
+    require_initialized,
+    update_params,
+    updated,
+)
+from sharednorm_server.checks import require_same_config
+from sharednorm_server.layers import Layer, LayerRegistry
+from sharednorm_server.paging import name_of_token, page_size, token_of_name
+from sharednorm_server.store import LayerKey, LayerRecord, Store
+
+
+class LayerCatalog:
+    """Keeps layers. Every method may be called from many threads at once.
+
+    A method that raises has changed nothing.
+
+    Args:
+        store: What remembers.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._layers = LayerRegistry(store)
+
+    def create_layer(
+        self, key: LayerKey, config: LayerConfig, initial: StateUpdate, *, sscale: float, empty: bool
+    ) -> tuple[LayerRecord, bool]:
+        """Create a layer, or find the one of that name; return it, and whether this call created it.
+
+        Args:
+            key: Its name.
+            config: What it, or the one that exists, is configured with.
+            initial: State of a new layer. What it leaves open: scale ~ N(1, sscale), bias 0, mean 0, variance 1.
+            sscale: Standard deviation of the initial scale.
+            empty: Whether a new layer waits for a state.
+
+        Raises:
+            ConfigurationMismatch: It exists with another configuration.
+            InvalidConfiguration, InvalidShape, LayerEmpty: The state of a new layer is not one, or the key is of a
+                domain.
+        """
+        _require_no_domain(key, "CreateLayer")
+
+        def make() -> LayerRecord:
+            state = initial_state(config, sscale, np.random.default_rng(), empty=empty)
+            return LayerRecord(
+                replace(key, uid=secrets.token_hex(8)),
+                config,
+                updated(state, config, initial) if _sets_anything(initial) else state,
+            )
+
+        record, created = self._layers.create(key, make)
+        require_same_config(record.config, config, key)
+        return record, created
+
+    def get_layer(self, key: LayerKey) -> LayerRecord:
+        """Return all of a layer, of one moment.
+
+        Raises:
+            LayerNotFound: There is none of that name. So does every other method that takes a key.
+        """
+        return self._layers.find(key).record
+
+    def list_layers(self, namespace: str, size: int, page_token: str) -> tuple[list[LayerRecord], str]:
+        """Return a page of a namespace's layers, in the order of their names, and the token of the next page.
+
+        Args:
+            namespace: Whose layers.
+            size: Most layers, 1 to 1000; 0 for 100.
+            page_token: "" for the first page.
+
+        Raises:
+            InvalidConfiguration: The page size is out of its range.
+            InvalidPageToken: The token is none that this method gave for this namespace.
+        """
+        most = page_size(size)
+        records = self._layers.page(namespace, name_of_token(namespace, page_token), most + 1)
+        page = records[:most]
+        return page, token_of_name(namespace, page[-1].key.name) if len(records) > most else ""
+
+    def delete_layer(self, key: LayerKey) -> Layer:
+        """Forget a layer with all its domains; return what it was.
+
+        Raises:
+            InvalidConfiguration: The key is of one domain.
+        """
+        _require_no_domain(key, "DeleteLayer")
+        return self._layers.delete(key)
+
+    # --- Domains ------------------------------------------------------------------------------------
+
+    def create_domain(self, key: LayerKey, initial: StateUpdate) -> tuple[LayerRecord, bool]:
+        """Have a layer keep statistics of a domain; return the layer, seen there, and whether this call made them.
+
+        Args:
+            key: The layer, and the domain.
+            initial: What new statistics begin with. What it leaves open: mean 0, variance 1, no step.
+
+        Raises:
+            InvalidName: The domain has no name.
+            LimitExceeded: The layer has as many domains as it may have.
+            InvalidConfiguration, InvalidShape: What is initial are no statistics of this layer.
+        """
+        layer = self._layers.find(key).whole
+        with layer.exclusive() as record:
+            if key.domain in record.domains:
+                return record.within(key.domain), False
+            domains = with_domain(record.domains, key.domain, blank_statistics(record.config, initial))
+            changed = replace(record, domains=domains)
+            layer.commit(changed)
+            return changed.within(key.domain), True
+
+    def list_domains(self, key: LayerKey) -> list[tuple[str, DomainStatistics]]:
+        """Return the domains of a layer and what it keeps of each, in the order of their names."""
+        return sorted(self._layers.find(key).whole.record.domains.items(), key=lambda each: each[0])
+
+    def delete_domain(self, key: LayerKey) -> LayerRecord:
+        """Forget a domain and its statistics; return the layer.
+
+        Raises:
+            InvalidName: The domain has no name.
+            LayerNotFound: The layer has no such domain.
+        """
+
+        def change(record: LayerRecord) -> LayerRecord:
+            return replace(record, domains=without_domain(record.domains, key.domain, str(key)))
+
+        return self._layers.find(key).whole.change(change)
+
+    # --- Changes ------------------------------------------------------------------------------------
+
+    def set_train(self, key: LayerKey, train: bool) -> LayerRecord:
+        """Set the mode of calls that choose none; return the layer."""
+        return self._layers.find(key).change(lambda record: replace(record, train=train))
+
+    def set_state(self, key: LayerKey, update: StateUpdate) -> LayerRecord:
+        """Replace parts of a layer's state, all at once; return the layer.
+
+        Raises:
+            InvalidShape, InvalidConfiguration, LayerEmpty: The new values are not a state of this layer.
+        """
+        return self._change_state(key, lambda record: updated(record.state, record.config, update))
+
+    def update_params(self, key: LayerKey, learn_rate: float) -> LayerRecord:
+        """Add `learn_rate` times the gradients to scale and bias; return the layer.
+
+        Raises:
+            InvalidConfiguration: `learn_rate` is not finite.
+            LayerEmpty: The layer has no state yet.
+        """
+
+        def change(record: LayerRecord) -> LayerState:
+            require_initialized(record.state, str(key))
+            return update_params(record.state, record.config, learn_rate)
+
+        return self._change_state(key, change)
+
+    def _change_state(self, key: LayerKey, change: Callable[[LayerRecord], LayerState]) -> LayerRecord:
+        return self._layers.find(key).change(lambda record: record.with_state(change(record)))
+
+    def merge_statistics(self, key: LayerKey, delta: bytes, batch: Moments) -> tuple[LayerRecord, bool]:
+        """Take statistics that were gathered elsewhere into a layer's; return it, and whether that was not done before.
+
+        Raises:
+            InvalidConfiguration: The layer's statistics are frozen, or the name is not one.
+            TooFewValues: There is one value a map.
+            LayerEmpty: The layer has no state yet.
+            NonFiniteInput: The moments are not finite, and the layer refuses that.
+        """
+        layer = self._layers.find(key)
+        with layer.exclusive() as record:
+            require_initialized(record.state, str(key))
+            state = merge_delta(record.state, record.config, delta, batch)
+            if state is record.state:
+                return record, False
+            merged = record.with_state(state)
+            layer.commit(merged)
+            return merged, True
+
+
+def _require_no_domain(key: LayerKey, method: str) -> None:
+    if key.domain:
+        raise InvalidConfiguration(
+            f"{method} is for a layer with all its domains, and {key.domain!r} is one of them (expected: no domain)"
+        )
+
+
+def _sets_anything(update: StateUpdate) -> bool:
+    return any(getattr(update, field.name) is not None for field in fields(update))
