@@ -20,7 +20,8 @@ SHAPE = (4, 3, 5, 2)
 
 
 def batch(seed: int, shift: float = 0.0) -> Array:
-    return oracle.random_tensor(seed, SHAPE) + np.float32(shift)
+    x: Array = oracle.random_tensor(seed, SHAPE) + np.float32(shift)
+    return x
 
 
 def assert_statistics(layer: sharednorm.Layer, model: oracle.Model) -> None:
