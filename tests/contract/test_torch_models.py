@@ -328,3 +328,40 @@ def test_beside_workers_that_load_data(hub: sharednorm.Hub, method: str) -> None
     for (batch,) in loader:
         module(batch)
     assert module.num_batches_tracked == 3
+
+
+@pytest.mark.parametrize("compute", COMPUTE)
+def test_modules_in_domains(hub: sharednorm.Hub, compute: str) -> None:
+    name = next(names)
+    sites = {domain: ours(hub, "BatchNorm2d", 4, name=name, compute=compute, domain=domain) for domain in ("a", "b")}
+    wide = {domain: torch.nn.BatchNorm2d(4).double() for domain in sites}
+    for number, domain in enumerate("abaab"):
+        x = tensor(number, (3, 4, 5, 6))
+        close(sites[domain](x), wide[domain](x.double()), 1e-5)
+    for domain, module in sites.items():
+        close(module.running_mean, wide[domain].running_mean, 1e-5)
+        close(module.running_var, wide[domain].running_var, 1e-5)
+        assert module.layer.domain == domain
+        assert f"domain '{domain}'" in repr(module)
+        for again in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+            assert again.num_batches_tracked == wide[domain].num_batches_tracked
+        x = tensor(9, (3, 4, 5, 6))
+        close(module.eval()(x), wide[domain].eval()(x.double()), 1e-5)
+    assert hub.layer(name).numOfProps == 0
+
+
+def test_a_model_is_converted_into_a_domain(hub: sharednorm.Hub) -> None:
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
+    model(tensor(1, (2, 3, 8, 8)))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    prefix = next(names)
+    shared = sharednorm.torch.convert(copy.deepcopy(model), hub, prefix, domain="site-a")
+    for key, value in shared.state_dict().items():
+        assert torch.equal(value, before[key]), key
+    assert hub.layer(f"{prefix}1").domains == ("site-a",)
+    # A domain that exists keeps what it has.
+    model(tensor(2, (2, 3, 8, 8)))
+    again = sharednorm.torch.convert(model, hub, prefix, domain="site-a")
+    assert again[1].num_batches_tracked == 1
+    with pytest.raises(InvalidName, match="domain"):
+        sharednorm.torch.convert(torch.nn.BatchNorm2d(4), hub, prefix, domain="\n")
