@@ -69,6 +69,17 @@ def test_a_push_that_is_refused_takes_the_later_ones_of_its_layer_with_it(client
     assert [client.stats(name).layer.version for name in ("one", "two")] == [1, 1]
 
 
+def test_a_push_that_is_refused_takes_none_of_another_domain_with_it(client: StockClient) -> None:
+    found = [push("one") for _ in range(4)]
+    for each, domain in zip(found, ("lost", "", "there", "lost"), strict=True):
+        each.ref.domain = domain
+    client.stub.CreateDomain(service_pb2.CreateDomainRequest(ref=found[2].ref), timeout=SECONDS)
+    results = push_many(client, *found)
+    assert [result.error.reason for result in results] == ["LAYER_NOT_FOUND", "", "", "CANCELLED"]
+    assert client.stats("one").layer.num_of_props == 1
+    assert client.stats("one").layer.version == 2
+
+
 def test_a_push_that_follows_the_layers_default(client: StockClient) -> None:
     client.stub.SetTrain(service_pb2.SetTrainRequest(ref=ref("one"), train=False), timeout=SECONDS)
     (result,) = push_many(client, push("one", layer_pb2.MODE_UNSPECIFIED))
