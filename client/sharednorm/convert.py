@@ -7,6 +7,7 @@ Tensors are in `wire`, errors in `_status`, whose functions are offered here too
 from __future__ import annotations
 
 import enum
+import functools
 from typing import Any, TypeVar
 
 import numpy as np
@@ -15,6 +16,7 @@ import numpy.typing as npt
 from sharednorm._fields import field_header, varint
 from sharednorm._status import ERROR_KEY, error_from_call, error_from_detail, error_to_detail, error_to_status
 from sharednorm.config import (
+    MAX_MAPS,
     Averaging,
     LayerConfig,
     LayerKind,
@@ -91,7 +93,13 @@ def ref_from_proto(ref: layer_pb2.LayerRef) -> tuple[str, str, str, str]:
     Raises:
         InvalidName: One of them is not allowed.
     """
-    return check_namespace(ref.namespace), check_name(ref.name), ref.uid, check_domain(ref.domain)
+    return _checked(ref.namespace, ref.name, ref.uid, ref.domain)
+
+
+@functools.lru_cache(4096)
+def _checked(namespace: str, name: str, uid: str, domain: str) -> tuple[str, str, str, str]:
+    # The names of a few layers come again and again, and looking at each of their characters takes a while.
+    return check_namespace(namespace), check_name(name), uid, check_domain(domain)
 
 
 def config_to_proto(config: LayerConfig) -> layer_pb2.LayerConfig:
@@ -285,23 +293,56 @@ def state_from_proto(layer: layer_pb2.Layer, message: layer_pb2.LayerState) -> L
         MalformedMessage: A parameter or statistic is missing, or does not hold one value a map.
     """
     maps = layer.config.maps
-    present = _present(message)
-    vectors: dict[str, Any] = {}
-    for name in ARRAY_FIELDS:
-        if name in present:
-            vectors[name] = _vector(name, present[name], maps)
-        elif name in SAVED_FIELDS:
-            raise MalformedMessage(f"the layer's state has no {name}")
-        else:
-            vectors[name] = np.zeros(maps, np.float32)
-            vectors[name].setflags(write=False)
+    vectors = _all_vectors(message, maps) or _each_vector(message, maps)
+    scale, bias, mean, var, scale_grad, bias_grad = vectors
     return LayerState(
-        **vectors,
-        num_of_props=present.get("num_of_props", layer.num_of_props),
+        scale,
+        bias,
+        mean,
+        var,
+        scale_grad,
+        bias_grad,
+        num_of_props=(message if message.HasField("num_of_props") else layer).num_of_props,
         version=layer.version,
         initialized=layer.initialized,
-        stats_frozen=present.get("stats_frozen", layer.stats_frozen),
+        stats_frozen=(message if message.HasField("stats_frozen") else layer).stats_frozen,
     )
+
+
+def _all_vectors(message: layer_pb2.LayerState, maps: int) -> tuple[Vector, ...] | None:
+    # As a server of this release sends them: one behind the other, with the same headers. The runtime's bytes of the
+    # message then have all of them at known places; None: something is different, as another release may send it.
+    if maps > MAX_MAPS:
+        return None
+    data = message.SerializeToString()
+    names = ARRAY_FIELDS if message.HasField("scale_grad") or message.HasField("bias_grad") else SAVED_FIELDS
+    inner = field_header(1, 4 * maps)
+    head = 0
+    for index, name in enumerate(names):
+        outer = field_header(_NUMBERS[name], len(inner) + 4 * maps)
+        head = len(outer) + len(inner)
+        if not data.startswith(outer + inner, index * (head + 4 * maps)):
+            return None
+    if len(data) < len(names) * (head + 4 * maps):
+        return None
+    rows = np.frombuffer(data, np.uint8, len(names) * (head + 4 * maps)).reshape(len(names), -1)[:, head:]
+    vectors = np.ascontiguousarray(rows).view(_FLOAT32).astype(np.float32, copy=False)
+    return tuple(vectors) if len(names) == len(ARRAY_FIELDS) else (*vectors, _zeros(maps), _zeros(maps))
+
+
+def _each_vector(message: layer_pb2.LayerState, maps: int) -> tuple[Vector, ...]:
+    present = _present(message)
+    missing = [name for name in SAVED_FIELDS if name not in present]
+    if missing:
+        raise MalformedMessage(f"the layer's state has no {missing[0]}")
+    return tuple(_vector(name, present[name], maps) if name in present else _zeros(maps) for name in ARRAY_FIELDS)
+
+
+@functools.lru_cache(64)
+def _zeros(maps: int) -> Vector:
+    zeros = np.zeros(maps, np.float32)
+    zeros.setflags(write=False)
+    return zeros
 
 
 def update_to_proto(update: StateUpdate) -> layer_pb2.LayerState:

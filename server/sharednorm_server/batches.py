@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
 
 from sharednorm import convert
 from sharednorm.config import DEFAULT_NAMESPACE, MAX_BATCH_ENTRIES, MAX_BATCH_MAPS
-from sharednorm.errors import CallCancelled, LimitExceeded, SharedNormError
+from sharednorm.errors import CallCancelled, LimitExceeded
 from sharednorm.v1 import layer_pb2, service_pb2
 from sharednorm_server.calls import known_error
+from sharednorm_server.requests import LayerRecord
 
 
 def push_many(
@@ -41,32 +41,34 @@ def push_many(
 
 def get_many_stats(
     request: service_pb2.GetManyStatsRequest,
-    maps_of: Callable[[layer_pb2.LayerRef], int],
-    read: Callable[[service_pb2.GetStatsRequest], service_pb2.GetStatsResponse],
+    find: Callable[[layer_pb2.LayerRef], LayerRecord],
+    read: Callable[[LayerRecord, service_pb2.GetStatsRequest], service_pb2.GetStatsResponse],
 ) -> service_pb2.GetManyStatsResponse:
     """Read many layers.
 
     Args:
         request: Which.
-        maps_of: Returns how many maps a layer has, or raises what `read` raises.
-        read: Reads one.
+        find: Returns a layer as it is now.
+        read: Makes the answer.
 
     Raises:
         LimitExceeded: They are too many, or have too many maps.
     """
     require_few("reads", len(request.reads), 0)  # before they are looked at
-    maps = 0
-    for each in request.reads:
-        with suppress(SharedNormError):  # `read` will say it
-            maps += maps_of(each.ref)
-    require_few("reads", len(request.reads), maps)
-    results: list[service_pb2.GetManyStatsResult] = []
+    found: list[LayerRecord | Exception] = []
     for each in request.reads:
         try:
-            results.append(service_pb2.GetManyStatsResult(stats=read(each)))
+            found.append(find(each.ref))
         except Exception as error:  # noqa: BLE001, PERF203 - the edge: everything becomes the answer to this one
-            results.append(service_pb2.GetManyStatsResult(error=_detail("GetManyStats", error)))
-    return service_pb2.GetManyStatsResponse(results=results)
+            found.append(error)
+    require_few("reads", len(found), sum(one.config.maps for one in found if isinstance(one, LayerRecord)))
+    answer = service_pb2.GetManyStatsResponse()
+    for each, one in zip(request.reads, found, strict=True):
+        if isinstance(one, LayerRecord):
+            answer.results.add(stats=read(one, each))
+        else:
+            answer.results.add(error=_detail("GetManyStats", one))
+    return answer
 
 
 def require_few(what: str, entries: int, maps: int) -> None:

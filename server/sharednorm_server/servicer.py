@@ -191,15 +191,11 @@ class Servicer:
         return service_pb2.DeleteDomainResponse(layer=_layer(self._service.delete_domain(_key(request.ref))))
 
     def _get_stats(self, request: service_pb2.GetStatsRequest) -> service_pb2.GetStatsResponse:
-        record = self._service.get_layer(_key(request.ref))
-        if request.unless_tag == record.tag:
-            return service_pb2.GetStatsResponse(layer=_layer(record), tag=record.tag, unchanged=True)
-        state = convert.state_to_proto(record.state, request.include_gradients)
-        return service_pb2.GetStatsResponse(layer=_layer(record), state=state, tag=record.tag)
+        return _stats(self._service.get_layer(_key(request.ref)), request)
 
     def get_many_stats(self, request: service_pb2.GetManyStatsRequest) -> service_pb2.GetManyStatsResponse:
         """Read many layers, each of a moment of its own."""
-        return get_many_stats(request, lambda ref: self._service.get_layer(_key(ref)).config.maps, self._get_stats)
+        return get_many_stats(request, lambda ref: self._service.get_layer(_key(ref)), _stats)
 
     def _set_train(self, request: service_pb2.SetTrainRequest) -> service_pb2.SetTrainResponse:
         return service_pb2.SetTrainResponse(layer=_layer(self._service.set_train(_key(request.ref), request.train)))
@@ -413,6 +409,13 @@ def _whole(answer: Answer[T]) -> bytes:
 
 def _key(ref: layer_pb2.LayerRef) -> LayerKey:
     return LayerKey(*convert.ref_from_proto(ref))
+
+
+def _stats(record: LayerRecord, request: service_pb2.GetStatsRequest) -> service_pb2.GetStatsResponse:
+    if request.unless_tag == record.tag:
+        return service_pb2.GetStatsResponse(tag=record.tag, unchanged=True)
+    state = convert.state_to_proto(record.state, request.include_gradients)
+    return service_pb2.GetStatsResponse(layer=_layer(record), state=state, tag=record.tag)
 
 
 def _layer(record: LayerRecord) -> layer_pb2.Layer:

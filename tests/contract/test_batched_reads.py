@@ -15,6 +15,8 @@ from sharednorm.config import MAX_BATCH_ENTRIES, MAX_BATCH_MAPS
 from sharednorm.errors import InvalidConfiguration, LayerEmpty, LayerNotFound, LimitExceeded, MalformedMessage
 from sharednorm.remote import RemoteBatchNorm
 from sharednorm.v1 import layer_pb2, service_pb2, tensor_pb2
+from sharednorm_server import servicer
+from sharednorm_server.requests import LayerRecord
 from sharednorm_server.server import RunningServer
 from sharednorm_server.servicer import Servicer
 from tests.support import oracle
@@ -45,10 +47,10 @@ READS = Reads()
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[RunningServer]:
-    one, many = Servicer._get_stats, Servicer.get_many_stats
+    one, many = servicer._stats, Servicer.get_many_stats
 
-    def get_stats(self: Servicer, request: service_pb2.GetStatsRequest) -> service_pb2.GetStatsResponse:
-        READS.one.append(one(self, request))
+    def get_stats(record: LayerRecord, request: service_pb2.GetStatsRequest) -> service_pb2.GetStatsResponse:
+        READS.one.append(one(record, request))
         return READS.one[-1]
 
     def get_many_stats(self: Servicer, request: service_pb2.GetManyStatsRequest) -> service_pb2.GetManyStatsResponse:
@@ -57,7 +59,7 @@ def server() -> Iterator[RunningServer]:
 
     # Before it starts, since gRPC is given the methods then.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Servicer, "_get_stats", get_stats)
+        patch.setattr(servicer, "_stats", get_stats)
         patch.setattr(Servicer, "get_many_stats", get_many_stats)
         with in_process() as running:
             yield running
@@ -293,7 +295,7 @@ def test_every_change_gives_another_tag_and_reading_does_not(
     assert first.tag
     again = read(client, "stock", first.tag)
     assert (again.tag, again.unchanged, again.HasField("state")) == (first.tag, True, False)
-    assert again.layer == first.layer
+    assert not again.HasField("layer")
     change(client)
     changed = read(client, "stock", first.tag)
     assert changed.tag != first.tag

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sharednorm import convert
+from sharednorm._fields import field_header
 from sharednorm.errors import InvalidConfiguration, InvalidShape, MalformedMessage, SharedNormError, UnsupportedDType
 from sharednorm.state import ARRAY_FIELDS, LayerState, StateUpdate
 from sharednorm.v1 import layer_pb2, tensor_pb2
@@ -70,6 +71,32 @@ def test_a_state_of_no_steps_says_so() -> None:
     assert convert.state_from_proto(layer, sent(message)).num_of_props == 0
     message.ClearField("num_of_props")
     assert convert.state_from_proto(layer, message).num_of_props == 12
+
+
+@pytest.mark.parametrize("name", ["scale_grad", "bias_grad"])
+def test_one_gradient_without_the_other(name: Any) -> None:
+    state = a_state()
+    message = convert.state_to_proto(state, gradients=True)
+    message.ClearField(name)
+    got = convert.state_from_proto(a_layer(), message)
+    for each in ARRAY_FIELDS:
+        right = np.zeros(3, np.float32) if each == name else getattr(state, each)
+        np.testing.assert_array_equal(getattr(got, each), right, strict=True)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_state_of_another_release_with_fields_that_this_one_does_not_know(gradients: bool) -> None:
+    state = a_state()
+    data = convert.state_to_proto(state, gradients=gradients).SerializeToString()
+    unknown = field_header(2000, 3) + b"new"
+    of_the_state = layer_pb2.LayerState.FromString(data + unknown)
+    of_a_vector = layer_pb2.LayerState.FromString(data)
+    of_a_vector.mean.ParseFromString(of_a_vector.mean.SerializeToString() + unknown)
+    for message in (of_the_state, of_a_vector):
+        got = convert.state_from_proto(a_layer(), message)
+        for name in ("scale", "bias", "mean", "var"):
+            np.testing.assert_array_equal(getattr(got, name), getattr(state, name), strict=True)
+            assert not getattr(got, name).flags.writeable
 
 
 @pytest.mark.parametrize("name", ["scale", "bias", "mean", "var"])

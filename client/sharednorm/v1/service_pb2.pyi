@@ -1591,7 +1591,7 @@ class GetStatsResponse(_message.Message):
     """Whether the layer still has the tag that the call has named."""
     @_builtins.property
     def layer(self) -> _layer_pb2.Layer:
-        """The layer."""
+        """The layer. Absent if it is unchanged."""
 
     @_builtins.property
     def state(self) -> _layer_pb2.LayerState:
