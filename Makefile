@@ -13,7 +13,8 @@ CUDA   ?=
 # make serve LISTEN=unix:/run/sharednorm.sock
 LISTEN ?= 127.0.0.1:50051
 DEVICE ?= cpu
-STATE  ?= memory:
+# The default is a directory: make serve STATE=memory:
+STATE  ?=
 # Which service of docker/compose.yaml `make up` starts: cuda or cpu.
 PROFILE ?= cuda
 
@@ -46,7 +47,7 @@ test: $(READY)-test $(if $(TORCH),$(READY)-torch) $(if $(CUDA),$(READY)-cuda)  #
 	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 serve: $(READY)-server $(if $(findstring cuda,$(DEVICE)),$(READY)-gpu $(FATBIN))  ## Run a server in the foreground; LISTEN=, DEVICE= and STATE= are its options
-	exec $(BIN)/sharednorm serve --listen '$(LISTEN)' --device '$(DEVICE)' --state '$(STATE)'
+	exec $(BIN)/sharednorm serve --listen '$(LISTEN)' --device '$(DEVICE)' $(if $(STATE),--state '$(STATE)')
 
 check: $(READY)-check $(READY)-test $(READY)-demo  ## Lint, types, the contract, and whether the generated code is fresh
 	$(BIN)/ruff check .

@@ -74,7 +74,8 @@ def process(*arguments: str) -> Iterator[Child]:
 @contextlib.contextmanager
 def server(listen: str, *options: str) -> Iterator[Server]:
     """Run `sharednorm serve`."""
-    with process("sharednorm_server", "serve", "--listen", listen, "--log-level", "warning", *options) as child:
+    state = () if "--state" in options else ("--state", "memory:")
+    with process("sharednorm_server", "serve", "--listen", listen, "--log-level", "warning", *state, *options) as child:
         yield Server(child.line.partition(" listening on ")[2].partition(", device")[0], child.pid)
 
 

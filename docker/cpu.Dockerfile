@@ -33,6 +33,7 @@ COPY --from=build /opt/sharednorm /opt/sharednorm
 # numba keeps what it has compiled beside the state: the first start compiles, later ones do not.
 ENV PATH=/opt/sharednorm/bin:$PATH \
     HOME=/var/lib/sharednorm \
+    STATE_DIRECTORY=/var/lib/sharednorm \
     NUMBA_CACHE_DIR=/var/lib/sharednorm/numba
 
 USER 10001:10001
@@ -51,4 +52,4 @@ HEALTHCHECK --interval=15s --timeout=10s --start-period=120s --retries=3 \
 # The server is process 1 and gets SIGTERM itself. Plain text is right inside the container; who may reach the port is
 # decided where it is published.
 ENTRYPOINT ["sharednorm"]
-CMD ["serve", "--listen", "0.0.0.0:50051", "--direct-port", "50052", "--insecure", "--device", "cpu", "--state", "memory:"]
+CMD ["serve", "--listen", "0.0.0.0:50051", "--direct-port", "50052", "--insecure", "--device", "cpu"]

@@ -67,6 +67,7 @@ COPY --from=build /opt/sharednorm /opt/sharednorm
 # and the oldest driver that loads what nvcc 13 has compiled. A driver that is older is refused at the start.
 ENV PATH=/opt/sharednorm/bin:$PATH \
     HOME=/var/lib/sharednorm \
+    STATE_DIRECTORY=/var/lib/sharednorm \
     NUMBA_CACHE_DIR=/var/lib/sharednorm/numba \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility \
@@ -88,4 +89,4 @@ HEALTHCHECK --interval=15s --timeout=10s --start-period=120s --retries=3 \
 # The server is process 1 and gets SIGTERM itself. Plain text is right inside the container; who may reach the port is
 # decided where it is published.
 ENTRYPOINT ["sharednorm"]
-CMD ["serve", "--listen", "0.0.0.0:50051", "--direct-port", "50052", "--insecure", "--device", "cuda", "--state", "memory:"]
+CMD ["serve", "--listen", "0.0.0.0:50051", "--direct-port", "50052", "--insecure", "--device", "cuda"]

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import tempfile
 from collections import Counter
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import settings
@@ -22,6 +24,15 @@ LEFT_OUT = "SHAREDNORM_LEFT_OUT"
 NEEDS_TORCH = "compares with PyTorch, which is not installed"
 KINDS = {"torch": ("that compare{s} with PyTorch", "make test TORCH=1"),
          "cuda": ("that run{s} on PyCUDA", "make test CUDA=1")}  # fmt: skip
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _state_home() -> Iterator[None]:
+    """Have servers that are told of no state keep it where nobody else's is."""
+    with tempfile.TemporaryDirectory() as home, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", home)
+        patch.delenv("STATE_DIRECTORY", raising=False)
+        yield
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

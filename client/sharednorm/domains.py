@@ -62,7 +62,7 @@ def blank_statistics(config: LayerConfig, initial: StateUpdate) -> DomainStatist
     for name in ("scale", "bias", "scale_grad", "bias_grad"):
         if getattr(initial, name) is not None:
             raise InvalidConfiguration(f"{name} is the layer's, and no domain's (expected: mean, var, numOfProps)")
-    return _statistics_of(updated(blank_state(config), config, initial))
+    return statistics_of(updated(blank_state(config), config, initial))
 
 
 def swapped(state: LayerState, others: Domains, current: str, wanted: str, layer: str) -> tuple[LayerState, Domains]:
@@ -84,16 +84,8 @@ def swapped(state: LayerState, others: Domains, current: str, wanted: str, layer
     if found is None:
         raise no_domain(wanted, others, layer)
     rest = {name: each for name, each in others.items() if name != wanted}
-    rest[current] = _statistics_of(state)
-    inside = replace(
-        state,
-        mean=found.mean,
-        var=found.var,
-        num_of_props=found.num_of_props,
-        stats_frozen=found.stats_frozen,
-        merged=found.merged,
-    )
-    return inside, rest
+    rest[current] = statistics_of(state)
+    return with_statistics(state, found), rest
 
 
 def with_domain(others: Domains, domain: str, statistics: DomainStatistics) -> Domains:
@@ -138,5 +130,18 @@ def no_domain(domain: str, others: Domains, layer: str) -> LayerNotFound:
     )
 
 
-def _statistics_of(state: LayerState) -> DomainStatistics:
+def statistics_of(state: LayerState) -> DomainStatistics:
+    """Return the statistics that a state has."""
     return DomainStatistics(state.mean, state.var, state.num_of_props, state.stats_frozen, state.merged)
+
+
+def with_statistics(state: LayerState, statistics: DomainStatistics) -> LayerState:
+    """Return a state with other statistics."""
+    return replace(
+        state,
+        mean=statistics.mean,
+        var=statistics.var,
+        num_of_props=statistics.num_of_props,
+        stats_frozen=statistics.stats_frozen,
+        merged=statistics.merged,
+    )

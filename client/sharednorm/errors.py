@@ -212,6 +212,10 @@ class DeviceLost(ServerUnavailable, reason="DEVICE_LOST", code=UNAVAILABLE):
     """The server's GPU has failed and cannot be used any more by that process, which ends; nothing was changed."""
 
 
+class StoreFailed(ServerUnavailable, reason="STORE_FAILED", code=UNAVAILABLE):
+    """The server cannot keep its state any more, and ends; whether it has kept this change is not known."""
+
+
 class DeadlineExceeded(SharedNormError, TimeoutError, reason="DEADLINE_EXCEEDED", code=DEADLINE_EXCEEDED):
     """The answer did not come within the timeout."""
 

@@ -75,7 +75,14 @@ class Child:
 @contextmanager
 def server() -> Iterator[tuple[str, int, str]]:
     """Run a server on a free port of the loopback; give its address, its process id and its start-up line."""
-    command = [str(Path(sys.executable).with_name("sharednorm")), "serve", "--listen", "127.0.0.1:0"]
+    command = [
+        str(Path(sys.executable).with_name("sharednorm")),
+        "serve",
+        "--listen",
+        "127.0.0.1:0",
+        "--state",
+        "memory:",
+    ]
     command += ["--log-level", "warning"]
     # A session of its own: Ctrl-C reaches the demo alone, which then stops the others in their order.
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)

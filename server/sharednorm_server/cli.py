@@ -10,6 +10,7 @@ import resource
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,14 @@ from sharednorm._version import __version__
 from sharednorm.errors import SharedNormError
 from sharednorm_server.bench import add_bench
 from sharednorm_server.commands import FAILED, add_ls, add_stats, shown
-from sharednorm_server.config import DEFAULT_LISTEN, ServerConfig, StartError, parse_port, parse_size
+from sharednorm_server.config import (
+    DEFAULT_LISTEN,
+    ServerConfig,
+    StartError,
+    default_state,
+    parse_port,
+    parse_size,
+)
 from sharednorm_server.doctor.command import add_doctor
 
 if TYPE_CHECKING:
@@ -25,13 +33,16 @@ if TYPE_CHECKING:
 
 UNUSABLE = 2
 DEVICE_LOST = 3
+STORE_FAILED = 4
 INTERRUPTED = 130
 
 _log = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code: 0 done, 1 failed, 2 not possible like this, 3 a GPU was lost.
+    """Run a command and return its exit code.
+
+    0: done; 1: failed; 2: not possible like this; 3: a GPU was lost; 4: the state cannot be kept any more.
 
     Args:
         argv: The arguments; None for those of this process.
@@ -66,7 +77,8 @@ def _serve(arguments: argparse.Namespace) -> int:
     config = ServerConfig(
         listen=arguments.listen,
         device=arguments.device,
-        state=arguments.state,
+        state=default_state() if arguments.state is None else arguments.state,
+        durability=arguments.durability,
         threads=arguments.threads,
         workers=arguments.workers,
         max_tensor_bytes=parse_size(arguments.max_tensor_bytes),
@@ -87,13 +99,14 @@ def _serve(arguments: argparse.Namespace) -> int:
     stop = _stop_on_signals()
     _allow_many_files()
     server = _start(config)
-    server.on_device_lost(stop.put)
+    server.on_device_lost(lambda _: stop.put(Failure(DEVICE_LOST)))
+    server.on_store_failed(lambda _: stop.put(Failure(STORE_FAILED)))
     print(shown(server.banner), flush=True)
-    lost = isinstance(stop.get(), str)
+    why = stop.get()
     _log.info("stopping: no new calls, and %g s for those that are running", config.grace)
     ended = server.stop(config.grace)
-    if lost:
-        return DEVICE_LOST
+    if isinstance(why, Failure):
+        return why.code
     return 0 if ended else FAILED
 
 
@@ -116,11 +129,18 @@ def _start(config: ServerConfig) -> RunningServer:
     return server.start(config)
 
 
-def _stop_on_signals() -> queue.SimpleQueue[int | str]:
-    """Return a queue that gets the number of a signal; a device that is lost puts its reason there too."""
+@dataclass(frozen=True)
+class Failure:
+    """Why the server has to stop by itself: the exit code that says so."""
+
+    code: int
+
+
+def _stop_on_signals() -> queue.SimpleQueue[int | Failure]:
+    """Return a queue that gets the number of a signal; what fails for good puts its reason there too."""
     # Not an Event: the handler runs on the main thread, which may hold the lock that Event.set() asks for, since
     # it is the one that waits. SimpleQueue.put() may interrupt a get().
-    stop: queue.SimpleQueue[int | str] = queue.SimpleQueue()
+    stop: queue.SimpleQueue[int | Failure] = queue.SimpleQueue()
 
     def handle(received: int, _frame: FrameType | None) -> None:
         # The next one ends the process as it stands.
@@ -169,7 +189,11 @@ def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         default=defaults.device,
         help="what computes: cpu, cuda, cuda:1, or cuda:0,cuda:1 for layers spread over several; default %(default)s",
     )
-    add("--state", default=defaults.state, help="what remembers: memory: (until the server ends); default %(default)s")
+    add("--state", help="what remembers: sqlite:///DIRECTORY, or memory: (until the server ends); default: a directory "
+        "of $STATE_DIRECTORY or $XDG_STATE_HOME, or ~/.local/state/sharednorm")  # fmt: skip
+    add("--durability", choices=("os", "fsync"), default=defaults.durability,
+        help="what an answered change survives: os, the end of the process, kill -9 included; fsync, loss of power; "
+        "default %(default)s")  # fmt: skip
     add("--threads", type=int, metavar="N", help="threads of one computation; default: one a CPU")
     add("--workers", type=int, metavar="N", default=defaults.workers,
         help="calls that run at a time by gRPC, and as many on direct connections; default %(default)s")  # fmt: skip

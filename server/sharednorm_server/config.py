@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote, unquote
 
 from sharednorm.config import MAX_SECONDS
 from sharednorm.errors import InvalidConfiguration
@@ -30,7 +33,9 @@ class ServerConfig:
         listen: "HOST:PORT", where port 0 picks a free one, or "unix:PATH".
         device: What computes: "cpu", "cuda" for the first GPU, "cuda:1", or "cuda:0,cuda:1" for layers spread over
             several by their names.
-        state: What remembers: "memory:".
+        state: What remembers: "memory:", or "sqlite:///DIRECTORY", which other processes do not use meanwhile.
+        durability: What an answered change survives in a file: "os", the end of the process, whichever way; "fsync",
+            that of the machine.
         threads: Threads of one computation; None for one a CPU that the process may use.
         workers: Most calls that run at a time by gRPC, and as many on direct connections; others wait. 1 to 1024.
         max_tensor_bytes: Largest tensor that is accepted, at least 1.
@@ -53,6 +58,7 @@ class ServerConfig:
     listen: str = DEFAULT_LISTEN
     device: str = "cpu"
     state: str = "memory:"
+    durability: str = "os"
     threads: int | None = None
     workers: int = 32
     max_tensor_bytes: int = 8 << 30
@@ -68,6 +74,7 @@ class ServerConfig:
     def __post_init__(self) -> None:
         """Check every range once, where the object is made."""
         _check(self.threads is None or self.threads >= 1, "threads", self.threads, "at least 1")
+        _check(self.durability in {"os", "fsync"}, "durability", self.durability, "os or fsync")
         _check(1 <= self.workers <= MAX_WORKERS, "workers", self.workers, f"1 to {MAX_WORKERS}")
         _check(self.max_tensor_bytes >= 1, "max-tensor-bytes", self.max_tensor_bytes, "at least 1")
         _check(self.saved_input_bytes >= 0, "saved-input-bytes", self.saved_input_bytes, "at least 0")
@@ -109,6 +116,31 @@ def parse_devices(text: str) -> tuple[int, ...]:
             f"{ascii(text)[:60]} is no device (expected: cpu, cuda, cuda:1, or several GPUs as cuda:0,cuda:1)"
         )
     return tuple(found)
+
+
+def parse_state(text: str) -> Path | None:
+    """Return the directory that a `--state` names, and None for "memory:".
+
+    Raises:
+        InvalidConfiguration: It is neither.
+    """
+    if text == "memory:":
+        return None
+    scheme, _, rest = text.partition(":")
+    path = unquote(rest.removeprefix("//"))
+    if scheme != "sqlite" or not path or (rest.startswith("//") and not rest.startswith("///")) or "\0" in path:
+        raise InvalidConfiguration(
+            f"{ascii(text)[:120]} is no state (expected: memory:, sqlite:///DIRECTORY, or sqlite:DIRECTORY for one "
+            "below the working directory)"
+        )
+    return Path(path).expanduser().absolute()
+
+
+def default_state() -> str:
+    """Return the state of a server that is told of none: where this system keeps such things, of systemd or of XDG."""
+    given = os.environ.get("STATE_DIRECTORY", "").split(":")[0]  # of systemd: the service's own
+    home = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
+    return f"sqlite:{quote(given or f'{home}/sharednorm')}"
 
 
 def parse_port(text: str) -> int | None:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from sharednorm.errors import LayerNotFound
-from sharednorm_server.store import LayerKey, LayerRecord, Store
+from sharednorm_server.store import Kept, LayerKey, LayerRecord, Store
 
 
 class Layer:
@@ -20,7 +20,8 @@ class Layer:
 
     def __init__(self, record: LayerRecord, store: Store) -> None:
         self.key = record.key
-        self._record: LayerRecord | None = record  # None once it is deleted
+        # The current record, None once the layer is deleted; and what says when it is kept, None if it is.
+        self._now: tuple[LayerRecord | None, Kept | None] = record, None
         self._store = store
         self._lock = threading.Lock()
 
@@ -30,36 +31,63 @@ class Layer:
         return self
 
     @property
-    def record(self) -> LayerRecord:
-        """The current record: all of one moment.
+    def latest(self) -> LayerRecord:
+        """The current record, all of one moment. The store may not have kept it yet, so that nobody is told of it.
 
         Raises:
             LayerNotFound: The layer has been deleted.
         """
-        record = self._record
+        record, _ = self._now
         if record is None:
             raise not_found(self.key)
+        return record
+
+    @property
+    def record(self) -> LayerRecord:
+        """The current record, all of one moment, once the store has kept it.
+
+        Raises:
+            LayerNotFound: The layer has been deleted.
+            StoreFailed: It is not known whether it is kept.
+        """
+        record, kept = self._now
+        if record is None:
+            raise not_found(self.key)
+        if kept is not None:
+            kept.wait()
         return record
 
     @contextmanager
     def exclusive(self) -> Iterator[LayerRecord]:
         """Hold the layer, so that nobody else changes it; gives its current record.
 
+        What is committed meanwhile is kept when this ends. The wait for that comes after the layer has been let go of:
+        the next change can be made, and is kept with this one or after it.
+
         Raises:
             LayerNotFound: The layer has been deleted.
+            StoreFailed: It is not known whether the change is kept.
         """
         with self._lock:
-            yield self.record
+            _, before = self._now
+            try:
+                yield self.latest
+            finally:
+                _, kept = self._now
+        if kept is not None and kept is not before:
+            kept.wait()
 
     def commit(self, record: LayerRecord) -> None:
-        """Make a record the current one, once the store has kept it. Only while holding the layer.
+        """Make a record the current one. Only while holding the layer.
 
         Raises:
             LayerNotFound: The store does not know the layer any more.
+            StoreFailed: It keeps nothing any more.
         """
-        if not self._store.put(record):
+        kept = self._store.put(record)
+        if kept is None:
             raise not_found(self.key)
-        self._record = record
+        self._now = record, kept
 
     def change(self, change: Callable[[LayerRecord], LayerRecord]) -> LayerRecord:
         """Replace the record by what a function makes of it; if that raises, nothing has changed."""
@@ -70,7 +98,7 @@ class Layer:
 
     def bury(self) -> None:
         """Mark the layer as deleted. Only while holding it."""
-        self._record = None
+        self._now = None, None
 
 
 class LayerInDomain(Layer):
@@ -94,8 +122,13 @@ class LayerInDomain(Layer):
         return self._layer
 
     @property
+    def latest(self) -> LayerRecord:
+        """The current record, which the store may not have kept yet."""
+        return self._layer.latest.within(self.key.domain)
+
+    @property
     def record(self) -> LayerRecord:
-        """The current record: all of one moment."""
+        """The current record, once the store has kept it."""
         return self._layer.record.within(self.key.domain)
 
     @contextmanager

@@ -16,7 +16,7 @@ from grpc_reflection.v1alpha import reflection
 from sharednorm import wire
 from sharednorm.config import MAX_GROUP_MEMBERS
 from sharednorm_server.calls import CallPool
-from sharednorm_server.config import ServerConfig, StartError, parse_devices
+from sharednorm_server.config import ServerConfig, StartError, parse_devices, parse_state
 from sharednorm_server.device.cpu import CpuDevice
 from sharednorm_server.direct import DirectServer
 from sharednorm_server.group_calls import GroupCalls
@@ -27,6 +27,7 @@ from sharednorm_server.service import LayerService
 from sharednorm_server.servicer import SERVICE_NAME, Limits, Servicer
 from sharednorm_server.store import Store
 from sharednorm_server.store.memory import MemoryStore
+from sharednorm_server.store.sqlite import SqliteStore
 from sharednorm_server.synchronization import Synchronizer
 
 # A message beside its tensor: names and shapes, and 20 bytes a map of moments and scale, or 24 of a whole state.
@@ -96,12 +97,21 @@ class RunningServer:
 
         By then the health service says NOT_SERVING, and calls that compute fail with `DeviceLost`.
         """
+        self._service.on_device_lost(self._last_words(callback))
 
-        def lost(reason: str) -> None:
+    def on_store_failed(self, callback: Callable[[str], None]) -> None:
+        """Have a function called once the store has failed for good; it gets the reason, and should stop the server.
+
+        By then the health service says NOT_SERVING, and calls that change or read a layer fail with `StoreFailed`.
+        """
+        self._service.on_store_failed(self._last_words(callback))
+
+    def _last_words(self, callback: Callable[[str], None]) -> Callable[[str], None]:
+        def failed(reason: str) -> None:
             self._status.enter_graceful_shutdown()
             callback(reason)
 
-        self._service.on_device_lost(lost)
+        return failed
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until the server has stopped; return False if that took longer than so many seconds."""
@@ -139,9 +149,14 @@ def start(config: ServerConfig) -> RunningServer:
             release.
     """
     _require_private(config)
-    store, placement = _open_store(config), _open_devices(config)
-    placement.warm_up()
-    return serve(config, LayerService(store, placement, config.saved_input_bytes, config.in_flight_bytes))
+    store = _open_store(config)
+    try:
+        placement = _open_devices(config)
+        placement.warm_up()
+        return serve(config, LayerService(store, placement, config.saved_input_bytes, config.in_flight_bytes))
+    except BaseException:
+        store.close()
+        raise
 
 
 def serve(config: ServerConfig, service: LayerService) -> RunningServer:
@@ -213,11 +228,8 @@ def _open_devices(config: ServerConfig) -> Placement:
 
 
 def _open_store(config: ServerConfig) -> Store:
-    if config.state != "memory:":
-        raise StartError(
-            f"there is no state {config.state!r} in this release (available: memory:): pass --state memory:"
-        )
-    return MemoryStore()
+    directory = parse_state(config.state)
+    return MemoryStore() if directory is None else SqliteStore(directory, config.durability)
 
 
 def _options() -> Sequence[tuple[str, int]]:

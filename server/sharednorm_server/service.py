@@ -85,6 +85,10 @@ class LayerService(LayerCatalog):
         """Have a function called once a device has failed for good, and with it the service; it gets the reason."""
         self._placement.on_lost(callback)
 
+    def on_store_failed(self, callback: Callable[[str], None]) -> None:
+        """Have a function called once the store has failed for good, and with it the service; it gets the reason."""
+        self._store.on_failed(callback)
+
     def close(self) -> None:
         """Let go of devices and store, after the last call."""
         self._placement.close()
@@ -153,7 +157,7 @@ class LayerService(LayerCatalog):
 
     def _forward_layer(self, call: ForwardCall, shape: tuple[int, ...]) -> tuple[Layer, bool]:
         layer = self._layers.find(call.key)
-        record = layer.record
+        record = layer.latest
         train = _trains(call, record)
         record.config.check_shape(shape, train=train)
         require_initialized(record.state, str(call.key))
@@ -168,7 +172,7 @@ class LayerService(LayerCatalog):
     def _step(
         self, layer: Layer, call: ForwardCall, x: DeviceTensor, wanted: Wanted, out: Array | None
     ) -> ForwardAnswer:
-        record = layer.record
+        record = layer.latest
         config = record.config
         first = used = record.state
         trained = self._compute(layer, lambda device: device.forward(x, first, config, out))
@@ -297,7 +301,7 @@ class LayerService(LayerCatalog):
         saved = self._check_backward(layer, call, grad.shape, dtype_name)
         if saved is None:
             saved = self._sent_again(layer, call, x)
-        config = layer.record.config
+        config = layer.latest.config
         kept, upper = saved, self._load(layer, grad)
         gradients = self._compute(
             layer,
@@ -326,7 +330,7 @@ class LayerService(LayerCatalog):
             CallCancelled: Nobody waits for that any more.
         """
         layer = self._layers.find(call.key)
-        if layer.record.config.affine:
+        if layer.latest.config.affine:
             self._accumulate(layer, call, scale_grad, bias_grad, wanted)
 
     def _check_backward(
@@ -335,7 +339,7 @@ class LayerService(LayerCatalog):
         for name, value in (("scale", call.scale), ("momentum", call.momentum)):
             if not is_finite(value):
                 raise InvalidConfiguration(f"{name} is {value!r} (expected: a finite number)")
-        config = layer.record.config
+        config = layer.latest.config
         config.check_shape(shape, train=True, what="Grad")
         if call.forward is not None:
             check_facts(call.forward, config)

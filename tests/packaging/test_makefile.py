@@ -50,4 +50,4 @@ def test_every_target_can_be_planned(tmp_path: Path, target: str) -> None:
 
 def test_serve_passes_its_options_on(tmp_path: Path) -> None:
     result = make("--dry-run", "serve", "LISTEN=unix:/tmp/a b.sock", "DEVICE=cuda", f"VENV={tmp_path / 'venv'}")
-    assert "serve --listen 'unix:/tmp/a b.sock' --device 'cuda' --state 'memory:'" in result.stdout
+    assert "serve --listen 'unix:/tmp/a b.sock' --device 'cuda'" in result.stdout

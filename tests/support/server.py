@@ -91,7 +91,8 @@ def server_process(
     """Start a server process and wait until it listens; kill it at the end if it still runs."""
     with tempfile.TemporaryFile("w+") as log:
         began = time.monotonic()
-        process = spawn("serve", "--listen", listen, *arguments, stderr=log, env=env)
+        state = () if "--state" in arguments else ("--state", "memory:")
+        process = spawn("serve", "--listen", listen, *state, *arguments, stderr=log, env=env)
         try:
             banner = _first_line(process, log)
             match = _BANNER.fullmatch(banner)

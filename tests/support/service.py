@@ -16,6 +16,7 @@ from sharednorm_server.device.cpu import CpuDevice
 from sharednorm_server.placement import Placement
 from sharednorm_server.requests import LayerKey, LayerRecord
 from sharednorm_server.service import LayerService
+from sharednorm_server.store import Kept, Store
 from sharednorm_server.store.memory import MemoryStore
 
 KEY = LayerKey("default", "bn")
@@ -61,14 +62,14 @@ class InterruptedDevice(CpuDevice):
 class SlowStore(MemoryStore):
     """A store that takes a while to keep a record, as one with a disk does; whoever forgets a lock shows."""
 
-    def put(self, record: LayerRecord) -> bool:
+    def put(self, record: LayerRecord) -> Kept | None:
         """Replace a record, later."""
         time.sleep(0.0005)
         return super().put(record)
 
 
 def new_service(
-    device: CpuDevice | None = None, saved_input_bytes: int = 1 << 20, store: MemoryStore | None = None
+    device: CpuDevice | None = None, saved_input_bytes: int = 1 << 20, store: Store | None = None
 ) -> LayerService:
     """Return a service without layers."""
     return LayerService(store or MemoryStore(), Placement(device or CpuDevice(arithmetic("numpy"))), saved_input_bytes)

@@ -57,7 +57,11 @@ def test_a_wrong_use_is_explained(arguments: tuple[str, ...]) -> None:
         (("--listen", "0.0.0.0:0"), "pass --insecure if the network is trusted"),
         (("--device", "gpu"), "'gpu' is no device (expected: cpu, cuda, cuda:1, or several GPUs as cuda:0,cuda:1)"),
         (("--device-memory-bytes", "0"), "device-memory-bytes is 0 (expected: at least 1)"),
-        (("--state", "sqlite:///x.db"), "there is no state 'sqlite:///x.db' in this release (available: memory:)"),
+        (
+            ("--state", "redis://x"),
+            "'redis://x' is no state (expected: memory:, sqlite:///DIRECTORY, or sqlite:DIRECTORY",
+        ),
+        (("--state", "sqlite:///proc/x"), "the state cannot be kept in /proc/x: "),
         (("--workers", "0"), "workers is 0 (expected: 1 to 1024)"),
         (("--threads", "0"), "threads is 0 (expected: at least 1)"),
         (("--grace", "-1"), "grace is -1.0"),

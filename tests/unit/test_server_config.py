@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from sharednorm.errors import InvalidConfiguration
-from sharednorm_server.config import ServerConfig, StartError, parse_devices, parse_size
+from sharednorm_server.config import ServerConfig, StartError, default_state, parse_devices, parse_size, parse_state
 from sharednorm_server.listen import TcpEndpoint, UnixEndpoint, parse_endpoint
 from sharednorm_server.server import start
 
@@ -146,10 +146,41 @@ def test_the_gpus_that_a_device_names(text: str, ordinals: tuple[int, ...]) -> N
     assert parse_devices(text) == ordinals
 
 
-@pytest.mark.parametrize("state", ["sqlite:///x", "redis://x", "memory", ""])
+@pytest.mark.parametrize(
+    "state", ["redis://x", "memory", "", "sqlite:", "sqlite://", "sqlite://host/x", "sqlite:a%00b"]
+)
 def test_a_store_that_is_not_there_has_no_substitute(state: str) -> None:
-    with pytest.raises(StartError, match=r"available: memory:\)"):
+    with pytest.raises(InvalidConfiguration, match=r"is no state \(expected: memory:, sqlite:///DIRECTORY"):
         start(ServerConfig(listen="127.0.0.1:0", state=state))
+
+
+@pytest.mark.parametrize(
+    ("text", "directory"),
+    [
+        ("memory:", None),
+        ("sqlite:///var/lib/x", Path("/var/lib/x")),
+        ("sqlite:///a%20b/%E5%B1%A4", Path("/a b/層")),
+        ("sqlite:x/y", Path.cwd() / "x/y"),
+        ("sqlite:~/x", Path.home() / "x"),
+    ],
+)
+def test_the_directory_that_a_state_names(text: str, directory: Path | None) -> None:
+    assert parse_state(text) == directory
+
+
+def test_the_state_of_a_server_that_is_told_of_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("STATE_DIRECTORY", "XDG_STATE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    assert parse_state(default_state()) == Path.home() / ".local/state/sharednorm"
+    monkeypatch.setenv("XDG_STATE_HOME", "/home of/states")
+    assert parse_state(default_state()) == Path("/home of/states/sharednorm")
+    monkeypatch.setenv("STATE_DIRECTORY", "/var/lib/sharednorm:/var/lib/other")
+    assert parse_state(default_state()) == Path("/var/lib/sharednorm")
+
+
+def test_a_durability_that_there_is_not() -> None:
+    with pytest.raises(InvalidConfiguration, match=r"durability is disk \(expected: os or fsync\)"):
+        ServerConfig(durability="disk")
 
 
 def test_an_address_of_another_machine() -> None:

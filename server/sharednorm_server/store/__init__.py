@@ -1,12 +1,14 @@
 """Stores: what remembers. A store knows no device, no RPC, and no arithmetic.
 
-A record is immutable; `put` is atomic and returns only when the record is kept.
+A record is immutable, and every change atomic. `create` and `delete` return when the change is kept. `put` returns at
+once, since a layer's next step need not wait for it: whoever tells somebody of the record waits until it is kept.
 """
 
 from __future__ import annotations
 
 import itertools
 import secrets
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -87,6 +89,18 @@ class LayerRecord:
         return seen
 
 
+class Kept(Protocol):
+    """A change that a store has accepted."""
+
+    def wait(self) -> None:
+        """Return when it is kept, and with it all that came before.
+
+        Raises:
+            StoreFailed: It is not known whether it is, and the store has failed for good.
+        """
+        ...
+
+
 class Store(Protocol):
     """What remembers layers. Every method may be called from many threads at once."""
 
@@ -103,8 +117,11 @@ class Store(Protocol):
         """Keep a new layer's record; return False, and change nothing, if its key exists."""
         ...
 
-    def put(self, record: LayerRecord) -> bool:
-        """Replace an existing layer's record; return False, and change nothing, if its key does not exist."""
+    def put(self, record: LayerRecord) -> Kept | None:
+        """Replace an existing layer's record; return what says when it is kept.
+
+        None: its key does not exist, and nothing has changed. Later changes of the layer may be put before that.
+        """
         ...
 
     def delete(self, key: LayerKey) -> bool:
@@ -113,6 +130,10 @@ class Store(Protocol):
 
     def page(self, namespace: str, after: str, limit: int) -> list[LayerRecord]:
         """Return up to `limit` records of a namespace in the order of their names, those behind name `after`."""
+        ...
+
+    def on_failed(self, callback: Callable[[str], None]) -> None:
+        """Have a function called once the store has failed for good; it gets the reason."""
         ...
 
     def close(self) -> None:

@@ -4,8 +4,17 @@ from __future__ import annotations
 
 import bisect
 import threading
+from collections.abc import Callable
 
-from sharednorm_server.store import LayerKey, LayerRecord
+from sharednorm_server.store import Kept, LayerKey, LayerRecord
+
+
+class _AtOnce:
+    def wait(self) -> None:
+        """Return at once."""
+
+
+_AT_ONCE = _AtOnce()
 
 
 class MemoryStore:
@@ -32,13 +41,13 @@ class MemoryStore:
             bisect.insort(self._names.setdefault(record.key.namespace, []), record.key.name)
             return True
 
-    def put(self, record: LayerRecord) -> bool:
-        """Replace an existing layer's record; return False, and change nothing, if its key does not exist."""
+    def put(self, record: LayerRecord) -> Kept | None:
+        """Replace an existing layer's record, which is kept then; return None if its key does not exist."""
         with self._lock:
             if record.key not in self._records:
-                return False
+                return None
             self._records[record.key] = record
-            return True
+            return _AT_ONCE
 
     def delete(self, key: LayerKey) -> bool:
         """Forget a layer; return False if its key does not exist."""
@@ -57,6 +66,9 @@ class MemoryStore:
             names = self._names.get(namespace, [])
             start = bisect.bisect_right(names, after)
             return [self._records[LayerKey(namespace, name)] for name in names[start : start + limit]]
+
+    def on_failed(self, callback: Callable[[str], None]) -> None:
+        """Never call it: memory does not fail."""
 
     def close(self) -> None:
         """Nothing to let go of."""

@@ -1,18 +1,21 @@
-"""The memory store keeps what it is given, in the order of names."""
+"""Every store keeps what it is given, in the order of names."""
 
 from __future__ import annotations
 
 import random
 import threading
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from sharednorm.config import LayerConfig, LayerKind
 from sharednorm.state import initial_state
-from sharednorm_server.store import LayerKey, LayerRecord
+from sharednorm_server.store import LayerKey, LayerRecord, Store
 from sharednorm_server.store.memory import MemoryStore
+from sharednorm_server.store.sqlite import SqliteStore
 
 CONFIG = LayerConfig(LayerKind.BATCH_NORM_2D, 2)
 
@@ -22,43 +25,48 @@ def record(name: str, namespace: str = "default") -> LayerRecord:
     return LayerRecord(LayerKey(namespace, name), CONFIG, state)
 
 
-@pytest.fixture
-def store() -> MemoryStore:
-    return MemoryStore()
+@pytest.fixture(params=["memory", "sqlite"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
+    made: Store = MemoryStore() if request.param == "memory" else SqliteStore(tmp_path / "a state")
+    yield made
+    made.close()
 
 
-def test_it_says_what_it_is(store: MemoryStore) -> None:
-    assert store.description == "memory:"
+def test_it_says_what_it_is(store: Store, tmp_path: Path) -> None:
+    directory = f"sqlite://{tmp_path}/a%20state?durability=os"
+    assert store.description == ("memory:" if isinstance(store, MemoryStore) else directory)
 
 
-def test_a_record_that_was_created_is_found(store: MemoryStore) -> None:
+def test_a_record_that_was_created_is_found(store: Store) -> None:
     first = record("a")
     assert store.create(first)
     assert store.get(first.key) is first
 
 
-def test_creating_twice_changes_nothing(store: MemoryStore) -> None:
+def test_creating_twice_changes_nothing(store: Store) -> None:
     first = record("a")
     store.create(first)
     assert not store.create(replace(first, train=False))
     assert store.get(first.key) is first
 
 
-def test_put_replaces(store: MemoryStore) -> None:
+def test_put_replaces(store: Store) -> None:
     first = record("a")
     store.create(first)
     second = replace(first, train=False)
-    assert store.put(second)
+    kept = store.put(second)
+    assert kept is not None
+    kept.wait()
     assert store.get(first.key) is second
 
 
-def test_put_makes_no_new_record(store: MemoryStore) -> None:
-    assert not store.put(record("a"))
+def test_put_makes_no_new_record(store: Store) -> None:
+    assert store.put(record("a")) is None
     assert store.get(LayerKey("default", "a")) is None
     assert store.page("default", "", 10) == []
 
 
-def test_delete_forgets_and_says_whether_there_was_anything(store: MemoryStore) -> None:
+def test_delete_forgets_and_says_whether_there_was_anything(store: Store) -> None:
     store.create(record("a"))
     assert store.delete(LayerKey("default", "a"))
     assert not store.delete(LayerKey("default", "a"))
@@ -66,14 +74,14 @@ def test_delete_forgets_and_says_whether_there_was_anything(store: MemoryStore) 
     assert store.page("default", "", 10) == []
 
 
-def test_a_name_may_be_used_again_after_delete(store: MemoryStore) -> None:
+def test_a_name_may_be_used_again_after_delete(store: Store) -> None:
     store.create(record("a"))
     store.delete(LayerKey("default", "a"))
     assert store.create(record("a"))
     assert [found.key.name for found in store.page("default", "", 10)] == ["a"]
 
 
-def test_pages_follow_the_code_points_of_the_names(store: MemoryStore) -> None:
+def test_pages_follow_the_code_points_of_the_names(store: Store) -> None:
     names = ["b", "a/b", "a", "Z", "é", "e\u0301", "中", "a b", "😀", "\uffff"]
     for name in random.Random(1).sample(names, len(names)):
         store.create(record(name))
@@ -85,14 +93,14 @@ def test_pages_follow_the_code_points_of_the_names(store: MemoryStore) -> None:
     assert collected == expected
 
 
-def test_a_page_may_begin_behind_a_name_that_is_gone(store: MemoryStore) -> None:
+def test_a_page_may_begin_behind_a_name_that_is_gone(store: Store) -> None:
     for name in "abc":
         store.create(record(name))
     store.delete(LayerKey("default", "b"))
     assert [found.key.name for found in store.page("default", "b", 10)] == ["c"]
 
 
-def test_namespaces_never_see_each_other(store: MemoryStore) -> None:
+def test_namespaces_never_see_each_other(store: Store) -> None:
     store.create(record("a", "one"))
     store.create(record("a", "two"))
     store.delete(LayerKey("one", "a"))
@@ -100,7 +108,7 @@ def test_namespaces_never_see_each_other(store: MemoryStore) -> None:
     assert [found.key for found in store.page("two", "", 10)] == [LayerKey("two", "a")]
 
 
-def test_racing_creators_make_one_record(store: MemoryStore) -> None:
+def test_racing_creators_make_one_record(store: Store) -> None:
     barrier = threading.Barrier(8)
     created: list[bool] = []
 

@@ -1,0 +1,281 @@
+"""The file of the store of SQLite's: how it is laid out, opened, read and written. Nothing here waits for anybody."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import sqlite3
+import time
+from collections.abc import Iterable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sharednorm.config import Averaging, LayerConfig, LayerKind, NonFinitePolicy, Vector
+from sharednorm.domains import Domains, DomainStatistics, statistics_of, with_statistics
+from sharednorm.state import LayerState, blank_state
+from sharednorm_server.config import StartError
+from sharednorm_server.store import LayerKey, LayerRecord
+
+# "snrm": a file of anything else is refused, whatever is in it.
+APPLICATION_ID = 0x736E726D
+
+# Of a layer, what changes together is in one row, and what a step does not change it does not write again.
+_SCHEMA = (
+    """
+    CREATE TABLE layers (
+        id INTEGER PRIMARY KEY, namespace TEXT NOT NULL, name TEXT NOT NULL, uid TEXT NOT NULL, config TEXT NOT NULL,
+        train INTEGER NOT NULL, initialized INTEGER NOT NULL, version INTEGER NOT NULL, UNIQUE (namespace, name))
+    """,
+    """
+    CREATE TABLE parameters (
+        layer INTEGER PRIMARY KEY REFERENCES layers ON DELETE CASCADE, scale BLOB NOT NULL, bias BLOB NOT NULL)
+    """,
+    """
+    CREATE TABLE gradients (
+        layer INTEGER PRIMARY KEY REFERENCES layers ON DELETE CASCADE, scale BLOB NOT NULL, bias BLOB NOT NULL)
+    """,
+    """
+    CREATE TABLE statistics (
+        layer INTEGER NOT NULL REFERENCES layers ON DELETE CASCADE, domain TEXT NOT NULL, mean BLOB NOT NULL,
+        var BLOB NOT NULL, num_of_props INTEGER NOT NULL, frozen INTEGER NOT NULL, PRIMARY KEY (layer, domain))
+    """,
+    """
+    CREATE TABLE merged (
+        layer INTEGER NOT NULL REFERENCES layers ON DELETE CASCADE, domain TEXT NOT NULL, names BLOB NOT NULL,
+        PRIMARY KEY (layer, domain))
+    """,
+)
+
+# What brings a file of version i + 1 to version i + 2. A file's version is how it is laid out, and no release's.
+MIGRATIONS: tuple[tuple[str, ...], ...] = ()
+FILE_VERSION = 1 + len(MIGRATIONS)
+
+# Of 4096 bytes: so much of the log is written before it is brought into the file.
+_LOG_PAGES = 4096
+
+_SYNCHRONOUS = {"os": "NORMAL", "fsync": "FULL"}
+
+
+class Rows:
+    """The layers of a file, each by the number of its row.
+
+    Args:
+        database: The file, prepared. Whoever calls has it to themselves.
+    """
+
+    def __init__(self, database: sqlite3.Connection) -> None:
+        self._database = database
+        self._written: dict[int, LayerRecord] = {}  # as the file has them
+
+    def names(self) -> dict[LayerKey, int]:
+        """Return all layers."""
+        rows = self._database.execute("SELECT namespace, name, uid, id FROM layers")
+        return {LayerKey(namespace, name, uid): row for namespace, name, uid, row in rows}
+
+    def find(self, row: int) -> LayerRecord:
+        """Return a layer that is there."""
+        return self._written.get(row) or self._load(row)
+
+    def insert(self, row: int, record: LayerRecord) -> None:
+        """Write a new layer."""
+        key = record.key
+        self._database.execute(
+            "INSERT INTO layers (id, namespace, name, uid, config, train, initialized, version) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            (row, key.namespace, key.name, key.uid, _config_to_text(record.config), *_counters(record)),
+        )
+        self._write(row, record, None)
+
+    def update(self, row: int, record: LayerRecord) -> None:
+        """Write what has changed of a layer that is there."""
+        before = self.find(row)
+        self._database.execute(
+            "UPDATE layers SET train = ?, initialized = ?, version = ? WHERE id = ?", (*_counters(record), row)
+        )
+        self._write(row, record, before)
+
+    def remove(self, row: int) -> None:
+        """Forget a layer."""
+        self._database.execute("DELETE FROM layers WHERE id = ?", (row,))
+        self._written.pop(row, None)
+
+    def _write(self, row: int, record: LayerRecord, before: LayerRecord | None) -> None:
+        # What is the same object is in the file already.
+        state, old = record.state, None if before is None else before.state
+        if old is None or state.scale is not old.scale or state.bias is not old.bias:
+            self._replace("parameters", row, state.scale, state.bias)
+        if old is None or state.scale_grad is not old.scale_grad or state.bias_grad is not old.bias_grad:
+            self._replace("gradients", row, state.scale_grad, state.bias_grad)
+        self._write_statistics(row, "", statistics_of(state), None if old is None else statistics_of(old))
+        domains: Domains = {} if before is None else before.domains
+        if record.domains is not domains:
+            for domain in domains.keys() - record.domains.keys():
+                for table in ("statistics", "merged"):
+                    self._database.execute(f"DELETE FROM {table} WHERE layer = ? AND domain = ?", (row, domain))  # noqa: S608 - one of two
+            for domain, each in record.domains.items():
+                self._write_statistics(row, domain, each, domains.get(domain))
+        self._written[row] = record
+
+    def _replace(self, table: str, row: int, scale: Vector, bias: Vector) -> None:
+        self._database.execute(
+            f"INSERT INTO {table} (layer, scale, bias) VALUES (?, ?, ?) "  # noqa: S608 - one of two
+            "ON CONFLICT (layer) DO UPDATE SET scale = excluded.scale, bias = excluded.bias",
+            (row, _to_blob(scale), _to_blob(bias)),
+        )
+
+    def _write_statistics(self, row: int, domain: str, now: DomainStatistics, old: DomainStatistics | None) -> None:
+        if old is not None and all(getattr(now, field.name) is getattr(old, field.name) for field in fields(now)):
+            return
+        self._database.execute(
+            "INSERT INTO statistics (layer, domain, mean, var, num_of_props, frozen) VALUES (?, ?, ?, ?, ?, ?) "
+            "ON CONFLICT (layer, domain) DO UPDATE SET mean = excluded.mean, var = excluded.var, "
+            "num_of_props = excluded.num_of_props, frozen = excluded.frozen",
+            (row, domain, _to_blob(now.mean), _to_blob(now.var), now.num_of_props, now.stats_frozen),
+        )
+        if now.merged is not (old.merged if old is not None else ()):
+            names = b"".join(bytes([len(name)]) + name for name in now.merged)
+            self._database.execute(
+                "INSERT INTO merged (layer, domain, names) VALUES (?, ?, ?) "
+                "ON CONFLICT (layer, domain) DO UPDATE SET names = excluded.names",
+                (row, domain, names),
+            )
+
+    def page(self, namespace: str, after: str, limit: int) -> list[LayerRecord]:
+        """Return up to `limit` layers of a namespace in the order of their names, those behind name `after`."""
+        # SQLite compares the bytes of UTF-8, which is the order of the code points.
+        rows = self._database.execute(
+            "SELECT id FROM layers WHERE namespace = ? AND name > ? ORDER BY name LIMIT ?", (namespace, after, limit)
+        ).fetchall()
+        return [self.find(row) for (row,) in rows]
+
+    def _load(self, row: int) -> LayerRecord:
+        read = self._database.execute
+        namespace, name, uid, text, train, initialized, version = read(
+            "SELECT namespace, name, uid, config, train, initialized, version FROM layers WHERE id = ?", (row,)
+        ).fetchone()
+        config = _config_from_text(text)
+        scale, bias = _pair(read("SELECT scale, bias FROM parameters WHERE layer = ?", (row,)).fetchone(), config)
+        scale_grad, bias_grad = _pair(
+            read("SELECT scale, bias FROM gradients WHERE layer = ?", (row,)).fetchone(), config
+        )
+        merged = dict(read("SELECT domain, names FROM merged WHERE layer = ?", (row,)).fetchall())
+        sets = {
+            domain: DomainStatistics(
+                *_pair(pair, config), steps, bool(frozen), _names_from_blob(merged.get(domain, b""))
+            )
+            for domain, *pair, steps, frozen in read(
+                "SELECT domain, mean, var, num_of_props, frozen FROM statistics WHERE layer = ?", (row,)
+            )
+        }
+        blank = blank_state(config)
+        own = with_statistics(
+            LayerState(
+                scale, bias, blank.mean, blank.var, scale_grad, bias_grad,
+                version=version, initialized=bool(initialized),
+            ),
+            sets.pop(""),
+        )  # fmt: skip
+        record = LayerRecord(LayerKey(namespace, name, uid), config, own, bool(train), sets)
+        self._written[row] = record
+        return record
+
+
+def hold(path: Path) -> int:
+    """Hold a file for this process, and say in it who does; return its descriptor.
+
+    Raises:
+        StartError: Another process holds it.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(descriptor, 512, 0).decode("utf-8", "replace").strip() or "another process"
+            raise StartError(
+                f"the state in {path.parent} is used by {holder}: stop that server, or pass another --state"
+            ) from None
+        os.ftruncate(descriptor, 0)
+        since = time.strftime("%Y-%m-%d %H:%M:%S %z")
+        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}, since {since}\n".encode(), 0)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def prepare(database: sqlite3.Connection, path: Path, durability: str) -> None:
+    """Make the file ready, of this release's version.
+
+    Raises:
+        StartError: It is of a newer release, of something else, or damaged.
+    """
+    # Alone from the first access on, so that the log's index is in this process's memory: no file is shared.
+    database.execute("PRAGMA locking_mode = EXCLUSIVE")
+    (application,) = database.execute("PRAGMA application_id").fetchone()
+    (version,) = database.execute("PRAGMA user_version").fetchone()
+    (tables,) = database.execute("SELECT count(*) FROM sqlite_schema").fetchone()
+    if application != APPLICATION_ID and (application or version or tables):
+        raise StartError(f"{path} is not a state of sharednorm (expected: one, or an empty directory)")
+    if version > FILE_VERSION:
+        raise StartError(
+            f"the state in {path} is of file version {version}, and this release knows {FILE_VERSION}: use the release "
+            "that wrote it, or a newer one"
+        )
+    database.execute("PRAGMA journal_mode = WAL")
+    database.execute(f"PRAGMA synchronous = {_SYNCHRONOUS[durability]}")
+    database.execute(f"PRAGMA wal_autocheckpoint = {_LOG_PAGES}")
+    database.execute("PRAGMA foreign_keys = ON")
+    (found,) = database.execute("PRAGMA quick_check(1)").fetchone()
+    if found != "ok":
+        raise StartError(f"the state in {path} is damaged ({found}): put a backup in its place")
+    steps = [_SCHEMA, *MIGRATIONS][version:]
+    if steps:
+        database.execute("BEGIN IMMEDIATE")
+        for statement in (statement for step in steps for statement in step):
+            database.execute(statement)
+        database.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+        database.execute(f"PRAGMA user_version = {FILE_VERSION}")
+        database.execute("COMMIT")
+
+
+def _counters(record: LayerRecord) -> tuple[bool, bool, int]:
+    return record.train, record.state.initialized, record.state.version
+
+
+def _to_blob(vector: Vector) -> bytes:
+    return vector.astype("<f4", copy=False).tobytes()
+
+
+def _pair(blobs: Iterable[bytes], config: LayerConfig) -> tuple[Vector, Vector]:
+    one, two = (np.frombuffer(blob, "<f4").astype(np.float32) for blob in blobs)
+    if not one.size == two.size == config.maps:
+        raise ValueError(f"a vector of {one.size} or {two.size} values, of a layer of {config.maps} maps")
+    return one, two
+
+
+def _names_from_blob(blob: bytes) -> tuple[bytes, ...]:
+    names, at = [], 0
+    while at < len(blob):
+        end = at + 1 + blob[at]
+        names.append(blob[at + 1 : end])
+        at = end
+    return tuple(names)
+
+
+def _config_to_text(config: LayerConfig) -> str:
+    values = {field.name: getattr(config, field.name) for field in fields(config)}
+    return json.dumps({name: getattr(value, "name", value) for name, value in values.items()})
+
+
+def _config_from_text(text: str) -> LayerConfig:
+    values: dict[str, Any] = json.loads(text)
+    kinds = {"kind": LayerKind, "averaging": Averaging, "nonfinite": NonFinitePolicy}
+    for name, kind in kinds.items():
+        values[name] = kind[values[name]]
+    return LayerConfig(**values)

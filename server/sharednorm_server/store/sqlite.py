@@ -1,0 +1,252 @@
+"""A store that remembers in a file of SQLite's: what it has said is kept survives the process, or the machine.
+
+One connection, used by one thread at a time, and a transaction for all changes that are waiting. Whoever first waits
+for a change commits what has come until then, and the others find theirs done: a change that comes alone is committed
+at once and wakes no thread, and many at a time share a commit, and its write to the disk.
+
+A commit that fails ends the store: nobody knows what the disk has, and layers in memory are ahead of it. All that waits
+is told so, the process ends, and the next one goes on with what the file has.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sqlite3
+import threading
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TypeVar
+from urllib.parse import quote
+
+from sharednorm.errors import StoreFailed
+from sharednorm_server.config import StartError
+from sharednorm_server.store import Kept, LayerKey, LayerRecord
+from sharednorm_server.store._sqlite_file import Rows, hold, prepare
+
+FILE_NAME = "sharednorm.sqlite3"
+LOCK_NAME = "lock"
+
+# Changes in one transaction; the others wait for the next.
+_MOST_CHANGES = 256
+
+T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
+
+
+class _Change:
+    # Something that waits for the next transaction, and for whom.
+    __slots__ = ("_store", "done", "failed", "key", "put", "work")
+
+    def __init__(self, store: SqliteStore, key: LayerKey, work: Callable[[], None], *, put: bool) -> None:
+        self._store = store
+        self.key, self.work, self.put = key, work, put
+        self.done = self.failed = False
+
+    def wait(self) -> None:
+        """Return when the change is kept.
+
+        Raises:
+            StoreFailed: It is not known whether it is.
+        """
+        if not self.done:
+            self._store.settle(self)
+        if self.failed:
+            raise failed()
+
+
+class SqliteStore:
+    """Keeps records in a directory, which no other process uses meanwhile.
+
+    Args:
+        directory: Where; it is made if it is not there.
+        durability: What a change has to survive before it is kept: "os", the end of this process, whichever way; or
+            "fsync", that of the machine.
+
+    Raises:
+        StartError: Another process uses the directory; the file is of a newer release, damaged, or no store; or the
+            disk refuses something.
+    """
+
+    def __init__(self, directory: Path, durability: str = "os") -> None:
+        self.directory = directory
+        self.description = f"sqlite://{quote(str(directory))}?durability={durability}"
+        self._lock = threading.Lock()  # of what waits, and of the names
+        self._committing = threading.Lock()  # of the connection
+        self._waiting: list[_Change] = []
+        self._names: dict[LayerKey, int] = {}  # the rows of the layers that are there, or will be
+        self._next_row = 1
+        self._failed = False
+        self._callbacks: list[Callable[[str], None]] = []
+        try:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._held = hold(directory / LOCK_NAME)
+        except OSError as error:
+            raise StartError(f"the state cannot be kept in {directory}: {error.strerror}") from error
+        try:
+            self._open(directory / FILE_NAME, durability)
+        except BaseException:
+            os.close(self._held)
+            raise
+
+    def _open(self, path: Path, durability: str) -> None:
+        try:
+            self._database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+            try:
+                prepare(self._database, path, durability)
+                self._rows = Rows(self._database)
+                self._names = self._rows.names()
+            except BaseException:
+                self._database.close()
+                raise
+        except sqlite3.Error as error:
+            raise StartError(f"the state in {path} cannot be used: {error}") from error
+        self._next_row = max(self._names.values(), default=0) + 1
+
+    def on_failed(self, callback: Callable[[str], None]) -> None:
+        """Have a function called once the store has failed for good; it gets the reason."""
+        with self._lock:
+            self._callbacks.append(callback)
+
+    def get(self, key: LayerKey) -> LayerRecord | None:
+        """Return a layer's record, or None."""
+        with self._committing:
+            self._commit_all()  # what waits may be of this layer
+            row = self._names.get(key)
+            if row is None:
+                return None
+            return self._guarded(lambda: self._rows.find(row))
+
+    def create(self, record: LayerRecord) -> bool:
+        """Keep a new layer's record; return False, and change nothing, if its key exists."""
+        with self._lock:
+            if record.key in self._names:
+                return False
+            row = self._names[record.key] = self._next_row
+            self._next_row += 1
+            change = self._begin(record.key, lambda: self._rows.insert(row, record), put=False)
+        change.wait()
+        return True
+
+    def put(self, record: LayerRecord) -> Kept | None:
+        """Replace an existing layer's record; return when it is kept, or None, and change nothing, if there is none."""
+        with self._lock:
+            row = self._names.get(record.key)
+            if row is None:
+                return None
+            return self._begin(record.key, lambda: self._rows.update(row, record), put=True)
+
+    def delete(self, key: LayerKey) -> bool:
+        """Forget a layer; return False if its key does not exist."""
+        with self._lock:
+            row = self._names.pop(key, None)
+            if row is None:
+                return False
+            change = self._begin(key, lambda: self._rows.remove(row), put=False)
+        change.wait()
+        return True
+
+    def page(self, namespace: str, after: str, limit: int) -> list[LayerRecord]:
+        """Return up to `limit` records of a namespace in the order of their names, those behind name `after`."""
+        with self._committing:
+            self._commit_all()
+            return self._guarded(lambda: self._rows.page(namespace, after, limit))
+
+    def close(self) -> None:
+        """Keep what waits, and let go of the file."""
+        with self._committing:
+            self._commit_all()
+            try:
+                if not self._failed:
+                    self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+                self._database.close()
+            except sqlite3.Error as error:
+                _log.warning(
+                    "the state's log could not be brought into its file, and will be at the next start: %s", error
+                )
+        os.close(self._held)
+
+    # --- Changes that wait ----------------------------------------------------------------------------
+
+    def _begin(self, key: LayerKey, work: Callable[[], None], *, put: bool) -> _Change:
+        # Under the lock of what waits: in the order in which they come here they are done.
+        if self._failed:
+            raise failed()
+        change = _Change(self, key, work, put=put)
+        self._waiting.append(change)
+        return change
+
+    def settle(self, change: _Change) -> None:
+        """Return when a change is done, and with it all that came before; does it, if nobody else does."""
+        while not change.done:
+            with self._committing:
+                if not change.done:
+                    self._commit()
+
+    def _commit(self) -> None:
+        # With the connection. Whatever comes while this works is for the next one.
+        with self._lock:
+            batch, self._waiting = self._waiting[:_MOST_CHANGES], self._waiting[_MOST_CHANGES:]
+        if not batch:
+            return
+        try:
+            self._guarded(lambda: self._transact(_last(batch)))
+        except StoreFailed:
+            for change in batch:
+                change.failed = True
+        finally:
+            for change in batch:
+                change.done = True
+
+    def _commit_all(self) -> None:
+        while self._waiting:
+            self._commit()
+
+    def _transact(self, changes: Iterable[_Change]) -> None:
+        self._database.execute("BEGIN IMMEDIATE")
+        for change in changes:
+            change.work()
+        self._database.execute("COMMIT")
+
+    def _guarded(self, work: Callable[[], T]) -> T:
+        """Do something with the connection; whatever fails there ends the store."""
+        if self._failed:
+            raise failed()
+        try:
+            return work()
+        except Exception as error:
+            self._fail(error)
+            raise failed() from error
+
+    def _fail(self, error: Exception) -> None:
+        reason = f"the state in {self.directory} cannot be kept any more: {error}"
+        _log.critical("%s", reason, exc_info=error)
+        with self._lock:
+            self._failed = True
+            left, self._waiting = self._waiting, []
+            callbacks = list(self._callbacks)
+        for change in left:
+            change.failed = change.done = True
+        for callback in callbacks:
+            callback(reason)
+
+
+def failed() -> StoreFailed:
+    """Return the error of a store that has failed."""
+    return StoreFailed(
+        "the server cannot keep its state any more, and ends; whether it has kept this change is not known: read the "
+        "layer when the server is back"
+    )
+
+
+def _last(batch: list[_Change]) -> list[_Change]:
+    # Of changes of one layer that follow each other the last one says it all.
+    kept: list[_Change] = []
+    behind: dict[LayerKey, bool] = {}
+    for change in reversed(batch):
+        if not (change.put and behind.get(change.key)):
+            kept.append(change)
+        behind[change.key] = change.put
+    kept.reverse()
+    return kept
