@@ -45,6 +45,7 @@ from sharednorm.errors import (
     SharedNormError,
     StaleGeneration,
     StepOutOfOrder,
+    StoreFailed,
     TooFewValues,
     UnsupportedDType,
 )
@@ -95,6 +96,7 @@ __all__ = [
     "Statistics",
     "StatisticsDelta",
     "StepOutOfOrder",
+    "StoreFailed",
     "TooFewValues",
     "UnsupportedDType",
     "Variable",

@@ -26,7 +26,8 @@
     │   └── StaleGeneration             the group has gone on without this member
     ├── StepOutOfOrder                  a member's steps did not come one after the other
     ├── ServerUnavailable               not there, gone, or stopping            (also a ConnectionError)
-    │   └── DeviceLost                  the server's GPU has failed, and the server ends
+    │   ├── DeviceLost                  the server's GPU has failed, and the server ends
+    │   └── StoreFailed                 the server cannot keep its state any more, and ends
     ├── DeadlineExceeded                no answer in time                       (also a TimeoutError)
     ├── CallCancelled                   the call was given up
     ├── IncompatibleServer              another protocol, or not a sharednorm server

@@ -41,10 +41,10 @@ def direct_hub() -> Iterator[sharednorm.Hub]:
 
 @pytest.fixture(scope="session")
 def shm_hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[sharednorm.Hub]:
-    """Give a connection to a server process that shares memory with this one; all tensors are there."""
+    """Give a connection to a server process that shares memory with this one, where all tensors are, and has a file."""
     socket = tmp_path_factory.mktemp("server") / "socket"
     with (
-        server_process(listen=f"unix:{socket}") as server,
+        server_process("--state", f"sqlite://{socket.with_name('state')}", listen=f"unix:{socket}") as server,
         sharednorm.connect(server.address, transport="shm") as hub,
     ):
         hub._exchange._share_bytes = 0

@@ -164,6 +164,15 @@ def test_a_service_goes_on_where_the_last_one_was(tmp_path: Path) -> None:
     store.close()
 
 
+@pytest.mark.parametrize(("durability", "synchronous"), [("os", 1), ("fsync", 2)])
+def test_what_each_durability_asks_of_the_disk(tmp_path: Path, durability: str, synchronous: int) -> None:
+    store = SqliteStore(tmp_path, durability)
+    assert store.description.endswith(f"?durability={durability}")
+    for name, value in (("synchronous", synchronous), ("journal_mode", "wal"), ("locking_mode", "exclusive")):
+        assert store._database.execute(f"PRAGMA {name}").fetchone() == (value,)
+    store.close()
+
+
 # --- Many at a time ---------------------------------------------------------------------------------
 
 
@@ -308,13 +317,13 @@ def test_a_file_that_is_damaged(tmp_path: Path, where: int) -> None:
     data = bytearray(path.read_bytes())
     data[where : where + 60] = b"\xff" * 60
     path.write_bytes(data)
-    with pytest.raises(StartError, match="damaged|cannot be used|is not a state"):
+    with pytest.raises(StartError, match=r"damaged|cannot be used|is not a state"):
         SqliteStore(tmp_path)
 
 
 def test_a_place_where_nothing_can_be_kept(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(StartError, match="the state cannot be kept in .*/file/x: Not a directory"):
+    with pytest.raises(StartError, match=r"the state cannot be kept in .*/file/x: Not a directory"):
         SqliteStore(tmp_path / "file" / "x")
 
 

@@ -1,0 +1,136 @@
+"""What was answered is kept: servers that are killed, or whose disk refuses something, in the middle of training."""
+
+from __future__ import annotations
+
+import random
+import resource
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import sharednorm
+from sharednorm.errors import ServerUnavailable, StoreFailed
+from tests.support.oracle import random_tensor
+from tests.support.server import ServerProcess, run, server_process
+
+SHAPE = (4, 5, 6, 3)
+WORKERS = 4
+KILLS = 6
+
+
+class Trainer:
+    """One client with a layer of its own, of which it knows what the server has answered, and what that must be.
+
+    Args:
+        number: Which.
+    """
+
+    def __init__(self, number: int) -> None:
+        self.name = f"layer/{number}"
+        self.options = {"compute": "client"} if number % 2 else {}
+        self.answered = 0
+        np.random.seed(number)  # noqa: NPY002 - both scales are drawn from there
+        self.twin = sharednorm.BatchNorm2D(5)
+        self.steps = 0  # that the twin has taken
+        self.error: BaseException | None = None
+
+    def train(self, address: str) -> None:
+        """Train until the server is gone."""
+        try:
+            with sharednorm.connect(address, timeout=20) as hub:
+                layer = hub.layer(self.name, **self.options)  # type: ignore[arg-type]
+                while True:
+                    layer(random_tensor(self.answered, SHAPE))
+                    self.answered += 1
+        except ServerUnavailable as error:
+            self.error = error
+
+    def check(self, hub: sharednorm.Hub) -> None:
+        """See that the layer has all steps that were answered, and at most the one more that was under way."""
+        state = hub.layer(self.name).snapshot()
+        assert state.version in {self.answered, self.answered + 1}
+        while self.steps < state.version:
+            self.twin(random_tensor(self.steps, SHAPE))
+            self.steps += 1
+        mine = self.twin.snapshot()
+        for name in ("scale", "bias", "mean", "var", "num_of_props"):
+            np.testing.assert_array_equal(getattr(state, name), getattr(mine, name))
+        self.answered = state.version
+
+
+@contextmanager
+def running(directory: Path, *options: str) -> Iterator[ServerProcess]:
+    with server_process("--state", f"sqlite://{directory}", "--log-level", "warning", *options) as server:
+        yield server
+
+
+def create(hub: sharednorm.Hub, trainers: list[Trainer]) -> None:
+    for number, trainer in enumerate(trainers):
+        np.random.seed(number)  # noqa: NPY002 - both scales are drawn from there
+        hub.BatchNorm2D(5, name=trainer.name)
+
+
+def train_until(trainers: list[Trainer], server: ServerProcess, end: float) -> None:
+    """Have all of them train, and after a while something happen to the server."""
+    threads = [threading.Thread(target=trainer.train, args=(server.address,), daemon=True) for trainer in trainers]
+    for thread in threads:
+        thread.start()
+    time.sleep(end)
+    server.process.send_signal(signal.SIGKILL)
+    for thread in threads:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads)
+    server.wait()
+
+
+@pytest.mark.parametrize("durability", ["os", "fsync"])
+def test_steps_that_were_answered_survive_that_the_server_is_killed(tmp_path: Path, durability: str) -> None:
+    trainers, rng = [Trainer(number) for number in range(WORKERS)], random.Random(1)
+    for number in range(KILLS + 1):
+        with running(tmp_path / "state", "--durability", durability) as server:
+            with sharednorm.connect(server.address) as hub:
+                if not number:
+                    create(hub, trainers)
+                for trainer in trainers:
+                    trainer.check(hub)
+                if number == KILLS:
+                    break
+            train_until(trainers, server, rng.uniform(0.1, 0.6))
+    assert min(trainer.answered for trainer in trainers) > KILLS
+
+
+def test_a_disk_that_refuses_more_ends_the_server_and_loses_nothing(tmp_path: Path) -> None:
+    trainers = [Trainer(number) for number in range(WORKERS)]
+    with running(tmp_path / "state") as server:
+        with sharednorm.connect(server.address) as hub:
+            create(hub, trainers)
+        log = tmp_path / "state" / "sharednorm.sqlite3-wal"
+        room = log.stat().st_size + (1 << 17)
+        resource.prlimit(server.pid, resource.RLIMIT_FSIZE, (room, room))
+        threads = [threading.Thread(target=trainer.train, args=(server.address,), daemon=True) for trainer in trainers]
+        for thread in threads:
+            thread.start()
+        assert server.wait(60) == 4
+        for thread in threads:
+            thread.join(60)
+        assert not any(thread.is_alive() for thread in threads)
+        assert any(isinstance(trainer.error, StoreFailed) for trainer in trainers)
+        assert "cannot be kept any more" in server.log()
+    with running(tmp_path / "state") as server, sharednorm.connect(server.address) as hub:
+        for trainer in trainers:
+            assert trainer.answered > 0
+            trainer.check(hub)
+
+
+def test_a_second_server_of_a_state(tmp_path: Path) -> None:
+    with running(tmp_path / "state") as server:
+        done = run(["serve", "--listen", "127.0.0.1:0", "--state", f"sqlite://{tmp_path}/state"])
+        assert (done.returncode, done.stdout) == (2, "")
+        assert f"is used by process {server.pid} on " in done.stderr
+        assert done.stderr.endswith("stop that server, or pass another --state\n")
