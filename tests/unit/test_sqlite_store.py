@@ -98,6 +98,8 @@ CHANGES: dict[str, Callable[[LayerRecord], LayerRecord]] = {
     "mode": lambda r: replace(r, train=False),
     "parameters": lambda r: r.with_state(replace(r.state, scale=np.array([7, 8, 1 + 2**-23], np.float32))),
     "gradients": lambda r: r.with_state(replace(r.state, bias_grad=np.array([1e-40, np.inf, np.nan], np.float32))),
+    "bias": lambda r: r.with_state(replace(r.state, bias=np.array([7, 8, 9], np.float32))),
+    "gradient of the scale": lambda r: r.with_state(replace(r.state, scale_grad=np.array([7, 8, 9], np.float32))),
     "frozen": lambda r: r.with_state(replace(r.state, stats_frozen=True)),
     "merged": lambda r: r.with_state(merge_delta(r.state, r.config, b"\0" * 64, moments(2))),
     "merged twice": lambda r: r.with_state(
