@@ -8,8 +8,9 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,7 +34,7 @@ class Trainer:
 
     def __init__(self, number: int) -> None:
         self.name = f"layer/{number}"
-        self.options = {"compute": "client"} if number % 2 else {}
+        self.options: dict[str, Any] = {"compute": "client"} if number % 2 else {}
         self.answered = 0
         np.random.seed(number)  # noqa: NPY002 - both scales are drawn from there
         self.twin = sharednorm.BatchNorm2D(5)
@@ -44,7 +45,7 @@ class Trainer:
         """Train until the server is gone."""
         try:
             with sharednorm.connect(address, timeout=20) as hub:
-                layer = hub.layer(self.name, **self.options)  # type: ignore[arg-type]
+                layer = hub.layer(self.name, **self.options)
                 while True:
                     layer(random_tensor(self.answered, SHAPE))
                     self.answered += 1
@@ -65,8 +66,9 @@ class Trainer:
 
 
 @contextmanager
-def running(directory: Path, *options: str) -> Iterator[ServerProcess]:
-    with server_process("--state", f"sqlite://{directory}", "--log-level", "warning", *options) as server:
+def running(directory: Path, *options: str, listen: str = "127.0.0.1:0") -> Iterator[ServerProcess]:
+    state = ("--state", f"sqlite://{directory}", "--log-level", "warning")
+    with server_process(*state, *options, listen=listen) as server:
         yield server
 
 
@@ -134,3 +136,42 @@ def test_a_second_server_of_a_state(tmp_path: Path) -> None:
         assert (done.returncode, done.stdout) == (2, "")
         assert f"is used by process {server.pid} on " in done.stderr
         assert done.stderr.endswith("stop that server, or pass another --state\n")
+
+
+def eventually_there(hub: sharednorm.Hub) -> None:
+    """Wait until gRPC looks for the server again, which it does after a pause."""
+    for _ in range(100):
+        try:
+            hub.info  # noqa: B018 - it asks
+        except ServerUnavailable:
+            time.sleep(0.1)
+        else:
+            return
+    raise AssertionError("the server is not found again")
+
+
+@pytest.mark.parametrize("transport", ["grpc", "direct", "shm"])
+@pytest.mark.parametrize("options", [{}, {"compute": "client"}], ids=["server", "client"])
+def test_a_handle_goes_on_with_the_next_server(tmp_path: Path, transport: str, options: dict[str, Any]) -> None:
+    """It is of the same layer: nobody has to make it again."""
+    listen = f"unix:{tmp_path}/socket"
+    x, twin = random_tensor(1, SHAPE), sharednorm.BatchNorm2D(5, sscale=0.0)
+    with ExitStack() as stack:
+        first = stack.enter_context(running(tmp_path / "state", listen=listen))
+        hub = stack.enter_context(sharednorm.connect(listen, transport=transport, timeout=20))
+        layer = hub.BatchNorm2D(5, name="bn", sscale=0.0, domain="site-a", **options)
+        twin(x)
+        np.testing.assert_array_equal(layer(x), twin.data)
+        first.stop(signal.SIGKILL)
+        with pytest.raises(ServerUnavailable):
+            layer(x)
+        stack.enter_context(running(tmp_path / "state", listen=listen))
+        eventually_there(hub)
+        for _ in range(3):
+            twin(x)
+            np.testing.assert_array_equal(layer(x), twin.data)
+        assert layer.numOfProps == 4
+        np.testing.assert_array_equal(layer.mean, twin.mean)
+        layer.backward(x)
+        twin.backward(x)
+        np.testing.assert_array_equal(layer.grad, twin.grad)

@@ -1,0 +1,183 @@
+"""What it costs that a step is kept before it is answered, against a server's memory and the disk's own fsync.
+
+`python -m benchmarks.durability` measures everything, prints the figures beside their goals, and writes
+benchmarks/results/durability.json. Three servers, of which one computes at a time: with `--state memory:`, and with a
+file under `--durability os` and `fsync`. Clients are processes on this machine; each has layers of its own, and takes
+steps whose tensors stay with it (`compute="client"`), so that what is measured is the state and not the tensors.
+
+`python -m benchmarks.durability client ADDRESS SECONDS THREADS` is one client, of which each thread is one trainer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+import sharednorm
+from benchmarks.datapath import Goal
+from benchmarks.remote import Server, machine, server, summary
+
+MAPS = 64
+SECONDS, ROUNDS = 2.0, 5
+RESULTS = Path(__file__).parent / "results" / "durability.json"
+STORES = ("memory", "os", "fsync")
+
+GOALS = {
+    "os": Goal("train steps a second of 8 clients, durability os / memory", least=0.7),
+    "fsync, 8": Goal("train steps a second of 8 clients, durability fsync / memory"),
+    "fsync, 32": Goal("train steps a second of 32 clients, durability fsync / fsyncs a second of the disk", least=20.0),
+    "alone": Goal("what durability fsync adds to the step of one client alone / one fsync of the disk", most=1.0),
+}
+
+
+def rates() -> dict[str, Any]:
+    """Measure steps a second and latencies of one, 8 and 32 clients with each store, and fsyncs of the same disk."""
+    found: dict[str, Any] = {}
+    with contextlib.ExitStack() as stack:
+        # Beside the results: a temporary directory may well be in memory.
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=RESULTS.parent)))
+        options = {
+            "memory": (),
+            "os": ("--state", f"sqlite://{directory}/os", "--durability", "os"),
+            "fsync": ("--state", f"sqlite://{directory}/fsync", "--durability", "fsync"),
+        }
+        servers = {store: stack.enter_context(server("127.0.0.1:0", *options[store])) for store in STORES}
+        for clients, threads in ((1, 1), (8, 1), (8, 4)):
+            name = f"{clients * threads} clients" if clients > 1 else "1 client"
+            rounds: dict[str, list[dict[str, Any]]] = {store: [] for store in STORES}
+            for _ in range(ROUNDS):
+                for store in STORES:
+                    rounds[store].append(_round(servers[store], clients, threads))
+                found.setdefault("fsync of the disk", []).extend(_fsyncs(directory))
+            found[name] = {
+                store: {
+                    "steps a second": median(each["steps a second"] for each in rounds[store]),
+                    "ms": summary([ms for each in rounds[store] for ms in each["ms"]]),
+                }
+                for store in STORES
+            }
+        found["fsync of the disk"] = summary(found["fsync of the disk"])
+    return found
+
+
+def ratios(found: dict[str, Any]) -> dict[str, float]:
+    """Return the figures."""
+    eight, many, alone = found["8 clients"], found["32 clients"], found["1 client"]
+    one = found["fsync of the disk"]["p50"]
+    return {
+        "os": eight["os"]["steps a second"] / eight["memory"]["steps a second"],
+        "fsync, 8": eight["fsync"]["steps a second"] / eight["memory"]["steps a second"],
+        "fsync, 32": many["fsync"]["steps a second"] * one / 1e3,
+        "alone": (alone["fsync"]["ms"]["p50"] - alone["memory"]["ms"]["p50"]) / one,
+    }
+
+
+def _round(running: Server, clients: int, threads: int) -> dict[str, Any]:
+    command = [sys.executable, "-m", "benchmarks.durability", "client", running.address, str(SECONDS), str(threads)]
+    with contextlib.ExitStack() as stack:
+        started = [
+            stack.enter_context(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+            for _ in range(clients)
+        ]
+        for each in started:
+            assert each.stdout is not None
+            if each.stdout.readline() != "ready\n":
+                raise RuntimeError("a client did not start")
+        for each in started:
+            assert each.stdin is not None
+            each.stdin.write("go\n")
+            each.stdin.flush()
+        taken = [ms for each in started for ms in json.loads(each.stdout.readline() if each.stdout else "")]
+    return {"steps a second": len(taken) / SECONDS, "ms": taken}
+
+
+def _fsyncs(directory: Path) -> Iterator[float]:
+    """Yield what it takes, in ms, until 4 KiB more of a file are on the disk."""
+    with (directory / "probe").open("wb", buffering=0) as file:
+        for _ in range(30):
+            file.write(bytes(4096))
+            begin = time.perf_counter()
+            os.fsync(file.fileno())
+            yield 1e3 * (time.perf_counter() - begin)
+
+
+def client(address: str, seconds: float, threads: int) -> None:
+    """Take steps for so long, and print what each took, in ms."""
+    x = np.random.default_rng(0).normal(size=(8, MAPS)).astype(np.float32)
+    with sharednorm.connect(address) as hub:
+        name = f"load/{os.getpid()}"
+        layers = [hub.BatchNorm(MAPS, name=f"{name}/{number}", compute="client") for number in range(threads)]
+        for layer in layers:
+            layer.trainMode()
+            layer(x)
+        taken: list[float] = []
+
+        def work(layer: sharednorm.Layer) -> None:
+            mine: list[float] = []
+            begin = time.perf_counter()
+            end = begin + seconds
+            while begin < end:
+                layer(x)
+                now = time.perf_counter()
+                mine.append(1e3 * (now - begin))
+                begin = now
+            taken.extend(mine)
+
+        print("ready", flush=True)
+        sys.stdin.readline()
+        trainers = [threading.Thread(target=work, args=(layer,)) for layer in layers]
+        for trainer in trainers:
+            trainer.start()
+        for trainer in trainers:
+            trainer.join()
+        print(json.dumps([round(ms, 4) for ms in taken]), flush=True)
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description="Measure what it costs that a step is kept before it is answered.")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="where to write; default %(default)s")
+    commands = parser.add_subparsers(dest="command")
+    one = commands.add_parser("client")
+    one.add_argument("address")
+    one.add_argument("seconds", type=float)
+    one.add_argument("threads", type=int)
+    arguments = parser.parse_args()
+    if arguments.command == "client":
+        client(arguments.address, arguments.seconds, arguments.threads)
+        return
+    report: dict[str, Any] = {"machine": machine(), "rates": rates()}
+    figures = ratios(report["rates"])
+    report["goals"] = [
+        {"what": goal.what, "ratio": round(figures[name], 3), "goal": goal.words(), "met": goal.met(figures[name])}
+        for name, goal in GOALS.items()
+    ]
+    for name, row in report["rates"].items():
+        if name.startswith("fsync"):
+            print(f"{name:12} {row['p50']:.3f} ms  ({row['p10']:.3f} to {row['p90']:.3f})")
+            continue
+        for store, found in row.items():
+            print(f"{name:12} {store:8} {found['steps a second']:8.0f} a second, p50 {found['ms']['p50']:.3f} ms")
+    print()
+    for line in report["goals"]:
+        goal = f"  (goal {line['goal']}{'' if line['met'] else ': not met'})" if line["goal"] else ""
+        print(f"{line['what']:98} {line['ratio']:7.3f}{goal}")
+    output: Path = arguments.output
+    output.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
