@@ -43,7 +43,7 @@ class AsyncComputeBackend(ClientComputeBackend):
     ) -> None:
         super().__init__(exchange, ref, config, max_age)
         self._sender = sender
-        self._line = Line(ref, config.maps, self.copy.changed, self.refused, max_pending)
+        self._line = Line(self._ref, config.maps, self.copy.changed, self.refused, max_pending)
 
     def _of(self, ref: layer_pb2.LayerRef) -> RemoteBackend:
         """Return a backend like this one of another domain."""

@@ -36,7 +36,7 @@ class ClientComputeBackend(RemoteBackend):
     def __init__(self, exchange: Exchange, ref: layer_pb2.LayerRef, config: LayerConfig, max_age: float) -> None:
         super().__init__(exchange, ref, config)
         self._arithmetic = arithmetic()
-        self._copy = LayerCopy(ref, max_age)
+        self._copy = LayerCopy(self._ref, max_age)
 
     def _of(self, ref: layer_pb2.LayerRef) -> RemoteBackend:
         """Return a backend like this one of another domain."""
@@ -97,6 +97,7 @@ class ClientComputeBackend(RemoteBackend):
                 )
         finally:
             self._forget()  # also if it cannot be known whether the step was taken
+        self.told(answer.version)
         maps = self._config.maps
         scale, bias = parameters or (
             convert.vector_from_proto(answer.scale, maps),
@@ -176,7 +177,9 @@ class ClientComputeBackend(RemoteBackend):
         reading = self._copy.ask()
         with self._explained():
             answer = self._connection.call("GetStats", reading.request, service_pb2.GetStatsResponse)
-        return self._copy.learn(reading, answer)
+        state = self._copy.learn(reading, answer)
+        self.told(state.version)
+        return state
 
     def _forget(self) -> None:
         self._copy.changed()

@@ -70,6 +70,7 @@ class GroupComputeBackend(ClientComputeBackend):
                 answer = self._group.moments(self._ref, batch)
         finally:
             self._forget()  # also if it cannot be known whether the step was taken
+        self.told(answer.version)
         maps = self._config.maps
         allow = self._config.nonfinite is NonFinitePolicy.ALLOW
         union = convert.moments_from_proto(answer.moments, maps, allow_nonfinite=allow)

@@ -87,13 +87,13 @@ def ref_to_proto(namespace: str, name: str, uid: str = "", domain: str = "") -> 
     return layer_pb2.LayerRef(namespace=namespace, name=name, uid=uid, domain=domain)
 
 
-def ref_from_proto(ref: layer_pb2.LayerRef) -> tuple[str, str, str, str]:
-    """Return namespace ("default" if it is not set), name, uid and domain ("" if they are not set).
+def ref_from_proto(ref: layer_pb2.LayerRef) -> tuple[str, str, str, str, int]:
+    """Return namespace ("default" if it is not set), name, uid and domain ("" if not set), and the version seen (or 0).
 
     Raises:
         InvalidName: One of them is not allowed.
     """
-    return _checked(ref.namespace, ref.name, ref.uid, ref.domain)
+    return *_checked(ref.namespace, ref.name, ref.uid, ref.domain), ref.seen_version
 
 
 @functools.lru_cache(4096)

@@ -16,6 +16,7 @@
     ├── InvalidPageToken                                                        (also a ValueError)
     ├── ConfigurationMismatch           the name is taken by another configuration
     ├── LayerNotFound                                                           (also a LookupError)
+    ├── DataLoss                        the server has lost steps that it had answered
     ├── InputEvicted                    the server no longer keeps a forward's input
     ├── MalformedMessage                a message contradicts itself
     ├── LimitExceeded                   larger than the server's limit
@@ -62,6 +63,7 @@ ABORTED = 10
 UNIMPLEMENTED = 12
 INTERNAL = 13
 UNAVAILABLE = 14
+DATA_LOSS = 15
 
 STEP_OVER = "group_step"
 """Metadata of an error with which a group's step has ended for all members: its number."""
@@ -167,6 +169,10 @@ class ConfigurationMismatch(SharedNormError, reason="CONFIGURATION_MISMATCH", co
 
 class LayerNotFound(SharedNormError, LookupError, reason="LAYER_NOT_FOUND", code=NOT_FOUND):
     """No layer has that name, or it was deleted."""
+
+
+class DataLoss(SharedNormError, reason="DATA_LOSS", code=DATA_LOSS):
+    """The server's layer is older than what it has told this handle: steps that were answered are lost."""
 
 
 class InputEvicted(SharedNormError, reason="INPUT_EVICTED", code=FAILED_PRECONDITION):

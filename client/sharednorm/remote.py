@@ -46,7 +46,9 @@ class RemoteBackend:
         self._connection = exchange.connection
         self._wire_dtype = wire_dtype
         self._queue = exchange.queue(ref.uid)
-        self._ref = ref
+        # A copy of its own: what it was told is the handle's.
+        self._ref = layer_pb2.LayerRef()
+        self._ref.CopyFrom(ref)
         self._config = config
 
     @property
@@ -78,6 +80,10 @@ class RemoteBackend:
     def ref(self) -> layer_pb2.LayerRef:
         """Which layer it is, and which domain."""
         return self._ref
+
+    def told(self, version: int) -> None:
+        """Remember that the layer has come so far: a server that says less afterwards has lost something."""
+        self._ref.seen_version = max(self._ref.seen_version, version)
 
     @property
     def domain(self) -> str:
@@ -114,6 +120,7 @@ class RemoteBackend:
         request = service_pb2.GetStatsRequest(ref=self._ref, include_gradients=True)
         with self._explained():
             answer = self._connection.call("GetStats", request, service_pb2.GetStatsResponse)
+        self.told(answer.layer.version)
         return convert.state_from_proto(answer.layer, answer.state)
 
     def default_train(self) -> bool:
@@ -148,6 +155,7 @@ class RemoteBackend:
         with self._explained():
             found = self._exchange.call(FORWARD, request, [sent], sent, None if narrow else out, deadline)
         answer, result = found.message, found.tensor
+        self.told(answer.version)
         if train not in {None, is_train(answer.mode)}:
             raise MalformedMessage("the answer to Forward is of another mode than the call")
         _require_spec("output", answer.output, request.input)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
-from sharednorm.errors import LayerNotFound
+from sharednorm.errors import DataLoss, LayerNotFound
 from sharednorm_server.store import Kept, LayerKey, LayerRecord, Store
 
 
@@ -154,6 +154,7 @@ class LayerRegistry:
         """Return a layer, seen in the key's domain, which may not be there.
 
         Raises:
+            DataLoss: It is older than whoever asks has been told.
             LayerNotFound: There is none of that name, or it is not the one that the key's `uid` means.
         """
         layer = self._layers.get(key)
@@ -166,6 +167,14 @@ class LayerRegistry:
             raise LayerNotFound(
                 f"{key} was deleted, and another one has its name now (expected: a handle of that one)",
                 {"namespace": key.namespace, "name": key.name},
+            )
+        version = layer.latest.state.version
+        if key.seen > version:
+            raise DataLoss(
+                f"{key} is at version {version}, and this handle was told of version {key.seen}: steps that were "
+                "answered are lost, since an older state was put in place (expected: the newest one; a new handle goes on "
+                "from here)",
+                {"version": str(version), "seen": str(key.seen)},
             )
         return LayerInDomain(layer, key.domain) if key.domain else layer
 

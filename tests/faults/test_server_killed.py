@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import random
 import resource
+import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ import numpy as np
 import pytest
 
 import sharednorm
-from sharednorm.errors import ServerUnavailable, StoreFailed
+from sharednorm.config import Array
+from sharednorm.errors import DataLoss, ServerUnavailable, StoreFailed
 from tests.support.oracle import random_tensor
 from tests.support.server import ServerProcess, run, server_process
 
@@ -178,3 +180,51 @@ def test_a_handle_goes_on_with_the_next_server(tmp_path: Path, transport: str, o
         layer.backward(x)
         twin.backward(x)
         np.testing.assert_array_equal(layer.grad, twin.grad)
+
+
+CALLS: list[Callable[[sharednorm.Layer, Array], object]] = [
+    lambda layer, x: layer(x),
+    lambda layer, x: layer.backward(x),
+    lambda layer, _: layer.mean,
+    lambda layer, _: layer.updateParams(0.1),
+    lambda layer, _: layer.resetStats(),
+]
+
+
+def made(call: Callable[[sharednorm.Layer, Array], object], layer: sharednorm.Layer, x: Array) -> None:
+    """Make a call, and wait until the server has answered it."""
+    call(layer, x)
+    layer.flush()
+
+
+def test_an_old_state_that_is_put_in_place_is_noticed(tmp_path: Path) -> None:
+    listen, x = f"unix:{tmp_path}/socket", random_tensor(1, SHAPE)
+    for number in range(2):  # the state with one step is kept aside
+        with running(tmp_path / "state", listen=listen) as server, sharednorm.connect(listen) as hub:
+            hub.BatchNorm2D(5, name="bn")(x)
+            server.stop()
+        if not number:
+            shutil.copytree(tmp_path / "state", tmp_path / "old")
+    with ExitStack() as stack:
+        first = stack.enter_context(running(tmp_path / "state", listen=listen))
+        hub = stack.enter_context(sharednorm.connect(listen, timeout=20))
+        layers = [
+            hub.layer("bn"), hub.layer("bn", compute="client"), hub.layer("bn", compute="client", push="async"),
+        ]  # fmt: skip
+        for layer in layers:
+            layer.trainMode()
+            layer(x)
+            layer.flush()
+            assert layer.version >= 3
+        first.stop()
+        shutil.rmtree(tmp_path / "state")
+        shutil.copytree(tmp_path / "old", tmp_path / "state")
+        stack.enter_context(running(tmp_path / "state", listen=listen))
+        eventually_there(hub)
+        for layer in layers:
+            for call in CALLS:
+                with pytest.raises(DataLoss, match=r"is at version 1, and this handle was told of version [3-6]:"):
+                    made(call, layer, x)
+        again = hub.layer("bn")
+        again(x)
+        assert again.version == 2

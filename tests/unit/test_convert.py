@@ -35,16 +35,14 @@ def sent(message: Any) -> Any:
 
 @pytest.mark.parametrize("name", ["stem/bn", "層/ß", "a" * 512, " x "])
 def test_names_go_there_and_back(name: str) -> None:
-    assert convert.ref_from_proto(sent(convert.ref_to_proto("lab", name, "7f", "site-a"))) == (
-        "lab",
-        name,
-        "7f",
-        "site-a",
-    )
+    ref = convert.ref_to_proto("lab", name, "7f", "site-a")
+    assert convert.ref_from_proto(sent(ref)) == ("lab", name, "7f", "site-a", 0)
+    ref.seen_version = 1 << 60
+    assert convert.ref_from_proto(sent(ref))[4] == 1 << 60
 
 
 def test_an_unset_namespace_is_the_default_one() -> None:
-    assert convert.ref_from_proto(layer_pb2.LayerRef(name="bn")) == ("default", "bn", "", "")
+    assert convert.ref_from_proto(layer_pb2.LayerRef(name="bn")) == ("default", "bn", "", "", 0)
 
 
 @pytest.mark.parametrize(

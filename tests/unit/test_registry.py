@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from sharednorm.config import LayerConfig, LayerKind
-from sharednorm.errors import LayerNotFound
+from sharednorm.errors import DataLoss, LayerNotFound
 from sharednorm.state import initial_state
 from sharednorm_server.layers import Layer, LayerRegistry
 from sharednorm_server.store import LayerKey, LayerRecord
@@ -170,3 +170,14 @@ def test_delete_waits_for_a_change_that_has_begun(registry: LayerRegistry) -> No
         deleting.result(10)
     with pytest.raises(LayerNotFound):
         registry.find(KEY)
+
+
+def test_a_layer_that_is_older_than_what_was_told(registry: LayerRegistry) -> None:
+    registry.create(KEY, make)
+    layer = registry.find(KEY)
+    for _ in range(3):
+        layer.change(counted)
+    assert registry.find(replace(KEY, seen=3)) is layer
+    with pytest.raises(DataLoss, match="is at version 3, and this handle was told of version 4") as caught:
+        registry.find(replace(KEY, seen=4))
+    assert caught.value.metadata == {"version": "3", "seen": "4"}

@@ -132,6 +132,7 @@ class LayerRef(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     UID_FIELD_NUMBER: _builtins.int
     DOMAIN_FIELD_NUMBER: _builtins.int
+    SEEN_VERSION_FIELD_NUMBER: _builtins.int
     namespace: _builtins.str
     """1 to 128 characters, no control characters. Empty means "default"."""
     name: _builtins.str
@@ -147,6 +148,10 @@ class LayerRef(_message.Message):
     layer's, whatever the domain. If the layer has no such domain: NOT_FOUND, LAYER_NOT_FOUND, with it in the metadata.
     CreateLayer and DeleteLayer take none.
     """
+    seen_version: _builtins.int
+    """Highest version of the layer that the caller has been told of; 0: none. A server whose layer has a lower one has lost
+    steps that were answered, as when an old copy of its state was put in place: DATA_LOSS, DATA_LOSS, and nothing is done.
+    """
     def __init__(
         self,
         *,
@@ -154,10 +159,11 @@ class LayerRef(_message.Message):
         name: _builtins.str = ...,
         uid: _builtins.str = ...,
         domain: _builtins.str = ...,
+        seen_version: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["domain", b"domain", "name", b"name", "namespace", b"namespace", "uid", b"uid"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["domain", b"domain", "name", b"name", "namespace", b"namespace", "seen_version", b"seen_version", "uid", b"uid"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -31,12 +31,14 @@ class LayerKey:
             has it now. Two keys of one name are equal, since never two layers have it.
         domain: Whose statistics are meant; "" for the layer's own. They are of the same layer, so that keys which
             differ in nothing else are equal.
+        seen: In a question, the highest version that whoever asks has been told of.
     """
 
     namespace: str
     name: str
     uid: str = field(default="", compare=False)
     domain: str = field(default="", compare=False)
+    seen: int = field(default=0, compare=False)
 
     def __str__(self) -> str:
         """For messages."""
