@@ -172,8 +172,8 @@ class LayerRegistry:
         if key.seen > version:
             raise DataLoss(
                 f"{key} is at version {version}, and this handle was told of version {key.seen}: steps that were "
-                "answered are lost, since an older state was put in place (expected: the newest one; a new handle goes on "
-                "from here)",
+                "answered are lost, since an older state was put in place (expected: the newest one; a new handle goes "
+                "on from here)",
                 {"version": str(version), "seen": str(key.seen)},
             )
         return LayerInDomain(layer, key.domain) if key.domain else layer
