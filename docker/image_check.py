@@ -57,14 +57,19 @@ def main() -> int:
         say("the image of the CPU server")
         cpu = _build("cpu", f"CPU_BASE={BASE}")
         _check_image(cpu)
-        with _served(cpu) as address:
-            say(f"a client uses the CPU server, {address}")
-            for transport in ("direct", "grpc"):
-                _use(address, transport)
-            _check_health(cpu, address)
-        with tempfile.TemporaryDirectory() as shared, _served(cpu, socket_directory=Path(shared)) as address:
-            say(f"a client shares memory with the CPU server, and nothing else but a directory, {address}")
-            _use(address, "shm")
+        with tempfile.TemporaryDirectory() as state, tempfile.TemporaryDirectory() as shared:
+            os.chown(state, USER, USER)
+            volumes = [f"{state}:/var/lib/sharednorm"]
+            with _served(cpu, volumes=volumes) as address:
+                say(f"a client uses the CPU server, {address}")
+                for transport in ("direct", "grpc"):
+                    _use(address, transport)
+                _check_health(cpu, address)
+                _leave(address)
+            with _served(cpu, volumes=volumes, socket_directory=Path(shared)) as address:
+                say(f"a client shares memory with the CPU server, and nothing else but a directory, {address}")
+                _use(address, "shm")
+                _find(address)
         say("the image of the CUDA server: kernels by nvcc, PyCUDA, the server")
         toolkit = f"{TOOLKIT.resolve()}:{TOOLKIT}:ro"
         gpu = _build("cuda", f"CUDA_TOOLKIT={BASE}", f"CUDA_BASE={BASE}", volumes=[toolkit])
@@ -168,6 +173,20 @@ def _use(address: str, transport: str) -> None:
         hub.delete("image-check/bn")
     if worst > 1e-5 or off > 1e-5:
         raise CheckFailed(f"the server at {address} is off by {worst:g} in the output and {off:g} in the mean")
+
+
+def _leave(address: str) -> None:
+    """Train a layer, and leave it on the server."""
+    with sharednorm.connect(address) as hub:
+        hub.BatchNorm(3, name="image-check/kept")(np.arange(12, dtype=np.float32).reshape(4, 3))
+
+
+def _find(address: str) -> None:
+    """See that another server on the same volume has that layer."""
+    with sharednorm.connect(address) as hub:
+        kept = hub.layer("image-check/kept").snapshot()
+    if kept.version != 1 or kept.mean.tolist() != [4.5, 5.5, 6.5]:
+        raise CheckFailed(f"the layer that was left on the server is at version {kept.version}, with mean {kept.mean}")
 
 
 # --- Running ---------------------------------------------------------------------------------------------
