@@ -66,6 +66,7 @@ bench: $(READY)-bench $(READY)-server $(READY)-torch  ## Compare with PyTorch, g
 	$(BIN)/python -m benchmarks.datapath
 	$(BIN)/python -m benchmarks.remote
 	$(BIN)/python -m benchmarks.groups
+	$(BIN)/python -m benchmarks.durability
 	$(BIN)/python -m benchmarks.plot
 	$(BIN)/python -m benchmarks.tables
 

@@ -10,6 +10,8 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[1] / "README.md"
 PASSES = ("train", "eval", "backward")
+SHARED = {"calls": "datapath", "together": "groups", "kept": "durability"}
+"""Tables of a report that has another name."""
 NAMES = {"train": "train forward", "eval": "eval forward", "backward": "backward"}
 
 
@@ -106,6 +108,22 @@ def together_table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def kept_table(report: dict[str, Any]) -> str:
+    """Return one line a number of clients: steps a second, and medians in ms, with each store."""
+    rates = report["rates"]
+    lines = [
+        "| | memory, a second | ms | os, a second | ms | fsync, a second | ms | disk, ms |",
+        "|---|" + "---:|" * 7,
+    ]
+    for clients in ("1 client", "8 clients", "32 clients"):
+        cells = [clients]
+        for store in ("memory", "os", "fsync"):
+            found = rates[clients][store]
+            cells += [f"{found['steps a second']:.0f}", _ms(found["ms"]["p50"])]
+        lines.append(_line([*cells, _ms(rates["fsync of the disk"]["p50"])]))
+    return "\n".join(lines)
+
+
 def kernels_table(report: dict[str, Any]) -> str:
     """Return one line a shape: medians in microseconds of our kernels and the faster torch, and the ratio, float32.
 
@@ -170,9 +188,10 @@ def updated(readme: str) -> str:
         "gpu-kernels": kernels_table, "gpu-calls": gpu_calls_table,
         "local": local_table, "datapath": datapath_table, "calls": calls_table, "remote": remote_table,
         "groups": datapath_table, "together": together_table,
+        "durability": datapath_table, "kept": kept_table,
     }  # fmt: skip
     for name, table in tables.items():
-        report = load({"calls": "datapath", "together": "groups"}.get(name, name))
+        report = load(SHARED.get(name, name))
         head, mark, rest = readme.partition(f"<!-- benchmarks: {name} -->\n")
         _, end, tail = rest.partition("<!-- end -->")
         if not (mark and end):

@@ -22,6 +22,7 @@ settings.load_profile("sharednorm")
 
 LEFT_OUT = "SHAREDNORM_LEFT_OUT"
 NEEDS_TORCH = "compares with PyTorch, which is not installed"
+_MANY = {"test": ("test", "tests"), "file of tests": ("file", "files")}
 KINDS = {"torch": ("that compare{s} with PyTorch", "make test TORCH=1"),
          "cuda": ("that run{s} on PyCUDA", "make test CUDA=1")}  # fmt: skip
 
@@ -55,7 +56,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """List what was left out, with the command that adds it."""
     left_out = _left_out(terminalreporter)
     for (what, reason), number in sorted(left_out.items()):
-        things = f"{number} {what}{'s' if number > 1 else ''}"
+        things = f"{number} {what if number == 1 else what.replace(*_MANY[what])}"
         kind = _kind(reason)
         if kind:
             that, command = KINDS[kind]
