@@ -5,7 +5,8 @@ benchmarks/results/durability.json. Three servers, of which one computes at a ti
 file under `--durability os` and `fsync`. Clients are processes on this machine; each has layers of its own, and takes
 steps whose tensors stay with it (`compute="client"`), so that what is measured is the state and not the tensors.
 
-`python -m benchmarks.durability client ADDRESS SECONDS THREADS` is one client, of which each thread is one trainer.
+`python -m benchmarks.durability client SECONDS THREADS ADDRESS...` is one client, of which each thread is one trainer:
+it reads the number of an address, trains there for so long, prints what each step took, and reads the next.
 """
 
 from __future__ import annotations
@@ -28,10 +29,11 @@ import numpy as np
 
 import sharednorm
 from benchmarks.datapath import Goal
-from benchmarks.remote import Server, machine, server, summary
+from benchmarks.remote import machine, server, summary
+from sharednorm.config import Array
 
 MAPS = 64
-SECONDS, ROUNDS = 2.0, 5
+SECONDS, ROUNDS = 1.5, 5
 RESULTS = Path(__file__).parent / "results" / "durability.json"
 STORES = ("memory", "os", "fsync")
 
@@ -58,10 +60,11 @@ def rates() -> dict[str, Any]:
         for clients, threads in ((1, 1), (8, 1), (8, 4)):
             name = f"{clients * threads} clients" if clients > 1 else "1 client"
             rounds: dict[str, list[dict[str, Any]]] = {store: [] for store in STORES}
-            for _ in range(ROUNDS):
-                for store in STORES:
-                    rounds[store].append(_round(servers[store], clients, threads))
-                found.setdefault("fsync of the disk", []).extend(_fsyncs(directory))
+            with _clients(clients, threads, [servers[store].address for store in STORES]) as started:
+                for _ in range(ROUNDS):
+                    for index, store in enumerate(STORES):
+                        rounds[store].append(_round(started, index))
+                    found.setdefault("fsync of the disk", []).extend(_fsyncs(directory))
             found[name] = {
                 store: {
                     "steps a second": median(each["steps a second"] for each in rounds[store]),
@@ -85,23 +88,36 @@ def ratios(found: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def _round(running: Server, clients: int, threads: int) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.durability", "client", running.address, str(SECONDS), str(threads)]
+@contextlib.contextmanager
+def _clients(count: int, threads: int, addresses: list[str]) -> Iterator[list[subprocess.Popen[str]]]:
+    words = [sys.executable, "-m", "benchmarks.durability", "client", str(SECONDS), str(threads), *addresses]
     with contextlib.ExitStack() as stack:
         started = [
-            stack.enter_context(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
-            for _ in range(clients)
+            stack.enter_context(subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+            for _ in range(count)
         ]
-        for each in started:
-            assert each.stdout is not None
-            if each.stdout.readline() != "ready\n":
-                raise RuntimeError("a client did not start")
-        for each in started:
-            assert each.stdin is not None
-            each.stdin.write("go\n")
-            each.stdin.flush()
-        taken = [ms for each in started for ms in json.loads(each.stdout.readline() if each.stdout else "")]
+        try:
+            for each in started:
+                if _line_of(each) != "ready\n":
+                    raise RuntimeError("a client did not start")
+            yield started
+        finally:
+            for each in started:
+                each.kill()
+
+
+def _round(clients: list[subprocess.Popen[str]], index: int) -> dict[str, Any]:
+    for each in clients:
+        assert each.stdin is not None
+        each.stdin.write(f"{index}\n")
+        each.stdin.flush()
+    taken = [ms for each in clients for ms in json.loads(_line_of(each))]
     return {"steps a second": len(taken) / SECONDS, "ms": taken}
+
+
+def _line_of(client: subprocess.Popen[str]) -> str:
+    assert client.stdout is not None
+    return client.stdout.readline()
 
 
 def _fsyncs(directory: Path) -> Iterator[float]:
@@ -114,36 +130,43 @@ def _fsyncs(directory: Path) -> Iterator[float]:
             yield 1e3 * (time.perf_counter() - begin)
 
 
-def client(address: str, seconds: float, threads: int) -> None:
-    """Take steps for so long, and print what each took, in ms."""
+def client(addresses: list[str], seconds: float, threads: int) -> None:
+    """Take steps with one of the servers for so long, whenever its number is read; print what each took, in ms."""
     x = np.random.default_rng(0).normal(size=(8, MAPS)).astype(np.float32)
-    with sharednorm.connect(address) as hub:
+    with contextlib.ExitStack() as stack:
         name = f"load/{os.getpid()}"
-        layers = [hub.BatchNorm(MAPS, name=f"{name}/{number}", compute="client") for number in range(threads)]
-        for layer in layers:
+        places: list[list[sharednorm.Layer]] = []
+        for address in addresses:
+            hub = stack.enter_context(sharednorm.connect(address))
+            places.append([hub.BatchNorm(MAPS, name=f"{name}/{i}", compute="client") for i in range(threads)])
+        for layer in (layer for layers in places for layer in layers):
             layer.trainMode()
             layer(x)
-        taken: list[float] = []
-
-        def work(layer: sharednorm.Layer) -> None:
-            mine: list[float] = []
-            begin = time.perf_counter()
-            end = begin + seconds
-            while begin < end:
-                layer(x)
-                now = time.perf_counter()
-                mine.append(1e3 * (now - begin))
-                begin = now
-            taken.extend(mine)
-
         print("ready", flush=True)
-        sys.stdin.readline()
-        trainers = [threading.Thread(target=work, args=(layer,)) for layer in layers]
-        for trainer in trainers:
-            trainer.start()
-        for trainer in trainers:
-            trainer.join()
-        print(json.dumps([round(ms, 4) for ms in taken]), flush=True)
+        for line in sys.stdin:
+            print(json.dumps(_train(places[int(line)], x, seconds)), flush=True)
+
+
+def _train(layers: list[sharednorm.Layer], x: Array, seconds: float) -> list[float]:
+    taken: list[float] = []
+
+    def work(layer: sharednorm.Layer) -> None:
+        mine: list[float] = []
+        begin = time.perf_counter()
+        end = begin + seconds
+        while begin < end:
+            layer(x)
+            now = time.perf_counter()
+            mine.append(round(1e3 * (now - begin), 4))
+            begin = now
+        taken.extend(mine)
+
+    trainers = [threading.Thread(target=work, args=(layer,)) for layer in layers]
+    for trainer in trainers:
+        trainer.start()
+    for trainer in trainers:
+        trainer.join()
+    return taken
 
 
 def main() -> None:
@@ -152,12 +175,12 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS, help="where to write; default %(default)s")
     commands = parser.add_subparsers(dest="command")
     one = commands.add_parser("client")
-    one.add_argument("address")
     one.add_argument("seconds", type=float)
     one.add_argument("threads", type=int)
+    one.add_argument("addresses", nargs="+")
     arguments = parser.parse_args()
     if arguments.command == "client":
-        client(arguments.address, arguments.seconds, arguments.threads)
+        client(arguments.addresses, arguments.seconds, arguments.threads)
         return
     report: dict[str, Any] = {"machine": machine(), "rates": rates()}
     figures = ratios(report["rates"])
