@@ -87,6 +87,8 @@ class UnixEndpoint:
     def bind(self, bind: Bind) -> str:
         """Listen, replacing a socket on which nobody does any more, and return the address.
 
+        The socket's directory is made for this user alone if it is not there; the one that it is in has to be.
+
         Raises:
             StartError: Another server listens there, or the path cannot be a socket.
         """
@@ -104,8 +106,11 @@ class UnixEndpoint:
         return text
 
     def _require_free(self, text: str) -> None:
-        if not self.path.parent.is_dir():
-            raise StartError(f"cannot listen on {text}: there is no directory {self.path.parent}")
+        directory = self.path.parent
+        if not directory.parent.is_dir():
+            raise StartError(f"cannot listen on {text}: there is no directory {directory.parent}")
+        # The last one alone, and for this user; one that is there keeps its mode.
+        directory.mkdir(mode=0o700, exist_ok=True)
         if os.path.lexists(self.path):
             if not stat.S_ISSOCK(self.path.lstat().st_mode):
                 raise StartError(f"cannot listen on {text}: the path exists and is not a socket")

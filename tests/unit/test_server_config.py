@@ -207,8 +207,35 @@ def test_a_taken_port() -> None:
 
 
 def test_a_socket_in_a_directory_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(StartError, match="no directory"):
-        start(ServerConfig(listen=f"unix:{tmp_path}/nowhere/s"))
+    with pytest.raises(StartError, match=f"there is no directory {tmp_path}/nowhere$"):
+        start(ServerConfig(listen=f"unix:{tmp_path}/nowhere/inner/s"))
+    assert not (tmp_path / "nowhere").exists()
+
+
+@pytest.mark.parametrize("mask", [0o000, 0o022, 0o077])
+def test_the_directory_of_a_socket_is_made_for_this_user_alone(tmp_path: Path, mask: int) -> None:
+    before = os.umask(mask)
+    try:
+        server = start(ServerConfig(listen=f"unix:{tmp_path}/made/s"))
+    finally:
+        os.umask(before)
+    try:
+        assert (tmp_path / "made").stat().st_mode & 0o777 == 0o700
+    finally:
+        server.stop(0)
+
+
+def test_a_directory_of_a_socket_that_is_there_keeps_its_mode(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there").chmod(0o750)
+    start(ServerConfig(listen=f"unix:{tmp_path}/there/s")).stop(0)
+    assert (tmp_path / "there").stat().st_mode & 0o777 == 0o750
+
+
+def test_the_directory_of_a_socket_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StartError, match=r"^cannot listen on unix:.*/file/s: File exists$"):
+        start(ServerConfig(listen=f"unix:{tmp_path}/file/s"))
 
 
 def test_a_place_where_no_socket_can_be() -> None:
