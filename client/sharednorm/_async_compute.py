@@ -7,6 +7,7 @@ import numpy as np
 from sharednorm import convert
 from sharednorm._client_compute import ClientComputeBackend
 from sharednorm._exchange import Exchange
+from sharednorm._once import Keys
 from sharednorm._push import Line, Sender
 from sharednorm._seam import ForwardResult, Gradients, Parameters, SavedForward
 from sharednorm.config import Array, LayerConfig, NonFinitePolicy, Vector
@@ -43,7 +44,7 @@ class AsyncComputeBackend(ClientComputeBackend):
     ) -> None:
         super().__init__(exchange, ref, config, max_age)
         self._sender = sender
-        self._line = Line(self._ref, config.maps, self.copy.changed, self.refused, max_pending)
+        self._line = Line(self._ref, config.maps, self.copy.changed, self.refused, Keys(exchange.session), max_pending)
 
     def _of(self, ref: layer_pb2.LayerRef) -> RemoteBackend:
         """Return a backend like this one of another domain."""

@@ -13,6 +13,7 @@ from google.protobuf.message import DecodeError, Message
 
 from sharednorm import _frames, convert, wire
 from sharednorm._address import Address
+from sharednorm._attempts import Attempts
 from sharednorm._channel import SERVICE, open_channel, proxy_hint
 from sharednorm._deadline import Deadline
 from sharednorm._progress import Meter
@@ -29,6 +30,7 @@ from sharednorm.v1 import service_pb2
 
 _MAX_CHUNK_BYTES = 16 << 20
 _CLOSE_SECONDS = 1.0
+_LEAST_SECONDS = 1e-3  # less would be no call at all
 
 A = TypeVar("A", bound=Message)
 R = TypeVar("R", service_pb2.ForwardRequest, service_pb2.BackwardRequest)
@@ -163,9 +165,37 @@ class Connection:
         """Return a deadline that begins now."""
         return Deadline(self.timeout)
 
-    def call(self, method: str, request: Message, answer: type[A], timeout: float | None = None) -> A:
-        """Make a call without a tensor and return its answer; None: within the usual timeout."""
-        data = self._unary(method, request.SerializeToString(), self.timeout if timeout is None else timeout)
+    def patience(self) -> Attempts:
+        """Return what makes a call again while the server is away, as long as a call may take from now on."""
+        return Attempts(self.deadline())
+
+    def call(
+        self,
+        method: str,
+        request: Message,
+        answer: type[A],
+        timeout: float | None = None,
+        attempts: Attempts | None = None,
+    ) -> A:
+        """Make a call without a tensor and return its answer.
+
+        Args:
+            method: Which.
+            request: What it asks.
+            answer: Class of the answer.
+            timeout: Seconds that it may take; None: the usual ones, or what `attempts` has.
+            attempts: Makes it again while the server is away; None: it is made once.
+        """
+        encoded = request.SerializeToString()
+        while True:
+            seconds = self.timeout if attempts is None else max(attempts.left.left(), _LEAST_SECONDS)
+            try:
+                data = self._unary(method, encoded, seconds if timeout is None else timeout)
+                break
+            except ServerUnavailable as error:
+                if attempts is None:
+                    raise
+                attempts.failed(error)
         try:
             return answer.FromString(data)
         except (DecodeError, UnicodeDecodeError) as error:  # the latter by protobuf's pure Python runtime

@@ -22,8 +22,9 @@ FORK_SUPPORT = "GRPC_ENABLE_FORK_SUPPORT"
 # tensor in one message; and beside it names, shapes and tags.
 _MAX_RECEIVE_BYTES = max(4 * len(ARRAY_FIELDS) * MAX_MAPS, wire.MAX_UNARY_BYTES + 20 * MAX_MAPS) + (1 << 20)
 
-# Those that read and change nothing. Everything else is sent once.
-_RETRIED = ("GetServerInfo", "GetLayer", "ListLayers", "GetStats", "GetManyStats")
+# So that whoever connects waits a moment for a server that is just starting. Other calls are retried by those who make
+# them: see `_attempts`.
+_RETRIED = ("GetServerInfo",)
 
 _PROXY_VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy")
 _NO_PROXY_VARIABLES = ("no_grpc_proxy", "no_proxy")

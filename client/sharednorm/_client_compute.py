@@ -90,10 +90,16 @@ class ClientComputeBackend(RemoteBackend):
         request = service_pb2.PushMomentsRequest(
             ref=self._ref, mode=convert.mode_to_proto(train), moments=convert.moments_to_proto(batch)
         )
+        left = self._connection.deadline()
         try:
             with self._explained():
-                answer = self._exchange.plain(
-                    "PushMoments", frames.PUSH_MOMENTS, request, service_pb2.PushMomentsResponse
+                answer = self._keys.once(
+                    request,
+                    left,
+                    lambda attempts: self._exchange.plain(
+                        "PushMoments", frames.PUSH_MOMENTS, request, service_pb2.PushMomentsResponse, left, attempts
+                    ),
+                    lambda answer: is_train(answer.mode),
                 )
         finally:
             self._forget()  # also if it cannot be known whether the step was taken
@@ -127,8 +133,20 @@ class ClientComputeBackend(RemoteBackend):
                 scale=float(scale),
                 momentum=float(momentum),
             )
+            left = self._connection.deadline()
             with self._explained():
-                self._exchange.plain("PushGradients", frames.PUSH_GRADIENTS, request, service_pb2.PushGradientsResponse)
+                self._keys.once(
+                    request,
+                    left,
+                    lambda attempts: self._exchange.plain(
+                        "PushGradients",
+                        frames.PUSH_GRADIENTS,
+                        request,
+                        service_pb2.PushGradientsResponse,
+                        left,
+                        attempts,
+                    ),
+                )
         return Gradients(result, scale_grad, bias_grad)
 
     def gradients(self, saved: SavedForward, grad: Array, *, input_grad: bool) -> tuple[Array | None, Vector, Vector]:
@@ -176,7 +194,7 @@ class ClientComputeBackend(RemoteBackend):
     def _read_again(self) -> LayerState:
         reading = self._copy.ask()
         with self._explained():
-            answer = self._connection.call("GetStats", reading.request, service_pb2.GetStatsResponse)
+            answer = self._read("GetStats", reading.request, service_pb2.GetStatsResponse)
         state = self._copy.learn(reading, answer)
         self.told(state.version)
         return state

@@ -20,9 +20,11 @@ from google.protobuf.message import Message
 
 from sharednorm import _frames as frames
 from sharednorm import wire
+from sharednorm._attempts import Attempts
 from sharednorm._calls import Connection, R, T, TensorMethod
 from sharednorm._deadline import Deadline
 from sharednorm._direct import DirectLink, Unreachable
+from sharednorm._once import Session
 from sharednorm._progress import Meter, ProgressCallback
 from sharednorm._queue import CallQueue
 from sharednorm._shared import SharedRegions
@@ -33,6 +35,7 @@ from sharednorm.errors import (
     LimitExceeded,
     MalformedMessage,
     ServerBusy,
+    ServerUnavailable,
     SharedNormError,
 )
 
@@ -79,12 +82,16 @@ class Exchange:
         transport: "auto", or the one way to go.
         progress: Told how far calls have come; None: nobody.
 
+    Attributes:
+        session: What changes are known by.
+
     Raises:
         ServerUnavailable: The one way to go is not there.
     """
 
     def __init__(self, connection: Connection, transport: str, progress: ProgressCallback | None) -> None:
         self._connection = connection
+        self.session = Session(connection)
         self._ways = Ways(connection, transport)
         self._progress = progress
         self._share_bytes = _SHARE_BYTES
@@ -148,6 +155,7 @@ class Exchange:
         like: Array | None,
         out: Array | None,
         left: Deadline,
+        attempts: Attempts | None = None,
     ) -> Answer[T]:
         """Make a call with tensors.
 
@@ -158,6 +166,7 @@ class Exchange:
             like: A tensor of the shape and type of the answer's; None: it brings none.
             out: Where the answer's tensor has to be, of that shape and type; None: anywhere.
             left: When the call has to be over.
+            attempts: Makes it again while the server is away; None: it is made once.
 
         Raises:
             SharedNormError: What the connection raises, or the server has answered.
@@ -175,13 +184,33 @@ class Exchange:
                 pause = max(_seconds(busy), min(1.0, 2 * pause)) * random.uniform(1, 1.5)  # noqa: S311 - no secret: it spreads those who wait
                 if left.left() <= pause:
                     raise
-            time.sleep(pause)
+                time.sleep(pause)
+            except ServerUnavailable as error:
+                if attempts is None:
+                    raise
+                attempts.failed(error)
             meter.restart()
 
-    def plain(self, method: str, number: int, request: Message, answer: type[A], left: Deadline | None = None) -> A:
-        """Make a call without a tensor that a direct connection takes, too; None: within the usual timeout."""
+    def plain(
+        self,
+        method: str,
+        number: int,
+        request: Message,
+        answer: type[A],
+        left: Deadline,
+        attempts: Attempts | None = None,
+    ) -> A:
+        """Make a call without a tensor that a direct connection takes, too; see `call` for the arguments."""
+        while True:
+            try:
+                return self._plainly(method, number, request, answer, left)
+            except ServerUnavailable as error:  # noqa: PERF203 - the loop is one try, and seldom a second
+                if attempts is None:
+                    raise
+                attempts.failed(error)
+
+    def _plainly(self, method: str, number: int, request: Message, answer: type[A], left: Deadline) -> A:
         self._connection.require_open()
-        left = self._connection.deadline() if left is None else left
         way = self._ways.current(left)
         while way is not None:
             try:

@@ -42,7 +42,7 @@ def list_layers(connection: Connection, namespace: str) -> list[LayerInfo]:
     token = ""
     while True:
         request = service_pb2.ListLayersRequest(namespace=namespace, page_size=1000, page_token=token)
-        answer = connection.call("ListLayers", request, service_pb2.ListLayersResponse)
+        answer = connection.call("ListLayers", request, service_pb2.ListLayersResponse, attempts=connection.patience())
         found += map(_info, answer.layers)
         token = answer.next_page_token
         if not token:

@@ -11,10 +11,12 @@ from dataclasses import dataclass, field
 
 from sharednorm import _frames as frames
 from sharednorm import convert
+from sharednorm._attempts import Attempts
 from sharednorm._exchange import Exchange
+from sharednorm._once import Keys, Lane
 from sharednorm._reading import error_of, grouped, require_results
 from sharednorm._seam import Parameters
-from sharednorm.errors import DeadlineExceeded, InternalError, MalformedMessage, SharedNormError
+from sharednorm.errors import DeadlineExceeded, InternalError, MalformedMessage, SessionExpired, SharedNormError
 from sharednorm.v1 import layer_pb2, service_pb2
 
 DEFAULT_MAX_PENDING = 8
@@ -51,6 +53,7 @@ class Line:
         maps: Its channels.
         answered: Told that steps may have been taken.
         explain: Adds to an error of the server what may have happened to the layer.
+        keys: What its steps are known by.
         max_pending: Most steps that have been pushed and not been answered.
         pending: How many there are.
         parameters: Those of the layer that the handle has heard of last; None: it has to ask.
@@ -62,6 +65,7 @@ class Line:
     maps: int
     answered: Callable[[], None] = field(repr=False)
     explain: Callable[[SharedNormError], SharedNormError] = field(repr=False)
+    keys: Keys = field(repr=False)
     max_pending: int
     pending: int = 0
     parameters: Parameters | None = None
@@ -74,6 +78,7 @@ class _Step:
     line: Line
     request: service_pb2.PushMomentsRequest
     epoch: int
+    lane: Lane | None = None
 
 
 @dataclass
@@ -224,16 +229,51 @@ class Sender:
                 self._changed.notify_all()
 
     def _send(self, steps: Sequence[_Step]) -> list[Parameters | _Refused]:
-        request = service_pb2.PushManyRequest(pushes=[step.request for step in steps])
+        attempts = self._connection.patience()
         try:
-            answer = self._exchange.plain("PushMany", frames.PUSH_MANY, request, service_pb2.PushManyResponse)
-            require_results("PushMany", len(answer.results), len(steps))
-            return [_result(step, result) for step, result in zip(steps, answer.results, strict=True)]
+            for step in steps:
+                step.lane = step.line.keys.take(attempts.left)
+            results = self._call(steps, attempts)
+            if not attempts.unknown:
+                results = self._with_new_sessions(steps, results, attempts)
         except SharedNormError as error:
             known = error
         except BaseException as error:  # noqa: BLE001 - whoever waits for these steps must not wait for ever
             known = InternalError(f"the steps could not be sent: {error!r}")
+        else:
+            for step, result in zip(steps, results, strict=True):
+                if step.lane is not None and not isinstance(result, _Refused):
+                    step.line.keys.give_back(step.lane)
+            return results
         return [_Refused(known, unknown=True)] * len(steps)
+
+    def _call(self, steps: Sequence[_Step], attempts: Attempts) -> list[Parameters | _Refused]:
+        for step in steps:
+            assert step.lane is not None, "a step is sent under a key"
+            step.request.key.session, step.request.key.seq = step.lane.session, step.lane.seq
+        request = service_pb2.PushManyRequest(pushes=[step.request for step in steps])
+        answer = self._exchange.plain(
+            "PushMany", frames.PUSH_MANY, request, service_pb2.PushManyResponse, attempts.left, attempts
+        )
+        require_results("PushMany", len(answer.results), len(steps))
+        return [_result(step, result) for step, result in zip(steps, answer.results, strict=True)]
+
+    def _with_new_sessions(
+        self, steps: Sequence[_Step], results: list[Parameters | _Refused], attempts: Attempts
+    ) -> list[Parameters | _Refused]:
+        # What a layer refuses since it has forgotten the session, and what it has refused for that, was not done.
+        refused = [(index, result.error) for index, result in enumerate(results) if isinstance(result, _Refused)]
+        expired = {steps[index].line.ref.uid for index, error in refused if isinstance(error, SessionExpired)}
+        again = [index for index, _ in refused if steps[index].line.ref.uid in expired]
+        if not again:
+            return results
+        for index in again:
+            step = steps[index]
+            assert step.lane is not None, "a step is sent under a key"
+            step.lane = step.line.keys.renew(step.lane, attempts.left)
+        for index, result in zip(again, self._call([steps[index] for index in again], attempts), strict=True):
+            results[index] = result
+        return results
 
     def _settled(self, steps: Sequence[_Step], results: Sequence[Parameters | _Refused]) -> None:
         failed: dict[str, SharedNormError] = {}

@@ -29,10 +29,11 @@ from sharednorm.config import (
 )
 from sharednorm.errors import InvalidConfiguration, MalformedMessage
 from sharednorm.state import ARRAY_FIELDS, SAVED_FIELDS, LayerState, Moments, StateUpdate, check_steps, one_axis
-from sharednorm.v1 import layer_pb2, tensor_pb2
+from sharednorm.v1 import layer_pb2, service_pb2, tensor_pb2
 
 __all__ = [
     "ERROR_KEY",
+    "call_from_proto",
     "config_from_proto",
     "config_to_proto",
     "error_from_call",
@@ -54,6 +55,9 @@ __all__ = [
     "vector_from_proto",
     "vector_to_proto",
 ]
+
+CALL_SESSION_BYTES = 16
+MAX_CALLS = 1 << 62
 
 E = TypeVar("E", bound=enum.Enum)
 
@@ -100,6 +104,20 @@ def ref_from_proto(ref: layer_pb2.LayerRef) -> tuple[str, str, str, str, int]:
 def _checked(namespace: str, name: str, uid: str, domain: str) -> tuple[str, str, str, str]:
     # The names of a few layers come again and again, and looking at each of their characters takes a while.
     return check_namespace(namespace), check_name(name), uid, check_domain(domain)
+
+
+def call_from_proto(key: service_pb2.CallKey) -> tuple[bytes, int]:
+    """Return the session and the number of a change.
+
+    Raises:
+        MalformedMessage: It is no key.
+    """
+    if len(key.session) != CALL_SESSION_BYTES or not 1 <= key.seq < MAX_CALLS:
+        raise MalformedMessage(
+            f"the key has a session of {len(key.session)} bytes and number {key.seq} (expected: {CALL_SESSION_BYTES} "
+            f"bytes, the first 8 from OpenSession; and 1 or more, below {MAX_CALLS})"
+        )
+    return key.session, key.seq
 
 
 def config_to_proto(config: LayerConfig) -> layer_pb2.LayerConfig:

@@ -25,7 +25,9 @@
     ├── GroupMismatch                   a group has other settings, or no place (also a ValueError)
     ├── GroupAborted                    a member of the group is missing
     │   └── StaleGeneration             the group has gone on without this member
-    ├── StepOutOfOrder                  a member's steps did not come one after the other
+    ├── StepOutOfOrder                  steps did not come one after the other
+    ├── KeyReused                       another change was made under the key of this one
+    ├── SessionExpired                  whether a change was made before cannot be said any more
     ├── ServerUnavailable               not there, gone, or stopping            (also a ConnectionError)
     │   ├── DeviceLost                  the server's GPU has failed, and the server ends
     │   └── StoreFailed                 the server cannot keep its state any more, and ends
@@ -208,7 +210,15 @@ class StaleGeneration(GroupAborted, reason="STALE_GENERATION", code=FAILED_PRECO
 
 
 class StepOutOfOrder(SharedNormError, reason="STEP_OUT_OF_ORDER", code=FAILED_PRECONDITION):
-    """A member's steps of one layer did not come one after the other, or one was repeated with another content."""
+    """The steps of a group's member, or the changes of a session, did not come one after the other."""
+
+
+class KeyReused(SharedNormError, reason="KEY_REUSED", code=FAILED_PRECONDITION):
+    """Another change was made under the key that this one came with; this one was not made."""
+
+
+class SessionExpired(SharedNormError, reason="SESSION_EXPIRED", code=FAILED_PRECONDITION):
+    """The layer has forgotten the session of a call whose answer was lost: whether its change was made is not known."""
 
 
 class ServerUnavailable(SharedNormError, ConnectionError, reason="UNAVAILABLE", code=UNAVAILABLE):

@@ -26,6 +26,7 @@ from sharednorm._exchange import Exchange
 from sharednorm._group import Group
 from sharednorm._handling import Handling
 from sharednorm._listing import LayerInfo, list_layers
+from sharednorm._once import Keys
 from sharednorm._places import HubPlace, attach_again
 from sharednorm._progress import Progress
 from sharednorm._push import Sender
@@ -222,7 +223,8 @@ class Hub:
         """
         handling = Handling.parse(compute, max_age, wire_dtype, group, push, max_pending)
         ref = self._ref(name, domain)
-        answer = self._connection.call("GetLayer", service_pb2.GetLayerRequest(ref=ref), service_pb2.GetLayerResponse)
+        request, attempts = service_pb2.GetLayerRequest(ref=ref), self._connection.patience()
+        answer = self._connection.call("GetLayer", request, service_pb2.GetLayerResponse, attempts=attempts)
         return self._handle(answer.layer, False, handling)
 
     def delete(self, name: str) -> None:
@@ -244,7 +246,13 @@ class Hub:
             InvalidConfiguration: `train` is neither True nor False.
         """
         request = service_pb2.SetTrainRequest(ref=self._ref(name), train=check_flag("train", train))
-        self._connection.call("SetTrain", request, service_pb2.SetTrainResponse)
+        Keys(self._exchange.session).once(
+            request,
+            self._connection.deadline(),
+            lambda attempts: self._connection.call(
+                "SetTrain", request, service_pb2.SetTrainResponse, attempts=attempts
+            ),
+        )
 
     def BatchNorm(
         self,
@@ -440,7 +448,9 @@ class Hub:
             # Bias, mean and variance begin on the server as they begin here: 0, 0 and 1.
             first = StateUpdate(scale=state.scale) if begin is None else replace(begin, scale=state.scale)
             request.initial_state.CopyFrom(convert.update_to_proto(first))
-        layer = self._connection.call("CreateLayer", request, service_pb2.CreateLayerResponse).layer
+        attempts = self._connection.patience()
+        answer = self._connection.call("CreateLayer", request, service_pb2.CreateLayerResponse, attempts=attempts)
+        layer = answer.layer
         if domain:
             inside.uid = layer.ref.uid
             layer = create_domain(self._connection, inside, begin)

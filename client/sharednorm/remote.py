@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
+from google.protobuf.message import Message
 
 from sharednorm import convert, wire
+from sharednorm._attempts import Attempts
 from sharednorm._calls import BACKWARD, FORWARD, Connection
 from sharednorm._deadline import Deadline
 from sharednorm._exchange import Exchange
 from sharednorm._narrow import narrowed, widened
+from sharednorm._once import Keyed, Keys
 from sharednorm._queue import CallQueue
 from sharednorm._seam import ForwardResult, Gradients, SavedForward
 from sharednorm.config import Array, LayerConfig, NonFinitePolicy, check_domain
@@ -21,6 +24,10 @@ from sharednorm.layers import BatchNormND
 from sharednorm.state import LayerState, StateUpdate
 from sharednorm.statistics import StatisticsDelta
 from sharednorm.v1 import layer_pb2, service_pb2, tensor_pb2
+
+A = TypeVar("A", bound=Message)
+B = TypeVar("B")
+KeyedMessage: TypeAlias = service_pb2.SetStateRequest | service_pb2.UpdateParamsRequest
 
 
 class RemoteBackend:
@@ -46,6 +53,7 @@ class RemoteBackend:
         self._connection = exchange.connection
         self._wire_dtype = wire_dtype
         self._queue = exchange.queue(ref.uid)
+        self._keys = Keys(exchange.session)
         # A copy of its own: what it was told is the handle's.
         self._ref = layer_pb2.LayerRef()
         self._ref.CopyFrom(ref)
@@ -94,7 +102,7 @@ class RemoteBackend:
         """Return the names of the layer's domains, in their order."""
         request = service_pb2.ListDomainsRequest(ref=self._ref)
         with self._explained():
-            answer = self._connection.call("ListDomains", request, service_pb2.ListDomainsResponse)
+            answer = self._read("ListDomains", request, service_pb2.ListDomainsResponse)
         return tuple(domain.name for domain in answer.domains)
 
     def within(self, domain: str) -> RemoteBackend:
@@ -119,16 +127,14 @@ class RemoteBackend:
         """Return the layer's state of one moment, gradients included."""
         request = service_pb2.GetStatsRequest(ref=self._ref, include_gradients=True)
         with self._explained():
-            answer = self._connection.call("GetStats", request, service_pb2.GetStatsResponse)
+            answer = self._read("GetStats", request, service_pb2.GetStatsResponse)
         self.told(answer.layer.version)
         return convert.state_from_proto(answer.layer, answer.state)
 
     def default_train(self) -> bool:
         """Return whether calls that do not choose a mode train the layer."""
         with self._explained():
-            answer = self._connection.call(
-                "GetLayer", service_pb2.GetLayerRequest(ref=self._ref), service_pb2.GetLayerResponse
-            )
+            answer = self._read("GetLayer", service_pb2.GetLayerRequest(ref=self._ref), service_pb2.GetLayerResponse)
         return is_train(answer.layer.default_mode)
 
     def forward(self, x: Array, *, train: bool | None, release: str, out: Array | None) -> ForwardResult:
@@ -153,7 +159,15 @@ class RemoteBackend:
         )
         deadline = self._connection.deadline()
         with self._explained():
-            found = self._exchange.call(FORWARD, request, [sent], sent, None if narrow else out, deadline)
+            found = self._keyed(
+                train is not False,
+                request,
+                deadline,
+                lambda attempts: self._exchange.call(
+                    FORWARD, request, [sent], sent, None if narrow else out, deadline, attempts
+                ),
+                lambda found: is_train(found.message.mode),
+            )
         answer, result = found.message, found.tensor
         self.told(answer.version)
         if train not in {None, is_train(answer.mode)}:
@@ -196,7 +210,7 @@ class RemoteBackend:
         """Replace parts of the layer's state, all at once."""
         request = service_pb2.SetStateRequest(ref=self._ref, state=convert.update_to_proto(update))
         with self._explained():
-            self._connection.call("SetState", request, service_pb2.SetStateResponse)
+            self._change("SetState", request, service_pb2.SetStateResponse)
 
     def merge(self, delta: StatisticsDelta) -> bool:
         """Take statistics that were gathered elsewhere into the running ones, unless that was done before."""
@@ -204,23 +218,29 @@ class RemoteBackend:
             ref=self._ref, delta=delta.id, moments=convert.moments_to_proto(delta.moments)
         )
         with self._explained():
-            answer = self._connection.call("MergeStatistics", request, service_pb2.MergeStatisticsResponse)
+            # The delta has a name of its own, by which it is known again.
+            answer = self._read("MergeStatistics", request, service_pb2.MergeStatisticsResponse)
         return answer.merged
 
     def update_params(self, learn_rate: float) -> None:
         """Add `learn_rate` times the accumulated gradients to scale and bias."""
         request = service_pb2.UpdateParamsRequest(ref=self._ref, learn_rate=float(learn_rate))
         with self._explained():
-            self._connection.call("UpdateParams", request, service_pb2.UpdateParamsResponse)
+            self._change("UpdateParams", request, service_pb2.UpdateParamsResponse)
 
     def _differentiate(
         self, request: service_pb2.BackwardRequest, tensors: Sequence[Array], deadline: Deadline, *, widen: bool
     ) -> Gradients:
         like = tensors[0] if request.update_grad else None
-        with self._explained():
-            found = self._exchange.call(BACKWARD, request, tensors, like, None, deadline)
-        answer, result = found.message, found.tensor
         affine, maps = self._config.affine, self._config.maps
+        with self._explained():
+            found = self._keyed(
+                affine and request.update_param_grads,
+                request,
+                deadline,
+                lambda attempts: self._exchange.call(BACKWARD, request, tensors, like, None, deadline, attempts),
+            )
+        answer, result = found.message, found.tensor
         if answer.HasField("scale_grad") != affine or answer.HasField("bias_grad") != affine:
             raise MalformedMessage(f"the answer to Backward and the layer disagree on affine={affine}")
         if result is not None:
@@ -232,6 +252,29 @@ class RemoteBackend:
             convert.vector_from_proto(answer.scale_grad, maps) if affine else None,
             convert.vector_from_proto(answer.bias_grad, maps) if affine else None,
         )
+
+    def _read(self, method: str, request: Message, answer: type[A]) -> A:
+        """Make a call that may be made again, whatever has become of it."""
+        return self._connection.call(method, request, answer, attempts=self._connection.patience())
+
+    def _change(self, method: str, request: KeyedMessage, answer: type[A]) -> None:
+        """Make a call that changes something, once."""
+        self._keys.once(
+            request,
+            self._connection.deadline(),
+            lambda attempts: self._connection.call(method, request, answer, attempts=attempts),
+        )
+
+    def _keyed(
+        self,
+        changes: bool,
+        request: Keyed,
+        left: Deadline,
+        send: Callable[[Attempts], B],
+        changed: Callable[[B], bool] = lambda _: True,
+    ) -> B:
+        """Make a call that may change something; one that cannot needs no key to be made again."""
+        return self._keys.once(request, left, send, changed) if changes else send(Attempts(left))
 
     def _sent(self, x: Array) -> Array:
         # What travels of a tensor: itself, unless it is float32 and has to travel in fewer bits.
@@ -345,7 +388,8 @@ def create_domain(
     """
     state = None if initial is None else convert.update_to_proto(initial)
     request = service_pb2.CreateDomainRequest(ref=ref, initial_state=state)
-    return connection.call("CreateDomain", request, service_pb2.CreateDomainResponse).layer
+    answer = connection.call("CreateDomain", request, service_pb2.CreateDomainResponse, attempts=connection.patience())
+    return answer.layer
 
 
 def is_train(number: layer_pb2.Mode.ValueType) -> bool:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 else:
     M = TypeVar("M")
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Version of the contract that this library speaks."""
 
 DATA_FIELD = 15

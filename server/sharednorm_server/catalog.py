@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
 from dataclasses import fields, replace
 
 import numpy as np
@@ -12,7 +11,6 @@ from sharednorm.config import LayerConfig
 from sharednorm.domains import DomainStatistics, blank_statistics, with_domain, without_domain
 from sharednorm.errors import InvalidConfiguration
 from sharednorm.state import (
-    LayerState,
     Moments,
     StateUpdate,
     initial_state,
@@ -25,6 +23,7 @@ from sharednorm_server.checks import require_same_config
 from sharednorm_server.layers import Layer, LayerRegistry
 from sharednorm_server.paging import name_of_token, page_size, token_of_name
 from sharednorm_server.store import LayerKey, LayerRecord, Store
+from sharednorm_server.store.changes import CallKey
 
 
 class LayerCatalog:
@@ -34,11 +33,16 @@ class LayerCatalog:
 
     Args:
         store: What remembers.
+        max_sessions: Sessions whose last changes each layer remembers, so that a call that comes twice is one change.
     """
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, max_sessions: int) -> None:
         self._store = store
-        self._layers = LayerRegistry(store)
+        self._layers = LayerRegistry(store, max_sessions)
+
+    def open_session(self) -> bytes:
+        """Return the number of a new session, 8 bytes."""
+        return self._layers.open_session()
 
     def create_layer(
         self, key: LayerKey, config: LayerConfig, initial: StateUpdate, *, sscale: float, empty: bool
@@ -147,34 +151,42 @@ class LayerCatalog:
 
     # --- Changes ------------------------------------------------------------------------------------
 
-    def set_train(self, key: LayerKey, train: bool) -> LayerRecord:
-        """Set the mode of calls that choose none; return the layer."""
-        return self._layers.find(key).change(lambda record: replace(record, train=train))
+    # With a `call`, a change is made once. Beside what each says, all raise KeyReused, StepOutOfOrder or SessionExpired
+    # if it cannot be made under that key.
 
-    def set_state(self, key: LayerKey, update: StateUpdate) -> LayerRecord:
-        """Replace parts of a layer's state, all at once; return the layer.
+    def set_train(self, key: LayerKey, train: bool, call: CallKey | None = None) -> tuple[LayerRecord, bool]:
+        """Set the mode of calls that choose none; return the layer, and whether that was done before."""
+        return self._layers.find(key).change_once(
+            call, ("SetTrain", train), lambda record: replace(record, train=train)
+        )
+
+    def set_state(self, key: LayerKey, update: StateUpdate, call: CallKey | None = None) -> tuple[LayerRecord, bool]:
+        """Replace parts of a layer's state, all at once; return the layer, and whether that was done before.
 
         Raises:
             InvalidShape, InvalidConfiguration, LayerEmpty: The new values are not a state of this layer.
         """
-        return self._change_state(key, lambda record: updated(record.state, record.config, update))
 
-    def update_params(self, key: LayerKey, learn_rate: float) -> LayerRecord:
-        """Add `learn_rate` times the gradients to scale and bias; return the layer.
+        def change(record: LayerRecord) -> LayerRecord:
+            return record.with_state(updated(record.state, record.config, update))
+
+        values = (getattr(update, field.name) for field in fields(update))
+        asked = [None if value is None else np.asarray(value, np.float64) for value in values] if call else []
+        return self._layers.find(key).change_once(call, ("SetState", key.domain, *asked), change)
+
+    def update_params(self, key: LayerKey, learn_rate: float, call: CallKey | None = None) -> tuple[LayerRecord, bool]:
+        """Add `learn_rate` times the gradients to scale and bias; return the layer, and whether that was done before.
 
         Raises:
             InvalidConfiguration: `learn_rate` is not finite.
             LayerEmpty: The layer has no state yet.
         """
 
-        def change(record: LayerRecord) -> LayerState:
+        def change(record: LayerRecord) -> LayerRecord:
             require_initialized(record.state, str(key))
-            return update_params(record.state, record.config, learn_rate)
+            return record.with_state(update_params(record.state, record.config, learn_rate))
 
-        return self._change_state(key, change)
-
-    def _change_state(self, key: LayerKey, change: Callable[[LayerRecord], LayerState]) -> LayerRecord:
-        return self._layers.find(key).change(lambda record: record.with_state(change(record)))
+        return self._layers.find(key).change_once(call, ("UpdateParams", learn_rate), change)
 
     def merge_statistics(self, key: LayerKey, delta: bytes, batch: Moments) -> tuple[LayerRecord, bool]:
         """Take statistics that were gathered elsewhere into a layer's; return it, and whether that was not done before.

@@ -7,19 +7,22 @@ while those of different layers happen at the same time.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
 from sharednorm.errors import DataLoss, LayerNotFound
+from sharednorm_server.ledger import DEFAULT_MAX_SESSIONS, Content, Ledger, SessionNumbers, digest
 from sharednorm_server.store import Kept, LayerKey, LayerRecord, Store
+from sharednorm_server.store.changes import CallKey, LastChange
 
 
 class Layer:
     """One layer that is alive. A layer that is deleted and made again is another object."""
 
-    def __init__(self, record: LayerRecord, store: Store) -> None:
+    def __init__(self, record: LayerRecord, store: Store, ledger: Ledger) -> None:
         self.key = record.key
+        self._ledger = ledger
         # The current record, None once the layer is deleted; and what says when it is kept, None if it is.
         self._now: tuple[LayerRecord | None, Kept | None] = record, None
         self._store = store
@@ -77,16 +80,34 @@ class Layer:
         if kept is not None and kept is not before:
             kept.wait()
 
-    def commit(self, record: LayerRecord) -> None:
+    def made(self, call: CallKey, content: bytes) -> LastChange | None:
+        """Return the change that was made under a key, if it was; only while holding the layer.
+
+        Whoever answers with it reads `record` first, and so waits until it is kept.
+
+        Raises:
+            KeyReused, StepOutOfOrder, SessionExpired: It cannot be made under that key.
+        """
+        return self._ledger.find(call, content)
+
+    def commit(self, record: LayerRecord, call: CallKey | None = None, change: LastChange | None = None) -> None:
         """Make a record the current one. Only while holding the layer.
+
+        Args:
+            record: The record.
+            call: The key that the change came under, if any; `made` has said that it is the next one.
+            change: What is remembered of it.
 
         Raises:
             LayerNotFound: The store does not know the layer any more.
             StoreFailed: It keeps nothing any more.
         """
-        kept = self._store.put(record)
+        note = None if call is None or change is None else self._ledger.note(call, change)
+        kept = self._store.put(record, note)
         if kept is None:
             raise not_found(self.key)
+        if note is not None:
+            self._ledger.remember(note)
         self._now = record, kept
 
     def change(self, change: Callable[[LayerRecord], LayerRecord]) -> LayerRecord:
@@ -95,6 +116,24 @@ class Layer:
             changed = change(record)
             self.commit(changed)
         return changed
+
+    def change_once(
+        self, call: CallKey | None, asked: Sequence[Content], change: Callable[[LayerRecord], LayerRecord]
+    ) -> tuple[LayerRecord, bool]:
+        """Change the record as `change` does, once for a key; return it, and whether that was done before.
+
+        Args:
+            call: The key; None: it is done now.
+            asked: What it is asked for, by which a call that comes again is told from another one.
+            change: Makes the new record.
+        """
+        content = b"" if call is None else digest(*asked)
+        with self.exclusive() as record:
+            before = None if call is None else self.made(call, content)
+            if before is None:
+                changed = change(record)
+                self.commit(changed, call, None if call is None else last_change(call, content, changed))
+        return (changed, False) if before is None else (self.record, True)
 
     def bury(self) -> None:
         """Mark the layer as deleted. Only while holding it."""
@@ -137,18 +176,33 @@ class LayerInDomain(Layer):
         with self._layer.exclusive() as record:
             yield record.within(self.key.domain)
 
-    def commit(self, record: LayerRecord) -> None:
+    def made(self, call: CallKey, content: bytes) -> LastChange | None:
+        """Return the change that was made under a key, if it was; only while holding the layer."""
+        return self._layer.made(call, content)
+
+    def commit(self, record: LayerRecord, call: CallKey | None = None, change: LastChange | None = None) -> None:
         """Make a record the current one, once the store has kept it. Only while holding the layer."""
-        self._layer.commit(record.within(""))
+        self._layer.commit(record.within(""), call, change)
 
 
 class LayerRegistry:
-    """Finds layers by name. Where both locks are taken, the layer's comes first and the registry's second."""
+    """Finds layers by name. Where both locks are taken, the layer's comes first and the registry's second.
 
-    def __init__(self, store: Store) -> None:
+    Args:
+        store: What remembers them.
+        max_sessions: Sessions whose last changes each layer remembers.
+    """
+
+    def __init__(self, store: Store, max_sessions: int = DEFAULT_MAX_SESSIONS) -> None:
         self._store = store
+        self._max_sessions = max_sessions
+        self._numbers = SessionNumbers(store.run)
         self._lock = threading.Lock()
         self._layers: dict[LayerKey, Layer] = {}
+
+    def open_session(self) -> bytes:
+        """Return the number of a new session, the first half of what its changes are known by."""
+        return self._numbers.open()
 
     def find(self, key: LayerKey) -> Layer:
         """Return a layer, seen in the key's domain, which may not be there.
@@ -186,7 +240,7 @@ class LayerRegistry:
                 return layer.record, False
             record = make()
             self._store.create(record)
-            self._layers[key] = Layer(record, self._store)
+            self._layers[key] = Layer(record, self._store, Ledger(self._max_sessions, self._numbers))
             return record, True
 
     def delete(self, key: LayerKey) -> Layer:
@@ -212,8 +266,14 @@ class LayerRegistry:
         if layer is None:
             record = self._store.get(key)
             if record is not None:
-                layer = self._layers[key] = Layer(record, self._store)
+                ledger = Ledger(self._max_sessions, self._numbers, self._store.remembered(key))
+                layer = self._layers[key] = Layer(record, self._store, ledger)
         return layer
+
+
+def last_change(call: CallKey, content: bytes, record: LayerRecord) -> LastChange:
+    """Return what is remembered of a change that has made a record."""
+    return LastChange(call.seq, content, record.state.version, record.state.num_of_props)
 
 
 def not_found(key: LayerKey) -> LayerNotFound:

@@ -8,16 +8,19 @@ from dataclasses import dataclass
 from sharednorm.config import Vector
 from sharednorm.state import Moments
 from sharednorm_server.store import LayerKey, LayerRecord
+from sharednorm_server.store.changes import CallKey
 from sharednorm_server.tensors import Output
 
 __all__ = [
     "BackwardAnswer",
     "BackwardCall",
+    "CallKey",
     "ForwardAnswer",
     "ForwardCall",
     "ForwardFacts",
     "LayerKey",
     "LayerRecord",
+    "PushAnswer",
     "ServiceInfo",
     "Wanted",
     "always",
@@ -51,6 +54,7 @@ class ForwardCall:
         keep_input: Whether to keep the input for a backward. Training only.
         release_input: Name of a kept input of this layer that is not needed any more, or "".
         keeper: Whose input it is that is kept, if it must not outlive them; "" if it may.
+        call: By which a step is known again; None: it is not.
     """
 
     key: LayerKey
@@ -58,6 +62,7 @@ class ForwardCall:
     keep_input: bool = False
     release_input: str = ""
     keeper: str = ""
+    call: CallKey | None = None
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,7 @@ class ForwardAnswer:
         saved_input: Name of the kept input, or "".
         moments: Training: of the batch.
         scale: Training: what the step used.
+        replayed: Whether the step had been taken before.
     """
 
     output: Output
@@ -81,6 +87,30 @@ class ForwardAnswer:
     saved_input: str = ""
     moments: Moments | None = None
     scale: Vector | None = None
+    replayed: bool = False
+
+
+@dataclass(frozen=True)
+class PushAnswer:
+    """What a step did whose tensor somebody else normalizes, and what with.
+
+    Attributes:
+        record: The layer: after the step; as it is now, if there was none or it was taken before.
+        train: Whether there was a step.
+        version: Of the layer: after the step, or as read.
+        num_of_props: At that version.
+        scale: To normalize with.
+        bias: To normalize with.
+        replayed: Whether the step had been taken before.
+    """
+
+    record: LayerRecord
+    train: bool
+    version: int
+    num_of_props: int
+    scale: Vector
+    bias: Vector
+    replayed: bool = False
 
 
 @dataclass(frozen=True)
@@ -105,6 +135,7 @@ class BackwardCall:
         input_grad: Whether to answer with the gradient of the input.
         scale: Multiplier of the new gradients of scale and bias.
         momentum: Multiplier of the old ones.
+        call: By which adding them is known again; None: it is not.
     """
 
     key: LayerKey
@@ -114,12 +145,17 @@ class BackwardCall:
     input_grad: bool = True
     scale: float = 1.0
     momentum: float = 0.0
+    call: CallKey | None = None
 
 
 @dataclass(frozen=True)
 class BackwardAnswer:
-    """Gradients of one forward: of the input, if asked for; of scale and bias, if the layer is affine."""
+    """Gradients of one forward: of the input, if asked for; of scale and bias, if the layer is affine.
+
+    `replayed` says whether the latter had been added to the layer's before.
+    """
 
     grad: Output | None
     scale_grad: Vector | None
     bias_grad: Vector | None
+    replayed: bool = False

@@ -36,18 +36,22 @@ from sharednorm_server.catalog import LayerCatalog
 from sharednorm_server.checks import check_facts, require_same_tensor
 from sharednorm_server.device import Device, DeviceTensor, Incoming, Output, TrainedBatch
 from sharednorm_server.layers import Layer
+from sharednorm_server.ledger import DEFAULT_MAX_SESSIONS, digest, same_step
 from sharednorm_server.placement import Placement
 from sharednorm_server.requests import (
     BackwardAnswer,
     BackwardCall,
+    CallKey,
     ForwardAnswer,
     ForwardCall,
+    PushAnswer,
     ServiceInfo,
     Wanted,
     always,
 )
 from sharednorm_server.saved_inputs import SavedInput, SavedInputs
 from sharednorm_server.store import LayerKey, LayerRecord, Store
+from sharednorm_server.store.changes import LastChange, TakenStep
 
 # A step whose layer got other parameters meanwhile computes its output again, outside the lock so often,
 # then inside it, so that a stream of updates cannot keep it from ever happening.
@@ -66,12 +70,18 @@ class LayerService(LayerCatalog):
         placement: What computes.
         saved_input_bytes: Most bytes of inputs that are kept for backwards.
         in_flight_bytes: Most bytes of tensors that arrive in parts, of all calls that run.
+        max_sessions: Sessions whose last changes each layer remembers.
     """
 
     def __init__(
-        self, store: Store, placement: Placement, saved_input_bytes: int, in_flight_bytes: int = 8 << 30
+        self,
+        store: Store,
+        placement: Placement,
+        saved_input_bytes: int,
+        in_flight_bytes: int = 8 << 30,
+        max_sessions: int = DEFAULT_MAX_SESSIONS,
     ) -> None:
-        super().__init__(store)
+        super().__init__(store, max_sessions)
         self._placement = placement
         self._saved = SavedInputs(saved_input_bytes)
         self._in_flight = ByteBudget("in_flight_bytes", in_flight_bytes)
@@ -159,6 +169,9 @@ class LayerService(LayerCatalog):
         layer = self._layers.find(call.key)
         record = layer.latest
         train = _trains(call, record)
+        if not train and call.train is None and call.call is not None:
+            with layer.exclusive() as record:  # the layer's default may have been another one when the step was taken
+                train = layer.made(call.call, _step_content(call.key)) is not None
         record.config.check_shape(shape, train=train)
         require_initialized(record.state, str(call.key))
         return layer, train
@@ -179,7 +192,8 @@ class LayerService(LayerCatalog):
         attempt = 0
         while True:
             with layer.exclusive() as record:
-                if not _trains(call, record):
+                before = None if call.call is None else layer.made(call.call, _step_content(call.key))
+                if before is not None or not _trains(call, record):
                     break  # the default has become eval meanwhile, and whoever set it may have read the statistics
                 if not _same_statistics(first, record.state):
                     trained = replace(trained, statistics=None)  # another step came first
@@ -189,7 +203,24 @@ class LayerService(LayerCatalog):
                     return self._commit_step(layer, record, call, x, trained, wanted)
             used, trained = record.state, self._with_parameters(layer, record, x, trained, out)
             attempt += 1
+        if before is not None:
+            return self._replay(layer, call, x, trained, before, out)
         return self._evaluate(layer, call, x, out)
+
+    def _replay(
+        self,
+        layer: Layer,
+        call: ForwardCall,
+        x: DeviceTensor,
+        trained: TrainedBatch,
+        before: LastChange,
+        out: Array | None,
+    ) -> ForwardAnswer:
+        """Give the answer of a step again, made anew from what it has stored."""
+        taken, record = same_step(before, trained.moments), layer.record
+        used = record.with_state(replace(record.state, scale=taken.scale, bias=taken.bias))
+        again = self._with_parameters(layer, used, x, trained, out)
+        return self._answered(layer, call, x, again, before, taken.scale, replayed=True)
 
     def _with_parameters(
         self, layer: Layer, record: LayerRecord, x: DeviceTensor, trained: TrainedBatch, out: Array | None
@@ -210,41 +241,64 @@ class LayerService(LayerCatalog):
         wanted: Wanted,
     ) -> ForwardAnswer:
         # Under the layer's lock: the record is the current one, and the output was made with its parameters.
-        output, batch = trained.output, trained.moments
+        batch = trained.moments
         state = step(record.state, record.config, batch, trained.statistics)
         _require_wanted(wanted)
-        layer.commit(record.with_state(state))
+        change = _step_change(call.call, call.key, batch, state)
+        layer.commit(record.with_state(state), call.call, change)
+        return self._answered(layer, call, x, trained, change, state.scale, replayed=False)
+
+    def _answered(
+        self,
+        layer: Layer,
+        call: ForwardCall,
+        x: DeviceTensor,
+        trained: TrainedBatch,
+        change: LastChange,
+        scale: Vector,
+        *,
+        replayed: bool,
+    ) -> ForwardAnswer:
         self._release(layer, call)  # before the next one is kept: their handle needs room for one only
-        token = self._saved.put(SavedInput(layer, x, batch, state.scale, call.keeper)) if call.keep_input else ""
-        return ForwardAnswer(output, True, state.version, state.num_of_props, token, batch, state.scale)
+        batch = trained.moments
+        token = self._saved.put(SavedInput(layer, x, batch, scale, call.keeper)) if call.keep_input else ""
+        return ForwardAnswer(
+            trained.output, True, change.version, change.num_of_props, token, batch, scale, replayed=replayed
+        )
 
     def _release(self, layer: Layer, call: ForwardCall) -> None:
         if call.release_input:
             self._saved.release(call.release_input, layer)
 
     def push_moments(
-        self, key: LayerKey, train: bool | None, batch: Moments, wanted: Wanted = always
-    ) -> tuple[LayerRecord, bool]:
-        """Take a step whose tensor somebody else normalizes; return the layer after it, and whether it was one.
+        self, key: LayerKey, train: bool | None, batch: Moments, wanted: Wanted = always, call: CallKey | None = None
+    ) -> PushAnswer:
+        """Take a step whose tensor somebody else normalizes.
 
-        It is none if the layer's default, where `train` is None, is to evaluate; then nothing has changed.
+        There is none if the layer's default, where `train` is None, is to evaluate; then nothing has changed.
 
         Raises:
             TooFewValues: The batch has one value a map.
             LayerEmpty: The layer has no state yet.
             NonFiniteInput: The moments are not finite, and the layer refuses that.
+            KeyReused, StepOutOfOrder, SessionExpired: The step cannot be taken under its key.
             CallCancelled: Nobody waits for the step any more.
         """
         layer = self._layers.find(key)
         with layer.exclusive() as record:
             require_initialized(record.state, str(key))
-            if not (record.train if train is None else train):
-                return record, False
-            require_two_values(batch)
-            stepped = record.with_state(step(record.state, record.config, batch))
-            _require_wanted(wanted)
-            layer.commit(stepped)
-            return stepped, True
+            before = None if call is None else layer.made(call, _step_content(key))
+            if before is None:
+                if not (record.train if train is None else train):
+                    return _pushed(record, train=False)
+                require_two_values(batch)
+                stepped = record.with_state(step(record.state, record.config, batch))
+                _require_wanted(wanted)
+                layer.commit(stepped, call, _step_change(call, key, batch, stepped.state))
+                return _pushed(stepped, train=True)
+            taken = same_step(before, batch)
+        version, steps = before.version, before.num_of_props
+        return PushAnswer(layer.record, True, version, steps, taken.scale, taken.bias, replayed=True)
 
     # --- Backward -----------------------------------------------------------------------------------
 
@@ -311,9 +365,8 @@ class LayerService(LayerCatalog):
         )
         if not config.affine:
             return BackwardAnswer(gradients.input, None, None)
-        if call.param_grads:
-            self._accumulate(layer, call, gradients.scale, gradients.bias, wanted)
-        return BackwardAnswer(gradients.input, gradients.scale, gradients.bias)
+        replayed = call.param_grads and self._accumulate(layer, call, gradients.scale, gradients.bias, wanted)
+        return BackwardAnswer(gradients.input, gradients.scale, gradients.bias, replayed=replayed)
 
     def _load(self, layer: Layer, x: Array | DeviceTensor) -> DeviceTensor:
         if isinstance(x, np.ndarray):
@@ -322,16 +375,17 @@ class LayerService(LayerCatalog):
 
     def push_gradients(
         self, call: BackwardCall, scale_grad: Vector, bias_grad: Vector, wanted: Wanted = always
-    ) -> None:
-        """Add gradients of scale and bias that somebody else has computed; not affine: nothing.
+    ) -> bool:
+        """Add gradients of scale and bias that somebody else has computed; return whether that was done before.
+
+        To a layer that is not affine nothing is added.
 
         Raises:
             InvalidConfiguration: `scale` or `momentum` of the call is not finite.
             CallCancelled: Nobody waits for that any more.
         """
         layer = self._layers.find(call.key)
-        if layer.latest.config.affine:
-            self._accumulate(layer, call, scale_grad, bias_grad, wanted)
+        return layer.latest.config.affine and self._accumulate(layer, call, scale_grad, bias_grad, wanted)
 
     def _check_backward(
         self, layer: Layer, call: BackwardCall, shape: tuple[int, ...], dtype_name: str
@@ -360,13 +414,30 @@ class LayerService(LayerCatalog):
 
     def _accumulate(
         self, layer: Layer, call: BackwardCall, scale_grad: Vector, bias_grad: Vector, wanted: Wanted
-    ) -> None:
+    ) -> bool:
         def change(record: LayerRecord) -> LayerRecord:
             state = accumulate_gradients(record.state, scale_grad, bias_grad, scale=call.scale, momentum=call.momentum)
             _require_wanted(wanted)
             return record.with_state(state)
 
-        layer.change(change)
+        asked = ("gradients", scale_grad, bias_grad, call.scale, call.momentum)
+        return layer.change_once(call.call, asked, change)[1]
+
+
+def _step_content(key: LayerKey) -> bytes:
+    # The batch is known by its moments.
+    return digest("step", key.domain)
+
+
+def _step_change(call: CallKey | None, key: LayerKey, batch: Moments, state: LayerState) -> LastChange:
+    seq, content = (0, b"") if call is None else (call.seq, _step_content(key))
+    taken = TakenStep(batch, state.scale, state.bias)
+    return LastChange(seq, content, state.version, state.num_of_props, taken)
+
+
+def _pushed(record: LayerRecord, *, train: bool) -> PushAnswer:
+    state = record.state
+    return PushAnswer(record, train, state.version, state.num_of_props, state.scale, state.bias)
 
 
 def _trains(call: ForwardCall, record: LayerRecord) -> bool:

@@ -23,6 +23,7 @@ from sharednorm_server.group_calls import GroupCalls
 from sharednorm_server.requests import (
     BackwardAnswer,
     BackwardCall,
+    CallKey,
     ForwardAnswer,
     ForwardCall,
     ForwardFacts,
@@ -37,6 +38,16 @@ from sharednorm_server.transfers import Arriving, Here, InChunks, InMessage
 SERVICE_NAME = service_pb2.DESCRIPTOR.services_by_name["BatchNormService"].full_name
 
 M = TypeVar("M", bound=Message)
+
+Keyed = (
+    service_pb2.ForwardRequest
+    | service_pb2.BackwardRequest
+    | service_pb2.PushMomentsRequest
+    | service_pb2.PushGradientsRequest
+    | service_pb2.SetTrainRequest
+    | service_pb2.SetStateRequest
+    | service_pb2.UpdateParamsRequest
+)
 
 
 @dataclass(frozen=True)
@@ -108,6 +119,7 @@ class Servicer:
         For the members of a group wait for each other, and would else wait for a thread that one of them has.
         """
         unary: dict[str, Unary] = {
+            "OpenSession": _plain(service_pb2.OpenSessionRequest, self._open_session),
             "GetServerInfo": _plain(service_pb2.GetServerInfoRequest, self._get_server_info),
             "CreateLayer": _plain(service_pb2.CreateLayerRequest, self._create_layer),
             "GetLayer": _plain(service_pb2.GetLayerRequest, self._get_layer),
@@ -150,6 +162,9 @@ class Servicer:
             chunk_bytes=self._limits.chunk_bytes,
             direct=self._direct,
         )
+
+    def _open_session(self, _: service_pb2.OpenSessionRequest) -> service_pb2.OpenSessionResponse:
+        return service_pb2.OpenSessionResponse(session=self._service.open_session())
 
     def _create_layer(self, request: service_pb2.CreateLayerRequest) -> service_pb2.CreateLayerResponse:
         record, created = self._service.create_layer(
@@ -198,11 +213,13 @@ class Servicer:
         return get_many_stats(request, lambda ref: self._service.get_layer(_key(ref)), _stats)
 
     def _set_train(self, request: service_pb2.SetTrainRequest) -> service_pb2.SetTrainResponse:
-        return service_pb2.SetTrainResponse(layer=_layer(self._service.set_train(_key(request.ref), request.train)))
+        record, replayed = self._service.set_train(_key(request.ref), request.train, _call(request))
+        return service_pb2.SetTrainResponse(layer=_layer(record), replayed=replayed)
 
     def _set_state(self, request: service_pb2.SetStateRequest) -> service_pb2.SetStateResponse:
-        record = self._service.set_state(_key(request.ref), convert.update_from_proto(request.state))
-        return service_pb2.SetStateResponse(layer=_layer(record))
+        update = convert.update_from_proto(request.state)
+        record, replayed = self._service.set_state(_key(request.ref), update, _call(request))
+        return service_pb2.SetStateResponse(layer=_layer(record), replayed=replayed)
 
     def _merge_statistics(self, request: service_pb2.MergeStatisticsRequest) -> service_pb2.MergeStatisticsResponse:
         key = _key(request.ref)
@@ -212,8 +229,8 @@ class Servicer:
         return service_pb2.MergeStatisticsResponse(layer=_layer(record), merged=merged)
 
     def _update_params(self, request: service_pb2.UpdateParamsRequest) -> service_pb2.UpdateParamsResponse:
-        record = self._service.update_params(_key(request.ref), request.learn_rate)
-        return service_pb2.UpdateParamsResponse(layer=_layer(record))
+        record, replayed = self._service.update_params(_key(request.ref), request.learn_rate, _call(request))
+        return service_pb2.UpdateParamsResponse(layer=_layer(record), replayed=replayed)
 
     # --- Forward and backward -------------------------------------------------------------------------
 
@@ -270,18 +287,20 @@ class Servicer:
         maps = self._service.get_layer(key).config.maps
         # What is not finite is for the step to refuse, or to take.
         batch = convert.moments_from_proto(request.moments, maps, allow_nonfinite=True)
-        record, trained = self._service.push_moments(key, train, batch, wanted)
-        state = record.state
-        vectors = ("scale", "bias") if trained else ("scale", "bias", "mean", "var")
-        return Answer(
-            service_pb2.PushMomentsResponse(
-                mode=convert.mode_to_proto(trained),
-                version=state.version,
-                num_of_props=state.num_of_props,
-                **{name: convert.vector_to_proto(getattr(state, name)) for name in vectors},
-            ),
-            None,
+        answer = self._service.push_moments(key, train, batch, wanted, _call(request))
+        response = service_pb2.PushMomentsResponse(
+            mode=convert.mode_to_proto(answer.train),
+            version=answer.version,
+            num_of_props=answer.num_of_props,
+            scale=convert.vector_to_proto(answer.scale),
+            bias=convert.vector_to_proto(answer.bias),
+            replayed=answer.replayed,
         )
+        if not answer.train:
+            state = answer.record.state
+            response.mean.CopyFrom(convert.vector_to_proto(state.mean))
+            response.var.CopyFrom(convert.vector_to_proto(state.var))
+        return Answer(response, None)
 
     def push_many(self, request: service_pb2.PushManyRequest, wanted: Wanted) -> service_pb2.PushManyResponse:
         """Take many steps whose tensors stay with their client, one after the other."""
@@ -293,12 +312,13 @@ class Servicer:
         """Add gradients that a client has computed."""
         key = _key(request.ref)
         maps = self._service.get_layer(key).config.maps
-        call = BackwardCall(key, scale=request.scale if request.HasField("scale") else 1.0, momentum=request.momentum)
+        scale = request.scale if request.HasField("scale") else 1.0
+        call = BackwardCall(key, scale=scale, momentum=request.momentum, call=_call(request))
         scale_grad, bias_grad = (
             convert.vector_from_proto(vector, maps) for vector in (request.scale_grad, request.bias_grad)
         )
-        self._service.push_gradients(call, scale_grad, bias_grad, wanted)
-        return Answer(service_pb2.PushGradientsResponse(), None)
+        replayed = self._service.push_gradients(call, scale_grad, bias_grad, wanted)
+        return Answer(service_pb2.PushGradientsResponse(replayed=replayed), None)
 
     def _push_moments_message(self, buffer: bytes, wanted: Wanted) -> bytes:
         request = wire.parse(service_pb2.PushMomentsRequest, buffer)
@@ -360,6 +380,7 @@ class Servicer:
             input_grad=request.update_grad if request.HasField("update_grad") else True,
             scale=request.scale if request.HasField("scale") else 1.0,
             momentum=request.momentum,
+            call=_call(request),
         )
         return _BackwardPlan(call, grad, x)
 
@@ -411,6 +432,10 @@ def _key(ref: layer_pb2.LayerRef) -> LayerKey:
     return LayerKey(*convert.ref_from_proto(ref))
 
 
+def _call(request: Keyed) -> CallKey | None:
+    return CallKey(*convert.call_from_proto(request.key)) if request.HasField("key") else None
+
+
 def _stats(record: LayerRecord, request: service_pb2.GetStatsRequest) -> service_pb2.GetStatsResponse:
     if request.unless_tag == record.tag:
         return service_pb2.GetStatsResponse(tag=record.tag, unchanged=True)
@@ -433,7 +458,7 @@ def _layer(record: LayerRecord) -> layer_pb2.Layer:
 
 def _forward_call(request: service_pb2.ForwardRequest, keeper: str) -> ForwardCall:
     train = convert.mode_from_proto(request.mode)
-    return ForwardCall(_key(request.ref), train, request.keep_input, request.release_input, keeper)
+    return ForwardCall(_key(request.ref), train, request.keep_input, request.release_input, keeper, _call(request))
 
 
 def _forward_response(answer: ForwardAnswer) -> service_pb2.ForwardResponse:
@@ -445,6 +470,7 @@ def _forward_response(answer: ForwardAnswer) -> service_pb2.ForwardResponse:
         saved_input=answer.saved_input,
         moments=None if answer.moments is None else convert.moments_to_proto(answer.moments),
         scale=None if answer.scale is None else convert.vector_to_proto(answer.scale),
+        replayed=answer.replayed,
     )
 
 
@@ -453,4 +479,5 @@ def _backward_response(answer: BackwardAnswer) -> service_pb2.BackwardResponse:
         grad=None if answer.grad is None else wire.spec(answer.grad.dtype_name, answer.grad.shape),
         scale_grad=None if answer.scale_grad is None else convert.vector_to_proto(answer.scale_grad),
         bias_grad=None if answer.bias_grad is None else convert.vector_to_proto(answer.bias_grad),
+        replayed=answer.replayed,
     )

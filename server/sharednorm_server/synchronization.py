@@ -277,8 +277,7 @@ class Synchronizer:
         if not batches:
             raise TooFewValues("the batches of all members are empty (expected: two values a map, of all together)")
         union = merge(batches)
-        record, _ = self._service.push_moments(place.key, True, union)
-        return Stepped(union, record)
+        return Stepped(union, self._service.push_moments(place.key, True, union).record)
 
     def _backward(self, key: LayerKey, parts: list[GradientsPart]) -> Summed:
         first = parts[0]

@@ -17,6 +17,7 @@ from sharednorm_server.placement import Placement
 from sharednorm_server.requests import LayerKey, LayerRecord
 from sharednorm_server.service import LayerService
 from sharednorm_server.store import Kept, Store
+from sharednorm_server.store.changes import Note
 from sharednorm_server.store.memory import MemoryStore
 
 KEY = LayerKey("default", "bn")
@@ -62,10 +63,10 @@ class InterruptedDevice(CpuDevice):
 class SlowStore(MemoryStore):
     """A store that takes a while to keep a record, as one with a disk does; whoever forgets a lock shows."""
 
-    def put(self, record: LayerRecord) -> Kept | None:
+    def put(self, record: LayerRecord, note: Note | None = None) -> Kept | None:
         """Replace a record, later."""
         time.sleep(0.0005)
-        return super().put(record)
+        return super().put(record, note)
 
 
 def new_service(

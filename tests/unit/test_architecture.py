@@ -29,15 +29,17 @@ def _server(*names: str) -> tuple[str, ...]:
 
 # The rooms. What is not listed belongs to the local layers on the client's side.
 CODEC = _client("wire", "convert", "_status", "_frames")
-CONNECTION = _client("hub", "remote", "_async_compute", "_calls", "_channel", "_client_compute", "_connect",
-                     "_deadline", "_direct", "_exchange", "_group", "_group_compute", "_handling", "_link", "_listing",
-                     "_places", "_progress", "_push", "_reading", "_shared", "_torch_functions", "_ways",
-                     "torch")  # fmt: skip
+CONNECTION = _client("hub", "remote", "_async_compute", "_attempts", "_calls", "_channel", "_client_compute",
+                     "_connect", "_deadline", "_direct", "_exchange", "_group", "_group_compute", "_handling", "_link",
+                     "_listing", "_once", "_places", "_progress", "_push", "_reading", "_shared", "_torch_functions",
+                     "_ways", "torch")  # fmt: skip
 COMPILED = _client("_numba_arithmetic", "_numba_backward", "_numba_common", "_numba_forward", "_numba_half",
                    "_numba_moments", "_numba_plan", "_numba_vector")  # fmt: skip
 EDGE = _server("__main__", "cli", "commands", "server", "servicer", "calls", "group_calls", "batches", "listen",
                "direct", "lane", "regions", "transfers", "bench")  # fmt: skip
-MEANING = _server("service", "catalog", "budget", "placement", "requests", "layers", "saved_inputs", "checks", "paging")
+MEANING = _server(
+    "service", "catalog", "budget", "placement", "requests", "layers", "ledger", "saved_inputs", "checks", "paging"
+)
 GROUPS = _server("groups", "synchronization")
 CUDA = ("cuda", "_cuda_gpu", "_cuda_kernels", "_cuda_worker")
 DEVICE, STORE = _server("device."), _server("store.")

@@ -18,7 +18,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from sharednorm import __version__
+from sharednorm import __version__, wire
 from sharednorm.v1 import service_pb2
 from sharednorm_server.servicer import SERVICE_NAME
 from tests.support import server
@@ -81,7 +81,7 @@ def test_a_server_that_serves() -> None:
     assert (result.returncode, result.stderr) == (0, "")
     facts = dict(line.split(None, 1) for line in result.stdout.splitlines())
     assert facts["server"] == running.address
-    assert (facts["health"], facts["release"], facts["protocol"]) == ("SERVING", __version__, "1")
+    assert (facts["health"], facts["release"], facts["protocol"]) == ("SERVING", __version__, str(wire.PROTOCOL))
     assert facts["device"] == running.banner.partition("device ")[2].partition(", state")[0]
     assert facts["store"] == "memory:"
     assert facts["limits"] == "8 GiB a tensor, 1 MiB in one message, else in chunks of 1 MiB"
@@ -150,7 +150,7 @@ def test_a_server_process_that_hangs() -> None:
     ],
 )  # fmt: skip
 def test_a_server_that_does_not_serve(statuses: dict[str, int] | None, message: str) -> None:
-    info = service_pb2.GetServerInfoResponse(version=__version__, protocol=1)
+    info = service_pb2.GetServerInfoResponse(version=__version__, protocol=wire.PROTOCOL)
     with stranger(statuses, info) as address:
         assert message.format(address) in refusal(address)
 
@@ -170,7 +170,7 @@ def test_a_server_that_is_too_busy_to_say_what_it_is() -> None:
 
 
 def test_what_a_server_says_of_itself_stays_on_its_line() -> None:
-    info = service_pb2.GetServerInfoResponse(version="1\n2\x1b[2J", protocol=1)
+    info = service_pb2.GetServerInfoResponse(version="1\n2\x1b[2J", protocol=wire.PROTOCOL)
     with stranger(all_are(ServingStatus.SERVING), info) as address:
         result = run(address)
     assert result.returncode == 0

@@ -12,6 +12,7 @@ from sharednorm.errors import InputEvicted
 from sharednorm.state import Moments, initial_state
 from sharednorm_server.device.cpu import CpuTensor
 from sharednorm_server.layers import Layer
+from sharednorm_server.ledger import Ledger, SessionNumbers
 from sharednorm_server.saved_inputs import SavedInput, SavedInputs
 from sharednorm_server.store import LayerKey, LayerRecord
 from sharednorm_server.store.memory import MemoryStore
@@ -21,7 +22,7 @@ CONFIG = LayerConfig(LayerKind.BATCH_NORM, 2)
 
 def layer(name: str) -> Layer:
     state = initial_state(CONFIG, 0.0, np.random.default_rng(0))
-    return Layer(LayerRecord(LayerKey("default", name), CONFIG, state), MemoryStore())
+    return Layer(LayerRecord(LayerKey("default", name), CONFIG, state), MemoryStore(), Ledger(1, SessionNumbers(1)))
 
 
 A, B = layer("a"), layer("b")

@@ -168,7 +168,7 @@ def test_an_empty_layer_waits_for_its_state(service: LayerService) -> None:
     with pytest.raises(LayerEmpty):
         service.set_state(KEY, StateUpdate(scale=[1, 1, 1]))
     ones = [1, 1, 1]
-    filled = service.set_state(KEY, StateUpdate(scale=ones, bias=ones, mean=ones, var=ones, num_of_props=4))
+    filled, _ = service.set_state(KEY, StateUpdate(scale=ones, bias=ones, mean=ones, var=ones, num_of_props=4))
     assert (filled.state.initialized, filled.state.num_of_props) == (True, 4)
     assert service.forward(ForwardCall(KEY, train=True), x).num_of_props == 5
 
@@ -204,10 +204,10 @@ def test_the_default_mode_is_that_of_calls_that_choose_none(service: LayerServic
     create(service)
     x = oracle.random_tensor(0, SHAPE)
     assert service.forward(ForwardCall(KEY), x).train
-    assert not service.set_train(KEY, False).train
+    assert not service.set_train(KEY, False)[0].train
     assert not service.forward(ForwardCall(KEY), x).train
     assert service.forward(ForwardCall(KEY, train=True), x).train
-    assert service.set_train(KEY, True).train
+    assert service.set_train(KEY, True)[0].train
     assert service.forward(ForwardCall(KEY), x).train
     assert not service.forward(ForwardCall(KEY, train=False), x).train
     assert service.get_layer(KEY).state.version == 3
@@ -215,7 +215,7 @@ def test_the_default_mode_is_that_of_calls_that_choose_none(service: LayerServic
 
 def test_set_state_replaces_what_it_names(service: LayerService) -> None:
     create(service, bias=[1, 2, 3])
-    record = service.set_state(
+    record, _ = service.set_state(
         KEY, StateUpdate(mean=np.array([4.0, 5, 6], np.float32).reshape(1, 3, 1, 1), num_of_props=2)
     )
     np.testing.assert_array_equal(record.state.mean, [4, 5, 6])
@@ -243,7 +243,7 @@ def test_a_bad_state_changes_nothing(service: LayerService, update: StateUpdate,
 
 def test_update_params_adds_the_gradients(service: LayerService) -> None:
     create(service, scale_grad=[1, 2, 3], bias_grad=[4, 5, 6])
-    record = service.update_params(KEY, 0.5)
+    record, _ = service.update_params(KEY, 0.5)
     np.testing.assert_array_equal(record.state.scale, [1.5, 2, 2.5])
     np.testing.assert_array_equal(record.state.bias, [2, 2.5, 3])
     np.testing.assert_array_equal(record.state.scale_grad, [1, 2, 3])

@@ -351,7 +351,7 @@ def test_a_commit_that_fails_ends_the_store(tmp_path: Path) -> None:
     store = SqliteStore(tmp_path)
     service = new_service(store=store)
     create(service)
-    kept = service.push_moments(KEY, True, moments(1))[0]
+    kept = service.push_moments(KEY, True, moments(1)).record
     reasons: list[str] = []
     service.on_store_failed(reasons.append)
     store._database = Broken(store._database)  # type: ignore[assignment]

@@ -77,6 +77,78 @@ class ErrorDetail(_message.Message):
 Global___ErrorDetail: _TypeAlias = ErrorDetail  # noqa: Y015
 
 @_typing.final
+class OpenSessionRequest(_message.Message):
+    """Asks for a session."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OpenSessionRequest: _TypeAlias = OpenSessionRequest  # noqa: Y015
+
+@_typing.final
+class OpenSessionResponse(_message.Message):
+    """A session."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_FIELD_NUMBER: _builtins.int
+    session: _builtins.bytes
+    """8 bytes, the first half of CallKey.session. No other answer has the same, of no server that has this state."""
+    def __init__(
+        self,
+        *,
+        session: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["session", b"session"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OpenSessionResponse: _TypeAlias = OpenSessionResponse  # noqa: Y015
+
+@_typing.final
+class CallKey(_message.Message):
+    """Makes a change known again, so that a client that has had no answer can send it once more, and it is made once.
+
+    The layer remembers the last change of each session. The same key again, with the same content: the answer is made
+    again from what the change had stored, and nothing is applied; with another content: FAILED_PRECONDITION, KEY_REUSED. A
+    number that is neither the last one nor the next: FAILED_PRECONDITION, STEP_OUT_OF_ORDER. A session that the layer does
+    not remember any more: FAILED_PRECONDITION, SESSION_EXPIRED; it is never taken for a new one. A call that fails, or that
+    changes nothing, uses up no number. Without a key a call is never known again.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_FIELD_NUMBER: _builtins.int
+    SEQ_FIELD_NUMBER: _builtins.int
+    session: _builtins.bytes
+    """16 bytes: those of OpenSession, and 8 that the client chooses, others for each call that is under way at the same time."""
+    seq: _builtins.int
+    """1 for the first change of the layer under this session, then one more for each."""
+    def __init__(
+        self,
+        *,
+        session: _builtins.bytes = ...,
+        seq: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["seq", b"seq", "session", b"session"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CallKey: _TypeAlias = CallKey  # noqa: Y015
+
+@_typing.final
 class GetServerInfoRequest(_message.Message):
     """Asks what the server is."""
 
@@ -599,6 +671,7 @@ class ForwardRequest(_message.Message):
     INPUT_FIELD_NUMBER: _builtins.int
     KEEP_INPUT_FIELD_NUMBER: _builtins.int
     RELEASE_INPUT_FIELD_NUMBER: _builtins.int
+    KEY_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
     mode: _layer_pb2.Mode.ValueType
     """Whether to train."""
@@ -616,6 +689,10 @@ class ForwardRequest(_message.Message):
     def input(self) -> _tensor_pb2.TensorSpec:
         """The input's type and shape."""
 
+    @_builtins.property
+    def key(self) -> Global___CallKey:
+        """By which a training call is known again; absent: it is not."""
+
     def __init__(
         self,
         *,
@@ -624,11 +701,12 @@ class ForwardRequest(_message.Message):
         input: _tensor_pb2.TensorSpec | None = ...,
         keep_input: _builtins.bool = ...,
         release_input: _builtins.str = ...,
+        key: Global___CallKey | None = ...,
         data: _builtins.bytes = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["input", b"input", "ref", b"ref"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["input", b"input", "key", b"key", "ref", b"ref"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "input", b"input", "keep_input", b"keep_input", "mode", b"mode", "ref", b"ref", "release_input", b"release_input"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "input", b"input", "keep_input", b"keep_input", "key", b"key", "mode", b"mode", "ref", b"ref", "release_input", b"release_input"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -647,6 +725,7 @@ class ForwardResponse(_message.Message):
     SAVED_INPUT_FIELD_NUMBER: _builtins.int
     MOMENTS_FIELD_NUMBER: _builtins.int
     SCALE_FIELD_NUMBER: _builtins.int
+    REPLAYED_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
     mode: _layer_pb2.Mode.ValueType
     """What the call did: MODE_TRAIN or MODE_EVAL."""
@@ -656,6 +735,8 @@ class ForwardResponse(_message.Message):
     """Steps that the running statistics have taken in at that version."""
     saved_input: _builtins.str
     """Names the kept input in a Backward; empty if it was not kept."""
+    replayed: _builtins.bool
+    """Whether the step had been taken before this call."""
     data: _builtins.bytes
     """The output's elements. Empty in the header of a stream."""
     @_builtins.property
@@ -680,11 +761,12 @@ class ForwardResponse(_message.Message):
         saved_input: _builtins.str = ...,
         moments: _tensor_pb2.Moments | None = ...,
         scale: _tensor_pb2.FloatVector | None = ...,
+        replayed: _builtins.bool = ...,
         data: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["moments", b"moments", "output", b"output", "scale", b"scale"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "mode", b"mode", "moments", b"moments", "num_of_props", b"num_of_props", "output", b"output", "saved_input", b"saved_input", "scale", b"scale", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "mode", b"mode", "moments", b"moments", "num_of_props", b"num_of_props", "output", b"output", "replayed", b"replayed", "saved_input", b"saved_input", "scale", b"scale", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -810,6 +892,7 @@ class BackwardRequest(_message.Message):
     UPDATE_GRAD_FIELD_NUMBER: _builtins.int
     SCALE_FIELD_NUMBER: _builtins.int
     MOMENTUM_FIELD_NUMBER: _builtins.int
+    KEY_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
     saved_input: _builtins.str
     """saved_input of the forward's answer. One that is not kept any more: FAILED_PRECONDITION,
@@ -841,6 +924,10 @@ class BackwardRequest(_message.Message):
         followed by the input's.
         """
 
+    @_builtins.property
+    def key(self) -> Global___CallKey:
+        """By which the change of the gradients of scale and bias is known again; absent: it is not."""
+
     def __init__(
         self,
         *,
@@ -852,11 +939,12 @@ class BackwardRequest(_message.Message):
         update_grad: _builtins.bool | None = ...,
         scale: _builtins.float | None = ...,
         momentum: _builtins.float = ...,
+        key: Global___CallKey | None = ...,
         data: _builtins.bytes = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_scale", b"_scale", "_update_grad", b"_update_grad", "_update_param_grads", b"_update_param_grads", "grad", b"grad", "ref", b"ref", "saved_forward", b"saved_forward", "scale", b"scale", "update_grad", b"update_grad", "update_param_grads", b"update_param_grads"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_scale", b"_scale", "_update_grad", b"_update_grad", "_update_param_grads", b"_update_param_grads", "grad", b"grad", "key", b"key", "ref", b"ref", "saved_forward", b"saved_forward", "scale", b"scale", "update_grad", b"update_grad", "update_param_grads", b"update_param_grads"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_scale", b"_scale", "_update_grad", b"_update_grad", "_update_param_grads", b"_update_param_grads", "data", b"data", "grad", b"grad", "momentum", b"momentum", "ref", b"ref", "saved_forward", b"saved_forward", "saved_input", b"saved_input", "scale", b"scale", "update_grad", b"update_grad", "update_param_grads", b"update_param_grads"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_scale", b"_scale", "_update_grad", b"_update_grad", "_update_param_grads", b"_update_param_grads", "data", b"data", "grad", b"grad", "key", b"key", "momentum", b"momentum", "ref", b"ref", "saved_forward", b"saved_forward", "saved_input", b"saved_input", "scale", b"scale", "update_grad", b"update_grad", "update_param_grads", b"update_param_grads"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__scale: _TypeAlias = _typing.Literal["scale"]  # noqa: Y015
     _WhichOneofArgType__scale: _TypeAlias = _typing.Literal["_scale", b"_scale"]  # noqa: Y015
@@ -882,7 +970,10 @@ class BackwardResponse(_message.Message):
     GRAD_FIELD_NUMBER: _builtins.int
     SCALE_GRAD_FIELD_NUMBER: _builtins.int
     BIAS_GRAD_FIELD_NUMBER: _builtins.int
+    REPLAYED_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
+    replayed: _builtins.bool
+    """Whether the gradients of scale and bias had been added before this call."""
     data: _builtins.bytes
     """The gradient's elements. Empty in the header of a stream."""
     @_builtins.property
@@ -903,11 +994,12 @@ class BackwardResponse(_message.Message):
         grad: _tensor_pb2.TensorSpec | None = ...,
         scale_grad: _tensor_pb2.FloatVector | None = ...,
         bias_grad: _tensor_pb2.FloatVector | None = ...,
+        replayed: _builtins.bool = ...,
         data: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["bias_grad", b"bias_grad", "grad", b"grad", "scale_grad", b"scale_grad"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bias_grad", b"bias_grad", "data", b"data", "grad", b"grad", "scale_grad", b"scale_grad"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bias_grad", b"bias_grad", "data", b"data", "grad", b"grad", "replayed", b"replayed", "scale_grad", b"scale_grad"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -988,6 +1080,7 @@ class PushMomentsRequest(_message.Message):
     REF_FIELD_NUMBER: _builtins.int
     MODE_FIELD_NUMBER: _builtins.int
     MOMENTS_FIELD_NUMBER: _builtins.int
+    KEY_FIELD_NUMBER: _builtins.int
     mode: _layer_pb2.Mode.ValueType
     """Whether to train. MODE_EVAL: INVALID_ARGUMENT, INVALID_CONFIGURATION; GetStats has what evaluation needs."""
     @_builtins.property
@@ -998,16 +1091,21 @@ class PushMomentsRequest(_message.Message):
     def moments(self) -> _tensor_pb2.Moments:
         """Of the batch. A count of 1: INVALID_ARGUMENT, TOO_FEW_VALUES."""
 
+    @_builtins.property
+    def key(self) -> Global___CallKey:
+        """By which a training call is known again; absent: it is not."""
+
     def __init__(
         self,
         *,
         ref: _layer_pb2.LayerRef | None = ...,
         mode: _layer_pb2.Mode.ValueType = ...,
         moments: _tensor_pb2.Moments | None = ...,
+        key: Global___CallKey | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["moments", b"moments", "ref", b"ref"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "moments", b"moments", "ref", b"ref"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["mode", b"mode", "moments", b"moments", "ref", b"ref"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "mode", b"mode", "moments", b"moments", "ref", b"ref"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1026,6 +1124,7 @@ class PushMomentsResponse(_message.Message):
     BIAS_FIELD_NUMBER: _builtins.int
     MEAN_FIELD_NUMBER: _builtins.int
     VAR_FIELD_NUMBER: _builtins.int
+    REPLAYED_FIELD_NUMBER: _builtins.int
     mode: _layer_pb2.Mode.ValueType
     """What the call did: MODE_TRAIN, or MODE_EVAL if that is the layer's default and the call has chosen none; then
     nothing has changed.
@@ -1034,6 +1133,8 @@ class PushMomentsResponse(_message.Message):
     """Version of the layer: after this step in training, as read in evaluation."""
     num_of_props: _builtins.int
     """Steps that the running statistics have taken in at that version."""
+    replayed: _builtins.bool
+    """Whether the step had been taken before this call."""
     @_builtins.property
     def scale(self) -> _tensor_pb2.FloatVector:
         """The scale that this step uses."""
@@ -1060,10 +1161,11 @@ class PushMomentsResponse(_message.Message):
         bias: _tensor_pb2.FloatVector | None = ...,
         mean: _tensor_pb2.FloatVector | None = ...,
         var: _tensor_pb2.FloatVector | None = ...,
+        replayed: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["bias", b"bias", "mean", b"mean", "scale", b"scale", "var", b"var"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bias", b"bias", "mean", b"mean", "mode", b"mode", "num_of_props", b"num_of_props", "scale", b"scale", "var", b"var", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bias", b"bias", "mean", b"mean", "mode", b"mode", "num_of_props", b"num_of_props", "replayed", b"replayed", "scale", b"scale", "var", b"var", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1164,6 +1266,7 @@ class PushGradientsRequest(_message.Message):
     BIAS_GRAD_FIELD_NUMBER: _builtins.int
     SCALE_FIELD_NUMBER: _builtins.int
     MOMENTUM_FIELD_NUMBER: _builtins.int
+    KEY_FIELD_NUMBER: _builtins.int
     scale: _builtins.float
     """Multiplier of the new gradients, finite. Absent means 1."""
     momentum: _builtins.float
@@ -1180,6 +1283,10 @@ class PushGradientsRequest(_message.Message):
     def bias_grad(self) -> _tensor_pb2.FloatVector:
         """Gradient of the bias. C values."""
 
+    @_builtins.property
+    def key(self) -> Global___CallKey:
+        """By which the call is known again; absent: it is not."""
+
     def __init__(
         self,
         *,
@@ -1188,10 +1295,11 @@ class PushGradientsRequest(_message.Message):
         bias_grad: _tensor_pb2.FloatVector | None = ...,
         scale: _builtins.float | None = ...,
         momentum: _builtins.float = ...,
+        key: Global___CallKey | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_scale", b"_scale", "bias_grad", b"bias_grad", "ref", b"ref", "scale", b"scale", "scale_grad", b"scale_grad"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_scale", b"_scale", "bias_grad", b"bias_grad", "key", b"key", "ref", b"ref", "scale", b"scale", "scale_grad", b"scale_grad"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_scale", b"_scale", "bias_grad", b"bias_grad", "momentum", b"momentum", "ref", b"ref", "scale", b"scale", "scale_grad", b"scale_grad"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_scale", b"_scale", "bias_grad", b"bias_grad", "key", b"key", "momentum", b"momentum", "ref", b"ref", "scale", b"scale", "scale_grad", b"scale_grad"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__scale: _TypeAlias = _typing.Literal["scale"]  # noqa: Y015
     _WhichOneofArgType__scale: _TypeAlias = _typing.Literal["_scale", b"_scale"]  # noqa: Y015
@@ -1205,12 +1313,17 @@ class PushGradientsResponse(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    REPLAYED_FIELD_NUMBER: _builtins.int
+    replayed: _builtins.bool
+    """Whether the change had been made before this call."""
     def __init__(
         self,
+        *,
+        replayed: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["replayed", b"replayed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1701,21 +1814,27 @@ class SetTrainRequest(_message.Message):
 
     REF_FIELD_NUMBER: _builtins.int
     TRAIN_FIELD_NUMBER: _builtins.int
+    KEY_FIELD_NUMBER: _builtins.int
     train: _builtins.bool
     """True: train. False: eval."""
     @_builtins.property
     def ref(self) -> _layer_pb2.LayerRef:
         """The layer."""
 
+    @_builtins.property
+    def key(self) -> Global___CallKey:
+        """By which the call is known again; absent: it is not."""
+
     def __init__(
         self,
         *,
         ref: _layer_pb2.LayerRef | None = ...,
         train: _builtins.bool = ...,
+        key: Global___CallKey | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["ref", b"ref"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "ref", b"ref"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ref", b"ref", "train", b"train"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "ref", b"ref", "train", b"train"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1728,6 +1847,9 @@ class SetTrainResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     LAYER_FIELD_NUMBER: _builtins.int
+    REPLAYED_FIELD_NUMBER: _builtins.int
+    replayed: _builtins.bool
+    """Whether the change had been made before this call."""
     @_builtins.property
     def layer(self) -> _layer_pb2.Layer:
         """The layer."""
@@ -1736,10 +1858,11 @@ class SetTrainResponse(_message.Message):
         self,
         *,
         layer: _layer_pb2.Layer | None = ...,
+        replayed: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["layer", b"layer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["layer", b"layer"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["layer", b"layer", "replayed", b"replayed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1753,6 +1876,7 @@ class SetStateRequest(_message.Message):
 
     REF_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
+    KEY_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def ref(self) -> _layer_pb2.LayerRef:
         """The layer."""
@@ -1763,15 +1887,20 @@ class SetStateRequest(_message.Message):
         INVALID_ARGUMENT, SHAPE_MISMATCH.
         """
 
+    @_builtins.property
+    def key(self) -> Global___CallKey:
+        """By which the call is known again; absent: it is not."""
+
     def __init__(
         self,
         *,
         ref: _layer_pb2.LayerRef | None = ...,
         state: _layer_pb2.LayerState | None = ...,
+        key: Global___CallKey | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["ref", b"ref", "state", b"state"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "ref", b"ref", "state", b"state"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ref", b"ref", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "ref", b"ref", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1784,6 +1913,9 @@ class SetStateResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     LAYER_FIELD_NUMBER: _builtins.int
+    REPLAYED_FIELD_NUMBER: _builtins.int
+    replayed: _builtins.bool
+    """Whether the change had been made before this call."""
     @_builtins.property
     def layer(self) -> _layer_pb2.Layer:
         """The layer."""
@@ -1792,10 +1924,11 @@ class SetStateResponse(_message.Message):
         self,
         *,
         layer: _layer_pb2.Layer | None = ...,
+        replayed: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["layer", b"layer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["layer", b"layer"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["layer", b"layer", "replayed", b"replayed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1871,21 +2004,27 @@ class UpdateParamsRequest(_message.Message):
 
     REF_FIELD_NUMBER: _builtins.int
     LEARN_RATE_FIELD_NUMBER: _builtins.int
+    KEY_FIELD_NUMBER: _builtins.int
     learn_rate: _builtins.float
     """Multiplier of the gradients, finite. The product is added, as PuzzleLib does."""
     @_builtins.property
     def ref(self) -> _layer_pb2.LayerRef:
         """The layer."""
 
+    @_builtins.property
+    def key(self) -> Global___CallKey:
+        """By which the call is known again; absent: it is not."""
+
     def __init__(
         self,
         *,
         ref: _layer_pb2.LayerRef | None = ...,
         learn_rate: _builtins.float = ...,
+        key: Global___CallKey | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["ref", b"ref"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "ref", b"ref"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["learn_rate", b"learn_rate", "ref", b"ref"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "learn_rate", b"learn_rate", "ref", b"ref"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1898,6 +2037,9 @@ class UpdateParamsResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     LAYER_FIELD_NUMBER: _builtins.int
+    REPLAYED_FIELD_NUMBER: _builtins.int
+    replayed: _builtins.bool
+    """Whether the change had been made before this call."""
     @_builtins.property
     def layer(self) -> _layer_pb2.Layer:
         """The layer."""
@@ -1906,10 +2048,11 @@ class UpdateParamsResponse(_message.Message):
         self,
         *,
         layer: _layer_pb2.Layer | None = ...,
+        replayed: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["layer", b"layer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["layer", b"layer"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["layer", b"layer", "replayed", b"replayed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -35,6 +35,11 @@ class BatchNormServiceStub:
         Args:
             channel: A grpc.Channel.
         """
+        self.OpenSession = channel.unary_unary(
+                '/sharednorm.v1.BatchNormService/OpenSession',
+                request_serializer=sharednorm_dot_v1_dot_service__pb2.OpenSessionRequest.SerializeToString,
+                response_deserializer=sharednorm_dot_v1_dot_service__pb2.OpenSessionResponse.FromString,
+                _registered_method=True)
         self.GetServerInfo = channel.unary_unary(
                 '/sharednorm.v1.BatchNormService/GetServerInfo',
                 request_serializer=sharednorm_dot_v1_dot_service__pb2.GetServerInfoRequest.SerializeToString,
@@ -165,6 +170,13 @@ class BatchNormServiceStub:
 class BatchNormServiceServicer:
     """Keeps layers and computes with them.
     """
+
+    def OpenSession(self, request, context):
+        """Begins a session, by which changes that are sent again are known again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
 
     def GetServerInfo(self, request, context):
         """Says what the server is and what it accepts.
@@ -344,6 +356,11 @@ class BatchNormServiceServicer:
 
 def add_BatchNormServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
+            'OpenSession': grpc.unary_unary_rpc_method_handler(
+                    servicer.OpenSession,
+                    request_deserializer=sharednorm_dot_v1_dot_service__pb2.OpenSessionRequest.FromString,
+                    response_serializer=sharednorm_dot_v1_dot_service__pb2.OpenSessionResponse.SerializeToString,
+            ),
             'GetServerInfo': grpc.unary_unary_rpc_method_handler(
                     servicer.GetServerInfo,
                     request_deserializer=sharednorm_dot_v1_dot_service__pb2.GetServerInfoRequest.FromString,
@@ -480,6 +497,33 @@ def add_BatchNormServiceServicer_to_server(servicer, server):
 class BatchNormService:
     """Keeps layers and computes with them.
     """
+
+    @staticmethod
+    def OpenSession(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sharednorm.v1.BatchNormService/OpenSession',
+            sharednorm_dot_v1_dot_service__pb2.OpenSessionRequest.SerializeToString,
+            sharednorm_dot_v1_dot_service__pb2.OpenSessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
 
     @staticmethod
     def GetServerInfo(request,

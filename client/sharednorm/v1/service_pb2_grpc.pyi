@@ -37,6 +37,8 @@ class BatchNormServiceStub:
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> BatchNormServiceAsyncStub: ...
+    OpenSession: _grpc.UnaryUnaryMultiCallable[_service_pb2.OpenSessionRequest, _service_pb2.OpenSessionResponse]
+    """Begins a session, by which changes that are sent again are known again."""
     GetServerInfo: _grpc.UnaryUnaryMultiCallable[_service_pb2.GetServerInfoRequest, _service_pb2.GetServerInfoResponse]
     """Says what the server is and what it accepts."""
     CreateLayer: _grpc.UnaryUnaryMultiCallable[_service_pb2.CreateLayerRequest, _service_pb2.CreateLayerResponse]
@@ -93,6 +95,8 @@ class BatchNormServiceAsyncStub(BatchNormServiceStub):
     """Keeps layers and computes with them."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
+    OpenSession: _aio.UnaryUnaryMultiCallable[_service_pb2.OpenSessionRequest, _service_pb2.OpenSessionResponse]  # type: ignore[assignment]
+    """Begins a session, by which changes that are sent again are known again."""
     GetServerInfo: _aio.UnaryUnaryMultiCallable[_service_pb2.GetServerInfoRequest, _service_pb2.GetServerInfoResponse]  # type: ignore[assignment]
     """Says what the server is and what it accepts."""
     CreateLayer: _aio.UnaryUnaryMultiCallable[_service_pb2.CreateLayerRequest, _service_pb2.CreateLayerResponse]  # type: ignore[assignment]
@@ -146,6 +150,14 @@ class BatchNormServiceAsyncStub(BatchNormServiceStub):
 
 class BatchNormServiceServicer(metaclass=_abc_1.ABCMeta):
     """Keeps layers and computes with them."""
+
+    @_abc_1.abstractmethod
+    def OpenSession(
+        self,
+        request: _service_pb2.OpenSessionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_service_pb2.OpenSessionResponse, _abc.Awaitable[_service_pb2.OpenSessionResponse]]:
+        """Begins a session, by which changes that are sent again are known again."""
 
     @_abc_1.abstractmethod
     def GetServerInfo(

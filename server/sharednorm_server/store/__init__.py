@@ -15,6 +15,7 @@ from typing import Protocol
 from sharednorm.config import LayerConfig
 from sharednorm.domains import Domains, swapped
 from sharednorm.state import LayerState
+from sharednorm_server.store.changes import Note, Remembered
 
 _RUN = secrets.token_bytes(8)
 _records = itertools.count()
@@ -111,6 +112,11 @@ class Store(Protocol):
         """Its URL without secrets, for example "memory:"."""
         ...
 
+    @property
+    def run(self) -> int:
+        """How often what is remembered has been opened, this time included: less than 2^31."""
+        ...
+
     def get(self, key: LayerKey) -> LayerRecord | None:
         """Return a layer's record, or None."""
         ...
@@ -119,8 +125,12 @@ class Store(Protocol):
         """Keep a new layer's record; return False, and change nothing, if its key exists."""
         ...
 
-    def put(self, record: LayerRecord) -> Kept | None:
-        """Replace an existing layer's record; return what says when it is kept.
+    def remembered(self, key: LayerKey) -> Remembered:
+        """Return what is kept of the sessions that have changed a layer that is there."""
+        ...
+
+    def put(self, record: LayerRecord, note: Note | None = None) -> Kept | None:
+        """Replace an existing layer's record, and with it what is known of a session; return what says when it is kept.
 
         None: its key does not exist, and nothing has changed. Later changes of the layer may be put before that.
         """

@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from sharednorm.config import Averaging, LayerConfig, LayerKind, NonFinitePolicy, Vector
 from sharednorm.domains import Domains, DomainStatistics, statistics_of, with_statistics
-from sharednorm.state import LayerState, blank_state
+from sharednorm.state import LayerState, Moments, blank_state
 from sharednorm_server.config import StartError
 from sharednorm_server.store import LayerKey, LayerRecord
+from sharednorm_server.store.changes import LastChange, Note, Remembered, TakenStep
 
 # "snrm": a file of anything else is refused, whatever is in it.
 APPLICATION_ID = 0x736E726D
@@ -52,7 +54,21 @@ _SCHEMA = (
 )
 
 # What brings a file of version i + 1 to version i + 2. A file's version is how it is laid out, and no release's.
-MIGRATIONS: tuple[tuple[str, ...], ...] = ()
+MIGRATIONS: tuple[tuple[str, ...], ...] = (
+    (
+        "CREATE TABLE server (runs INTEGER NOT NULL)",
+        "INSERT INTO server (runs) VALUES (0)",
+        # Sessions with lower numbers than this may have been forgotten.
+        "ALTER TABLE layers ADD COLUMN session_floor INTEGER NOT NULL DEFAULT 0",
+        # The last change of each session, the least recent with the lowest id.
+        """
+        CREATE TABLE changes (
+            id INTEGER PRIMARY KEY, layer INTEGER NOT NULL REFERENCES layers ON DELETE CASCADE, session BLOB NOT NULL,
+            seq INTEGER NOT NULL, content BLOB NOT NULL, version INTEGER NOT NULL, num_of_props INTEGER NOT NULL,
+            count INTEGER, mean BLOB, m2 BLOB, scale BLOB, bias BLOB, UNIQUE (layer, session))
+        """,
+    ),
+)
 FILE_VERSION = 1 + len(MIGRATIONS)
 
 # Of 4096 bytes: so much of the log is written before it is brought into the file.
@@ -98,6 +114,45 @@ class Rows:
             "UPDATE layers SET train = ?, initialized = ?, version = ? WHERE id = ?", (*_counters(record), row)
         )
         self._write(row, record, before)
+
+    def note(self, row: int, note: Note) -> None:
+        """Write the last change of a session."""
+        change, step = note.change, note.change.step
+        vectors: tuple[object, ...] = (None,) * 5
+        if step is not None:
+            moments = step.moments
+            wide = _to_wide_blob(moments.mean), _to_wide_blob(moments.m2)
+            vectors = moments.count, *wide, _to_blob(step.scale), _to_blob(step.bias)
+        self._database.execute(
+            "INSERT OR REPLACE INTO changes "
+            "(layer, session, seq, content, version, num_of_props, count, mean, m2, scale, bias) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (row, note.session, change.seq, change.content, change.version, change.num_of_props, *vectors),
+        )
+        if note.forgotten:
+            self._database.executemany(
+                "DELETE FROM changes WHERE layer = ? AND session = ?", [(row, session) for session in note.forgotten]
+            )
+            self._database.execute("UPDATE layers SET session_floor = ? WHERE id = ?", (note.floor, row))
+
+    def remembered(self, row: int) -> Remembered:
+        """Return what is known of the sessions that have changed a layer."""
+        changes = {
+            session: LastChange(seq, content, version, steps, _to_step(*vectors))
+            for session, seq, content, version, steps, *vectors in self._database.execute(
+                "SELECT session, seq, content, version, num_of_props, count, mean, m2, scale, bias FROM changes "
+                "WHERE layer = ? ORDER BY id",
+                (row,),
+            )
+        }
+        (floor,) = self._database.execute("SELECT session_floor FROM layers WHERE id = ?", (row,)).fetchone()
+        return Remembered(changes, floor)
+
+    def opened(self) -> int:
+        """Count how often the file has been opened, and return that."""
+        self._database.execute("UPDATE server SET runs = runs + 1")
+        (runs,) = self._database.execute("SELECT runs FROM server").fetchone()
+        return int(runs)
 
     def remove(self, row: int) -> None:
         """Forget a layer."""
@@ -252,8 +307,29 @@ def _to_blob(vector: Vector) -> bytes:
     return vector.astype("<f4", copy=False).tobytes()
 
 
+def _from_blob(blob: bytes) -> Vector:
+    vector = np.frombuffer(blob, "<f4").astype(np.float32)
+    vector.setflags(write=False)
+    return vector
+
+
+def _to_wide_blob(vector: npt.NDArray[np.float64]) -> bytes:
+    return vector.astype("<f8", copy=False).tobytes()
+
+
+def _from_wide_blob(blob: bytes) -> npt.NDArray[np.float64]:
+    return np.frombuffer(blob, "<f8").astype(np.float64)
+
+
+def _to_step(count: int | None, mean: bytes, m2: bytes, scale: bytes, bias: bytes) -> TakenStep | None:
+    if count is None:
+        return None
+    moments = Moments(count, _from_wide_blob(mean), _from_wide_blob(m2))
+    return TakenStep(moments, _from_blob(scale), _from_blob(bias))
+
+
 def _pair(blobs: Iterable[bytes], config: LayerConfig) -> tuple[Vector, Vector]:
-    one, two = (np.frombuffer(blob, "<f4").astype(np.float32) for blob in blobs)
+    one, two = map(_from_blob, blobs)
     if not one.size == two.size == config.maps:
         raise ValueError(f"a vector of {one.size} or {two.size} values, of a layer of {config.maps} maps")
     return one, two

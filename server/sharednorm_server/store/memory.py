@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 
 from sharednorm_server.store import Kept, LayerKey, LayerRecord
+from sharednorm_server.store.changes import LastChange, Note, Remembered
 
 
 class _AtOnce:
@@ -17,14 +18,28 @@ class _AtOnce:
 _AT_ONCE = _AtOnce()
 
 
+class _Sessions:
+    def __init__(self) -> None:
+        self.changes: dict[bytes, LastChange] = {}
+        self.floor = 0
+
+    def take(self, note: Note) -> None:
+        for session in (note.session, *note.forgotten):
+            self.changes.pop(session, None)
+        self.changes[note.session] = note.change
+        self.floor = note.floor
+
+
 class MemoryStore:
     """Keeps records in this process. `kill` loses them; that is what `memory:` means."""
 
     description = "memory:"
+    run = 1  # layers of another one do not exist any more
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._records: dict[LayerKey, LayerRecord] = {}
+        self._sessions: dict[LayerKey, _Sessions] = {}
         self._names: dict[str, list[str]] = {}  # of each namespace, in the order of their code points
 
     def get(self, key: LayerKey) -> LayerRecord | None:
@@ -41,12 +56,20 @@ class MemoryStore:
             bisect.insort(self._names.setdefault(record.key.namespace, []), record.key.name)
             return True
 
-    def put(self, record: LayerRecord) -> Kept | None:
-        """Replace an existing layer's record, which is kept then; return None if its key does not exist."""
+    def remembered(self, key: LayerKey) -> Remembered:
+        """Return what is kept of the sessions that have changed a layer that is there."""
+        with self._lock:
+            sessions = self._sessions.get(key)
+            return Remembered() if sessions is None else Remembered(dict(sessions.changes), sessions.floor)
+
+    def put(self, record: LayerRecord, note: Note | None = None) -> Kept | None:
+        """Replace an existing layer's record, and what is known of a session; return None if its key does not exist."""
         with self._lock:
             if record.key not in self._records:
                 return None
             self._records[record.key] = record
+            if note is not None:
+                self._sessions.setdefault(record.key, _Sessions()).take(note)
             return _AT_ONCE
 
     def delete(self, key: LayerKey) -> bool:
@@ -54,6 +77,7 @@ class MemoryStore:
         with self._lock:
             if self._records.pop(key, None) is None:
                 return False
+            self._sessions.pop(key, None)
             names = self._names[key.namespace]
             del names[bisect.bisect_left(names, key.name)]
             if not names:

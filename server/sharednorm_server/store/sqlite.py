@@ -15,6 +15,7 @@ import os
 import sqlite3
 import threading
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 from urllib.parse import quote
@@ -23,6 +24,7 @@ from sharednorm.errors import StoreFailed
 from sharednorm_server.config import StartError
 from sharednorm_server.store import Kept, LayerKey, LayerRecord
 from sharednorm_server.store._sqlite_file import Rows, hold, prepare
+from sharednorm_server.store.changes import Note, Remembered
 
 FILE_NAME = "sharednorm.sqlite3"
 LOCK_NAME = "lock"
@@ -36,12 +38,21 @@ _log = logging.getLogger(__name__)
 
 
 class _Change:
-    # Something that waits for the next transaction, and for whom.
-    __slots__ = ("_store", "done", "failed", "key", "put", "work")
+    # Something that waits for the next transaction, and for whom. Of a put, `note` is done also where another one of
+    # the layer follows, so that its work need not be.
+    __slots__ = ("_store", "done", "failed", "key", "note", "put", "work")
 
-    def __init__(self, store: SqliteStore, key: LayerKey, work: Callable[[], None], *, put: bool) -> None:
+    def __init__(
+        self,
+        store: SqliteStore,
+        key: LayerKey,
+        work: Callable[[], None],
+        note: Callable[[], None] | None = None,
+        *,
+        put: bool,
+    ) -> None:
         self._store = store
-        self.key, self.work, self.put = key, work, put
+        self.key, self.work, self.note, self.put = key, work, note, put
         self.done = self.failed = False
 
     def wait(self) -> None:
@@ -97,6 +108,7 @@ class SqliteStore:
                 prepare(self._database, path, durability)
                 self._rows = Rows(self._database)
                 self._names = self._rows.names()
+                self.run = self._rows.opened()
             except BaseException:
                 self._database.close()
                 raise
@@ -129,13 +141,24 @@ class SqliteStore:
         change.wait()
         return True
 
-    def put(self, record: LayerRecord) -> Kept | None:
-        """Replace an existing layer's record; return when it is kept, or None, and change nothing, if there is none."""
+    def remembered(self, key: LayerKey) -> Remembered:
+        """Return what is kept of the sessions that have changed a layer that is there."""
+        with self._committing:
+            self._commit_all()
+            row = self._names.get(key)
+            return Remembered() if row is None else self._guarded(lambda: self._rows.remembered(row))
+
+    def put(self, record: LayerRecord, note: Note | None = None) -> Kept | None:
+        """Replace an existing layer's record, and what is known of a session; return what says when both are kept.
+
+        None: there is no such layer, and nothing has changed.
+        """
         with self._lock:
             row = self._names.get(record.key)
             if row is None:
                 return None
-            return self._begin(record.key, lambda: self._rows.update(row, record), put=True)
+            noted = None if note is None else partial(self._rows.note, row, note)
+            return self._begin(record.key, partial(self._rows.update, row, record), noted, put=True)
 
     def delete(self, key: LayerKey) -> bool:
         """Forget a layer; return False if its key does not exist."""
@@ -169,11 +192,13 @@ class SqliteStore:
 
     # --- Changes that wait ----------------------------------------------------------------------------
 
-    def _begin(self, key: LayerKey, work: Callable[[], None], *, put: bool) -> _Change:
+    def _begin(
+        self, key: LayerKey, work: Callable[[], None], note: Callable[[], None] | None = None, *, put: bool
+    ) -> _Change:
         # Under the lock of what waits: in the order in which they come here they are done.
         if self._failed:
             raise failed()
-        change = _Change(self, key, work, put=put)
+        change = _Change(self, key, work, note, put=put)
         self._waiting.append(change)
         return change
 
@@ -191,7 +216,7 @@ class SqliteStore:
         if not batch:
             return
         try:
-            self._guarded(lambda: self._transact(_last(batch)))
+            self._guarded(lambda: self._transact(_needed(batch)))
         except StoreFailed:
             for change in batch:
                 change.failed = True
@@ -203,10 +228,10 @@ class SqliteStore:
         while self._waiting:
             self._commit()
 
-    def _transact(self, changes: Iterable[_Change]) -> None:
+    def _transact(self, works: Iterable[Callable[[], None]]) -> None:
         self._database.execute("BEGIN IMMEDIATE")
-        for change in changes:
-            change.work()
+        for work in works:
+            work()
         self._database.execute("COMMIT")
 
     def _guarded(self, work: Callable[[], T]) -> T:
@@ -240,13 +265,15 @@ def failed() -> StoreFailed:
     )
 
 
-def _last(batch: list[_Change]) -> list[_Change]:
-    # Of changes of one layer that follow each other the last one says it all.
-    kept: list[_Change] = []
+def _needed(batch: list[_Change]) -> list[Callable[[], None]]:
+    # Of records of one layer that follow each other the last one says it all.
+    works: list[Callable[[], None]] = []
     behind: dict[LayerKey, bool] = {}
     for change in reversed(batch):
+        if change.note is not None:
+            works.append(change.note)
         if not (change.put and behind.get(change.key)):
-            kept.append(change)
+            works.append(change.work)
         behind[change.key] = change.put
-    kept.reverse()
-    return kept
+    works.reverse()
+    return works

@@ -1,0 +1,163 @@
+"""Which changes of a layer have been made: what makes a call that comes twice one change.
+
+A session changes a layer under the numbers 1, 2, 3 and so on, and waits for the answer to one before it sends the
+next; so its last change is all that it can ask for again. That is remembered of so many sessions a layer. A session
+that had to be forgotten is never taken for a new one: sessions have numbers, a layer knows the highest of those that it
+has forgotten, and up to that one it takes no first change.
+"""
+
+from __future__ import annotations
+
+import itertools
+import struct
+from collections.abc import Sequence
+from hashlib import blake2b
+
+import numpy as np
+
+from sharednorm.errors import KeyReused, SessionExpired, StepOutOfOrder
+from sharednorm.state import Moments
+from sharednorm_server.store.changes import NUMBER_BYTES, CallKey, LastChange, Note, Remembered, TakenStep
+
+DEFAULT_MAX_SESSIONS = 1024
+
+# Sessions that one run of a server opens; the run is above them, so that a number fits SQLite's integers.
+_COUNT_BITS = 32
+
+Content = str | bytes | float | bool | Sequence["Content"] | np.ndarray | None
+
+
+class SessionNumbers:
+    """Gives sessions their numbers, and knows those that were given. Any thread may use it.
+
+    Args:
+        run: How often the state was opened, this time included: numbers of a later run are higher.
+    """
+
+    def __init__(self, run: int) -> None:
+        self._run = run
+        self._next = itertools.count()
+        self._given = 0
+
+    def open(self) -> bytes:
+        """Return the number of a new session."""
+        number = next(self._next)
+        self._given = max(self._given, number + 1)
+        return (self._run << _COUNT_BITS | number).to_bytes(NUMBER_BYTES, "big")
+
+    def given(self, number: int) -> bool:
+        """Return whether a session may have a number: somebody who makes one up would make others look forgotten."""
+        run = number >> _COUNT_BITS
+        return run < self._run or (run == self._run and number - (run << _COUNT_BITS) < self._given)
+
+
+class Ledger:
+    """The last change of each session that has changed a layer. Whoever calls holds the layer.
+
+    Args:
+        most: Sessions that are remembered, at least 1.
+        numbers: Which sessions there are.
+        known: What is known already.
+    """
+
+    def __init__(self, most: int, numbers: SessionNumbers, known: Remembered | None = None) -> None:
+        known = known or Remembered()
+        self._most = most
+        self._numbers = numbers
+        self._changes = dict(known.changes)  # the least recent first
+        self._floor = known.floor
+
+    def find(self, key: CallKey, content: bytes) -> LastChange | None:
+        """Return the change that was made under a key; None: it is to be made now.
+
+        Raises:
+            KeyReused: It was another one.
+            StepOutOfOrder: The session has made other changes since, or has left one out.
+            SessionExpired: The session is not remembered any more.
+        """
+        last = self._changes.get(key.session)
+        if last is None:
+            number = _number(key.session)
+            if key.seq > 1 or number <= self._floor or not self._numbers.given(number):
+                raise SessionExpired(
+                    "the layer does not remember this session any more: whether the change was made before cannot be "
+                    "said, and it was not made now (expected: a new session, for what has not been sent yet)"
+                )
+            return None
+        if key.seq == last.seq + 1:
+            return None
+        if key.seq != last.seq:
+            raise StepOutOfOrder(
+                f"the change has number {key.seq} in its session, whose last one of this layer was {last.seq} "
+                f"(expected: {last.seq + 1}; or {last.seq}, to ask for the last one again)",
+                {"seq": str(key.seq), "last": str(last.seq)},
+            )
+        if last.content != content:
+            raise KeyReused(_REUSED)
+        return last
+
+    def note(self, key: CallKey, change: LastChange) -> Note:
+        """Return what has to be kept with a change that is made now; nothing is remembered yet."""
+        forgotten: tuple[bytes, ...] = ()
+        floor = self._floor
+        if key.session not in self._changes and len(self._changes) >= self._most:
+            forgotten = tuple(list(self._changes)[: len(self._changes) - self._most + 1])
+            floor = max(floor, *map(_number, forgotten))
+        return Note(key.session, change, forgotten, floor)
+
+    def remember(self, note: Note) -> None:
+        """Remember a change that was made."""
+        for session in (note.session, *note.forgotten):
+            self._changes.pop(session, None)
+        self._changes[note.session] = note.change
+        self._floor = note.floor
+
+
+def same_step(change: LastChange, batch: Moments) -> TakenStep:
+    """Return the step that comes again, if it is of the same batch, whose moments tell.
+
+    Raises:
+        KeyReused: It is of another.
+    """
+    step = change.step
+    if step is None or _bytes(step.moments) != _bytes(batch):
+        raise KeyReused(_REUSED)
+    return step
+
+
+def digest(*content: Content) -> bytes:
+    """Return 16 bytes that stand for what a change was asked to do."""
+    hashed = blake2b(digest_size=16)
+    _feed(hashed, content)
+    return hashed.digest()
+
+
+_REUSED = (
+    "another change was made under this key, and this one was not (expected: the same content, to ask for that change "
+    "again; or the next number, for a new one)"
+)
+
+
+def _feed(hashed: blake2b, content: Content) -> None:
+    # Each part with its kind and its length, so that no two contents are of the same bytes.
+    if isinstance(content, (bytes, str)):
+        data = content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content
+    elif isinstance(content, np.ndarray):
+        data = content.tobytes()
+    elif isinstance(content, (bool, float, int)) or content is None:
+        data = b"" if content is None else struct.pack("<d", content)
+    else:
+        hashed.update(struct.pack("<cQ", b"(", len(content)))
+        for part in content:
+            _feed(hashed, part)
+        return
+    hashed.update(struct.pack("<cQ", b"-" if content is None else b"'", len(data)))
+    hashed.update(data)
+
+
+def _bytes(moments: Moments) -> tuple[int, bytes, bytes]:
+    return moments.count, moments.mean.tobytes(), moments.m2.tobytes()
+
+
+def _number(session: bytes) -> int:
+    return int.from_bytes(session[:NUMBER_BYTES], "big")

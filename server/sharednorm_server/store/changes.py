@@ -1,0 +1,73 @@
+"""What is kept of a layer's changes beside the layer: under which key the last one of each session was made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from sharednorm.config import Vector
+from sharednorm.state import Moments
+
+SESSION_BYTES = 16
+NUMBER_BYTES = 8
+"""So many of a session's bytes are its number, big-endian: sessions that were opened later have higher ones."""
+
+
+@dataclass(frozen=True)
+class CallKey:
+    """Which change of a layer a call is: the one of that number of that session."""
+
+    session: bytes
+    seq: int
+
+
+@dataclass(frozen=True, eq=False)
+class TakenStep:
+    """What makes the output of a step again: the moments of its batch, and the scale and bias that it used."""
+
+    moments: Moments
+    scale: Vector
+    bias: Vector
+
+
+@dataclass(frozen=True, eq=False)
+class LastChange:
+    """The last change that a session has made to a layer, and what it takes to answer it again.
+
+    Attributes:
+        seq: Its number in the session.
+        content: Digest of what was asked for, without moments.
+        version: Of the layer after it.
+        num_of_props: Of the statistics after it.
+        step: If it was a step: what makes its output again.
+    """
+
+    seq: int
+    content: bytes
+    version: int
+    num_of_props: int
+    step: TakenStep | None = None
+
+
+@dataclass(frozen=True)
+class Note:
+    """What is kept together with a layer's new record.
+
+    Attributes:
+        session: Who has made the change.
+        change: The change.
+        forgotten: Sessions that are not remembered any more.
+        floor: The highest number of those that ever were forgotten.
+    """
+
+    session: bytes
+    change: LastChange
+    forgotten: tuple[bytes, ...] = ()
+    floor: int = 0
+
+
+@dataclass(frozen=True)
+class Remembered:
+    """What is known of the sessions that have changed a layer: their last changes, the least recent first."""
+
+    changes: dict[bytes, LastChange] = field(default_factory=dict)
+    floor: int = 0
