@@ -111,9 +111,9 @@ def test_evaluation_needs_no_call_while_what_was_read_is_fresh(hub: sharednorm.H
     reads: list[str] = []
     original = type(hub._connection).call
 
-    def call(self: Any, method: str, *rest: Any) -> Any:
+    def call(self: Any, method: str, *rest: Any, **named: Any) -> Any:
         reads.append(method)
-        return original(self, method, *rest)
+        return original(self, method, *rest, **named)
 
     monkeypatch.setattr(type(hub._connection), "call", call)
     first = bn(x)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import sharednorm
+from sharednorm import wire
 from sharednorm.config import MAX_MAPS, LayerConfig, LayerKind
 from sharednorm.errors import InvalidConfiguration, LayerNotFound
 from sharednorm.normalization import arithmetic
@@ -322,7 +323,7 @@ def test_the_hub_and_its_handles_say_what_they_are(hub: sharednorm.Hub, server: 
     assert "BatchNorm2D" in repr(layer)
     assert "stem/bn" in repr(layer)
     assert server.address in repr(layer)
-    assert hub.info.protocol == 1
+    assert hub.info.protocol == wire.PROTOCOL
     assert hub.info.version == sharednorm.__version__
     assert hub.info.device.startswith("cpu")
 
@@ -335,7 +336,7 @@ def test_a_proxy_in_the_environment_is_not_asked_for_this_machine(
     monkeypatch.delenv("no_proxy", raising=False)
     monkeypatch.delenv("no_grpc_proxy", raising=False)
     with sharednorm.connect(server.address) as hub:
-        assert hub.info.protocol == 1
+        assert hub.info.protocol == wire.PROTOCOL
 
 
 def test_a_relative_socket_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,7 +70,7 @@ def trained(x: Floats) -> tuple[Floats, int]:
 
 def test_server_information(client: StockClient) -> None:
     info = client.stub.GetServerInfo(service_pb2.GetServerInfoRequest(), timeout=SECONDS)
-    assert (info.protocol, info.store) == (1, "memory:")
+    assert (info.protocol, info.store) == (2, "memory:")
     assert info.device.startswith("cpu (")
     assert info.version.count(".") == 2
     assert info.max_unary_bytes == 1 << 20
@@ -345,9 +345,44 @@ def test_reflection(channel: grpc.Channel) -> None:
     assert b"BatchNormService" in file.file_descriptor_response.file_descriptor_proto[0]
 
 
+def test_a_call_that_is_sent_twice_under_one_key(client: StockClient, name: str) -> None:
+    client.create(name)
+    opened = [client.stub.OpenSession(service_pb2.OpenSessionRequest(), timeout=SECONDS).session for _ in range(2)]
+    assert [len(session) for session in opened] == [8, 8]
+    assert opened[0] != opened[1]
+    x = tensor(1)
+    request = service_pb2.ForwardRequest(ref=ref(name), input=spec(SHAPE), data=x.tobytes())
+    request.key.session, request.key.seq = opened[0] + b"mine 001", 1
+    first, again = (client.stub.Forward(request, timeout=SECONDS) for _ in range(2))
+    assert (first.replayed, again.replayed) == (False, True)
+    assert (first.version, again.version) == (1, 1)
+    assert first.data == again.data
+    request.data = tensor(2).tobytes()
+    with pytest.raises(grpc.RpcError) as caught:
+        client.stub.Forward(request, timeout=SECONDS)
+    assert (code_of(caught.value), detail_of(caught.value).reason) == (
+        grpc.StatusCode.FAILED_PRECONDITION, "KEY_REUSED",
+    )  # fmt: skip
+    request.key.seq = 3
+    with pytest.raises(grpc.RpcError) as caught:
+        client.stub.Forward(request, timeout=SECONDS)
+    assert detail_of(caught.value).reason == "STEP_OUT_OF_ORDER"
+    request.key.seq = 2
+    assert client.stub.Forward(request, timeout=SECONDS).version == 2
+    for session, seq in ((b"", 1), (opened[0], 1), (opened[0] + b"mine 002", 0), (opened[0] + b"mine 0021", 1)):
+        request.key.session, request.key.seq = session, seq
+        with pytest.raises(grpc.RpcError) as caught:
+            client.stub.Forward(request, timeout=SECONDS)
+        assert detail_of(caught.value).reason == "MALFORMED_MESSAGE"
+    request.key.session, request.key.seq = b"\xff" * 16, 1
+    with pytest.raises(grpc.RpcError) as caught:
+        client.stub.Forward(request, timeout=SECONDS)
+    assert detail_of(caught.value).reason == "SESSION_EXPIRED"
+
+
 def test_every_method_of_the_contract_is_there(channel: grpc.Channel) -> None:
     for method in service_pb2.DESCRIPTOR.services_by_name["BatchNormService"].methods:
-        if method.name in {"GetServerInfo", "ListLayers", "LeaveGroup", "PushMany", "GetManyStats"}:
+        if method.name in {"GetServerInfo", "OpenSession", "ListLayers", "LeaveGroup", "PushMany", "GetManyStats"}:
             continue  # an empty message is a good one; other tests call them
         with pytest.raises(grpc.RpcError) as caught:
             list(raw_stream(channel, method.name, iter([]))) if method.client_streaming else raw(

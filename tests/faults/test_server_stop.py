@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from sharednorm import wire
 from sharednorm.v1 import service_pb2
 from sharednorm_server.config import ServerConfig
 from tests.support import oracle, server
@@ -190,11 +191,11 @@ def test_a_dead_servers_socket_is_replaced_and_a_living_ones_is_not(tmp_path: Pa
         assert process.stop(signal.SIGKILL) == -signal.SIGKILL
     assert path.is_socket()
     with server.in_process(ServerConfig(listen=f"unix:{path}")), channel_to(f"unix:{path}") as channel:
-        assert info(StockClient.on(channel)).protocol == 1
+        assert info(StockClient.on(channel)).protocol == wire.PROTOCOL
         second = server.run(["serve", "--listen", f"unix:{path}"])
         assert (second.returncode, second.stdout) == (2, "")
         assert second.stderr == f"sharednorm: cannot listen on unix:{path}: another server does already\n"
-        assert info(StockClient.on(channel)).protocol == 1
+        assert info(StockClient.on(channel)).protocol == wire.PROTOCOL
 
 
 def test_a_port_can_be_used_again_at_once() -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from sharednorm_server.config import StartError
 from sharednorm_server.requests import ForwardCall
 from sharednorm_server.store import LayerKey, LayerRecord
 from sharednorm_server.store._sqlite_file import FILE_VERSION
+from sharednorm_server.store.changes import LastChange, Note, Remembered, TakenStep
 from sharednorm_server.store.sqlite import FILE_NAME, SqliteStore
 from tests.support import oracle
 from tests.support.service import CONFIG, KEY, SHAPE, create, new_service
@@ -175,6 +177,87 @@ def test_what_each_durability_asks_of_the_disk(tmp_path: Path, durability: str, 
     store.close()
 
 
+# --- Sessions ---------------------------------------------------------------------------------------
+
+
+def taken(seed: int) -> TakenStep:
+    rng = np.random.default_rng(seed)
+    scale, bias = (rng.normal(size=3).astype(np.float32) for _ in range(2))
+    return TakenStep(moments(seed), scale, bias)
+
+
+def changes() -> dict[bytes, LastChange]:
+    return {
+        b"session a".ljust(16): LastChange(3, b"1" * 16, 12, 11, taken(1)),
+        bytes(16): LastChange((1 << 62) - 1, bytes(range(16)), (1 << 53), 1 << 53, taken(2)),
+        b"\xff" * 16: LastChange(1, b"", 0, 0),
+    }
+
+
+def test_last_changes_are_there_when_the_file_is_opened_again(tmp_path: Path) -> None:
+    store = SqliteStore(tmp_path)
+    store.create(first())
+    for session, change in changes().items():
+        kept = store.put(first(), Note(session, change))
+        assert kept is not None
+    assert kept is not None
+    kept.wait()
+    for _ in range(2):
+        found = store.remembered(first().key)
+        assert list(found.changes) == list(changes())
+        for session, change in changes().items():
+            same_change(found.changes[session], change)
+        store = again(store)
+    store.close()
+
+
+def same_change(found: LastChange, expected: LastChange) -> None:
+    for name in ("seq", "content", "version", "num_of_props"):
+        assert getattr(found, name) == getattr(expected, name)
+    if expected.step is None:
+        assert found.step is None
+        return
+    assert found.step is not None
+    for one, other in ((found.step, expected.step), (found.step.moments, expected.step.moments)):
+        for name in ("scale", "bias") if isinstance(one, TakenStep) else ("mean", "m2"):
+            assert getattr(one, name).tobytes() == getattr(other, name).tobytes()
+            assert getattr(one, name).dtype == getattr(other, name).dtype
+    assert found.step.moments.count == expected.step.moments.count
+
+
+def test_each_opening_is_another_run(tmp_path: Path) -> None:
+    store = SqliteStore(tmp_path)
+    for run in (1, 2, 3):
+        assert store.run == run
+        store = again(store)
+    store.close()
+
+
+def test_a_file_of_the_first_version_is_brought_to_this_one(tmp_path: Path) -> None:
+    store = SqliteStore(tmp_path)
+    service = new_service(store=store)
+    create(service)
+    service.push_moments(KEY, True, moments(1))
+    record = service.get_layer(KEY)
+    service.close()
+    with closing(sqlite3.connect(tmp_path / FILE_NAME)) as database:  # take away what later versions have added
+        database.executescript(
+            "DROP TABLE changes; DROP TABLE server; ALTER TABLE layers DROP COLUMN session_floor;"
+            "PRAGMA user_version = 1"
+        )
+        columns = [name for _, name, *_ in database.execute("PRAGMA table_info(layers)")]
+        assert columns == ["id", "namespace", "name", "uid", "config", "train", "initialized", "version"]
+    store = SqliteStore(tmp_path)
+    same(store.get(KEY), record)
+    assert (store.run, store.remembered(KEY)) == (1, Remembered({}, 0))
+    store = again(store)
+    same(store.get(KEY), record)
+    assert store.run == 2
+    store.close()
+    with closing(sqlite3.connect(tmp_path / FILE_NAME)) as database:
+        assert database.execute("PRAGMA user_version").fetchone() == (FILE_VERSION,)
+
+
 # --- Many at a time ---------------------------------------------------------------------------------
 
 
@@ -191,7 +274,7 @@ def test_what_waits_together_is_kept_together(tmp_path: Path, monkeypatch: pytes
         for name in names:
             record = last[name]
             last[name] = record.with_state(step(record.state, record.config, moments(number)))
-            waiting.append(store.put(last[name]))
+            waiting.append(store.put(last[name], Note(bytes([number]) * 16, LastChange(1, b"", number, number))))
     assert statements == []  # nobody has waited
     for kept in reversed(waiting):
         assert kept is not None
@@ -200,10 +283,12 @@ def test_what_waits_together_is_kept_together(tmp_path: Path, monkeypatch: pytes
     assert [sum(text.startswith(word) for text in statements) for word in ("BEGIN", "COMMIT")] == [1, 1]
     assert sum(text.startswith("UPDATE layers") for text in statements) == 20
     assert not any("parameters" in text for text in statements)  # which no step changes
+    assert sum("INTO changes" in text for text in statements) == 60  # but what each session has done
     store._database.set_trace_callback(None)
     store = again(store)
     for name in names:
         same(store.get(LayerKey("default", name)), last[name])
+        assert len(store.remembered(LayerKey("default", name)).changes) == 3
     store.close()
 
 
@@ -261,6 +346,7 @@ def test_threads_that_change_many_layers(tmp_path: Path) -> None:
 def test_a_directory_that_another_process_uses(tmp_path: Path) -> None:
     code = f"""
 import sys, pathlib
+from sharednorm_server.store.changes import LastChange, Note, Remembered, TakenStep
 from sharednorm_server.store.sqlite import SqliteStore
 store = SqliteStore(pathlib.Path({str(tmp_path)!r}))
 print("open", flush=True)

@@ -14,6 +14,7 @@ import pytest
 from sharednorm.config import LayerConfig, LayerKind
 from sharednorm.state import initial_state
 from sharednorm_server.store import LayerKey, LayerRecord, Store
+from sharednorm_server.store.changes import LastChange, Note, Remembered
 from sharednorm_server.store.memory import MemoryStore
 from sharednorm_server.store.sqlite import SqliteStore
 
@@ -23,6 +24,11 @@ CONFIG = LayerConfig(LayerKind.BATCH_NORM_2D, 2)
 def record(name: str, namespace: str = "default") -> LayerRecord:
     state = initial_state(CONFIG, 0.0, np.random.default_rng(0))
     return LayerRecord(LayerKey(namespace, name), CONFIG, state)
+
+
+def note(session: str, seq: int, forgotten: tuple[str, ...] = (), floor: int = 0) -> Note:
+    names = tuple(name.ljust(16).encode() for name in forgotten)
+    return Note(session.ljust(16).encode(), LastChange(seq, b"content", 7, 6), names, floor)
 
 
 @pytest.fixture(params=["memory", "sqlite"])
@@ -64,6 +70,31 @@ def test_put_makes_no_new_record(store: Store) -> None:
     assert store.put(record("a")) is None
     assert store.get(LayerKey("default", "a")) is None
     assert store.page("default", "", 10) == []
+
+
+def test_what_is_known_of_sessions_is_kept_with_the_records(store: Store) -> None:
+    key = LayerKey("default", "a")
+    store.create(record("a"))
+    store.create(record("b"))
+    assert store.remembered(key) == Remembered({}, 0)
+    assert store.remembered(LayerKey("default", "c")) == Remembered({}, 0)
+    for seq, session in enumerate(("one", "two", "three", "one")):
+        assert store.put(record("a"), note(session, seq)) is not None
+    found = store.remembered(key)
+    assert [session.rstrip() for session in found.changes] == [b"two", b"three", b"one"]  # the most recent last
+    assert [change.seq for change in found.changes.values()] == [1, 2, 3]
+    assert store.put(record("a"), note("four", 4, forgotten=("two", "three"), floor=9)) is not None
+    found = store.remembered(key)
+    assert ([session.rstrip() for session in found.changes], found.floor) == ([b"one", b"four"], 9)
+    assert store.remembered(LayerKey("default", "b")) == Remembered({}, 0)
+    assert store.put(record("c"), note("one", 1)) is None
+    store.delete(key)
+    store.create(record("a"))
+    assert store.remembered(key) == Remembered({}, 0)
+
+
+def test_a_store_has_been_opened_at_least_once(store: Store) -> None:
+    assert store.run >= 1
 
 
 def test_delete_forgets_and_says_whether_there_was_anything(store: Store) -> None:
