@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Callable
+from typing import TypeVar
 
 from sharednorm._deadline import Deadline
-from sharednorm.errors import ServerUnavailable
+from sharednorm.errors import DeadlineExceeded, ServerUnavailable
 
 # Pauses before a call is made again, in seconds.
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 1.0
+
+A = TypeVar("A")
 
 
 class Attempts:
@@ -26,13 +30,32 @@ class Attempts:
     def __init__(self, left: Deadline) -> None:
         self.left = left
         self.unknown = False
-        self._pause = _FIRST_PAUSE
 
-    def failed(self, error: ServerUnavailable) -> None:
-        """Wait until the call may be made again; raise what it has ended with if there is no time for that."""
-        self.unknown = True
-        pause = self._pause * random.uniform(0.75, 1.25)  # noqa: S311 - no secret: it spreads those who wait
-        if self.left.left() <= pause:
-            raise error
-        time.sleep(pause)
-        self._pause = min(2 * self._pause, _LONGEST_PAUSE)
+    def run(self, call: Callable[[], A], restart: Callable[[], object] = lambda: None) -> A:
+        """Make a call.
+
+        Args:
+            call: Makes it once.
+            restart: Called before it is made again.
+
+        Raises:
+            ServerUnavailable: The server was away when there was time for one more attempt for the last time.
+            SharedNormError: What the call raises.
+        """
+        pause, away = _FIRST_PAUSE, None
+        while True:
+            try:
+                return call()
+            except ServerUnavailable as error:
+                self.unknown, away = True, error
+                seconds = pause * random.uniform(0.75, 1.25)  # noqa: S311 - no secret: it spreads those who wait
+                if self.left.left() <= seconds:
+                    raise
+            except DeadlineExceeded:
+                self.unknown = True
+                if away is not None:
+                    raise away from None  # which says why nobody has answered
+                raise
+            time.sleep(seconds)
+            pause = min(2 * pause, _LONGEST_PAUSE)
+            restart()

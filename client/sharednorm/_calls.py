@@ -183,19 +183,15 @@ class Connection:
             method: Which.
             request: What it asks.
             answer: Class of the answer.
-            timeout: Seconds that it may take; None: the usual ones, or what `attempts` has.
-            attempts: Makes it again while the server is away; None: it is made once.
+            timeout: Seconds that it may take; None: the usual ones.
+            attempts: Makes it again while the server is away, and has the deadline; None: it is made once.
         """
         encoded = request.SerializeToString()
-        while True:
-            seconds = self.timeout if attempts is None else max(attempts.left.left(), _LEAST_SECONDS)
-            try:
-                data = self._unary(method, encoded, seconds if timeout is None else timeout)
-                break
-            except ServerUnavailable as error:
-                if attempts is None:
-                    raise
-                attempts.failed(error)
+        if attempts is None:
+            data = self._unary(method, encoded, self.timeout if timeout is None else timeout)
+        else:
+            left = attempts.left
+            data = attempts.run(lambda: self._unary(method, encoded, max(left.left(), _LEAST_SECONDS)))
         try:
             return answer.FromString(data)
         except (DecodeError, UnicodeDecodeError) as error:  # the latter by protobuf's pure Python runtime

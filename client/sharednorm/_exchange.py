@@ -35,7 +35,6 @@ from sharednorm.errors import (
     LimitExceeded,
     MalformedMessage,
     ServerBusy,
-    ServerUnavailable,
     SharedNormError,
 )
 
@@ -175,6 +174,11 @@ class Exchange:
         nbytes = sum(source.nbytes for source in sources)
         meter = Meter(self._progress, method.name, nbytes, 0 if like is None else like.nbytes)
         call = _Call(method, request, sources, like, out, left, meter)
+        if attempts is None:
+            return self._patiently(call)
+        return attempts.run(lambda: self._patiently(call), meter.restart)
+
+    def _patiently(self, call: _Call[R, T]) -> Answer[T]:
         pause = 0.0
         while True:
             try:
@@ -182,14 +186,10 @@ class Exchange:
             except ServerBusy as busy:
                 # Nothing was done, so that the same call may be made again, whatever it is.
                 pause = max(_seconds(busy), min(1.0, 2 * pause)) * random.uniform(1, 1.5)  # noqa: S311 - no secret: it spreads those who wait
-                if left.left() <= pause:
+                if call.left.left() <= pause:
                     raise
-                time.sleep(pause)
-            except ServerUnavailable as error:
-                if attempts is None:
-                    raise
-                attempts.failed(error)
-            meter.restart()
+            time.sleep(pause)
+            call.meter.restart()
 
     def plain(
         self,
@@ -201,13 +201,9 @@ class Exchange:
         attempts: Attempts | None = None,
     ) -> A:
         """Make a call without a tensor that a direct connection takes, too; see `call` for the arguments."""
-        while True:
-            try:
-                return self._plainly(method, number, request, answer, left)
-            except ServerUnavailable as error:  # noqa: PERF203 - the loop is one try, and seldom a second
-                if attempts is None:
-                    raise
-                attempts.failed(error)
+        if attempts is None:
+            return self._plainly(method, number, request, answer, left)
+        return attempts.run(lambda: self._plainly(method, number, request, answer, left))
 
     def _plainly(self, method: str, number: int, request: Message, answer: type[A], left: Deadline) -> A:
         self._connection.require_open()

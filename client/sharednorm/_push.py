@@ -16,7 +16,14 @@ from sharednorm._exchange import Exchange
 from sharednorm._once import Keys, Lane
 from sharednorm._reading import error_of, grouped, require_results
 from sharednorm._seam import Parameters
-from sharednorm.errors import DeadlineExceeded, InternalError, MalformedMessage, SessionExpired, SharedNormError
+from sharednorm.errors import (
+    DeadlineExceeded,
+    InternalError,
+    MalformedMessage,
+    ServerUnavailable,
+    SessionExpired,
+    SharedNormError,
+)
 from sharednorm.v1 import layer_pb2, service_pb2
 
 DEFAULT_MAX_PENDING = 8
@@ -252,11 +259,19 @@ class Sender:
             assert step.lane is not None, "a step is sent under a key"
             step.request.key.session, step.request.key.seq = step.lane.session, step.lane.seq
         request = service_pb2.PushManyRequest(pushes=[step.request for step in steps])
-        answer = self._exchange.plain(
-            "PushMany", frames.PUSH_MANY, request, service_pb2.PushManyResponse, attempts.left, attempts
-        )
-        require_results("PushMany", len(answer.results), len(steps))
-        return [_result(step, result) for step, result in zip(steps, answer.results, strict=True)]
+
+        def call() -> list[Parameters | _Refused]:
+            answer = self._exchange.plain(
+                "PushMany", frames.PUSH_MANY, request, service_pb2.PushManyResponse, attempts.left
+            )
+            require_results("PushMany", len(answer.results), len(steps))
+            results = [_result(step, result) for step, result in zip(steps, answer.results, strict=True)]
+            for result in results:
+                if isinstance(result, _Refused) and isinstance(result.error, ServerUnavailable):
+                    raise result.error  # as if nothing had come: what was taken is known again
+            return results
+
+        return attempts.run(call)
 
     def _with_new_sessions(
         self, steps: Sequence[_Step], results: list[Parameters | _Refused], attempts: Attempts

@@ -115,6 +115,7 @@ def test_evaluation_needs_no_call_while_what_was_read_is_fresh(hub: sharednorm.H
         reads.append(method)
         return original(self, method, *rest, **named)
 
+    trainer(random_tensor(2, SHAPE))  # which opens its session
     monkeypatch.setattr(type(hub._connection), "call", call)
     first = bn(x)
     trainer(x)

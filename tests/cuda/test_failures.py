@@ -59,7 +59,7 @@ def test_a_launch_that_is_refused_fails_its_call_alone(breakable: Device) -> Non
 
 
 def test_the_client_gets_an_internal_error_without_internals(breakable: Device) -> None:
-    with in_process(service=service_on(breakable)) as server, sharednorm.connect(server.address) as hub:
+    with in_process(service=service_on(breakable)) as server, sharednorm.connect(server.address, timeout=2) as hub:
         bn = hub.layer("bn")
         fail("launch:1")
         with pytest.raises(InternalError) as caught:
@@ -75,7 +75,10 @@ def test_a_call_that_fails_while_its_tensor_arrives_leaves_the_connection_to_the
 ) -> None:
     x = oracle.random_tensor(1, (8, 4, 256, 256))  # several steps: the first finds no memory on its way to the GPU
     service = service_on(breakable)
-    with in_process(service=service) as server, sharednorm.connect(server.address, transport=transport) as hub:
+    with (
+        in_process(service=service) as server,
+        sharednorm.connect(server.address, transport=transport, timeout=2) as hub,
+    ):
         bn = hub.layer("bn")
         for _ in range(3):
             fail("allocation:2+")  # the first is the tensor's own
@@ -97,7 +100,7 @@ def test_what_a_lost_gpu_is_to_those_who_use_it() -> None:
 def test_a_server_that_loses_its_gpu_ends_with_its_own_exit_code() -> None:
     # Enough launches for the start, its check of the kernels included, and for the first forward.
     env = {**cuda.environment(), "SHAREDNORM_EMULATED_FAIL": "fault:12"}
-    with server_process("--device", "cuda", env=env) as server, sharednorm.connect(server.address) as hub:
+    with server_process("--device", "cuda", env=env) as server, sharednorm.connect(server.address, timeout=2) as hub:
         bn = hub.BatchNorm2D(4, name="bn")
         x = oracle.random_tensor(1, SHAPE)
         assert bn(x).shape == SHAPE

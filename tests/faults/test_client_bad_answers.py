@@ -61,7 +61,9 @@ def answered(x: Array, change: Callable[[service_pb2.ForwardResponse], object] =
 @contextmanager
 def liar(answers: Answers) -> Iterator[sharednorm.Hub]:
     """A hub of a real gRPC server whose forwards are answered so, whatever came."""
-    info = service_pb2.GetServerInfoResponse(protocol=1, max_unary_bytes=wire.MAX_UNARY_BYTES, chunk_bytes=1 << 20)
+    info = service_pb2.GetServerInfoResponse(
+        protocol=wire.PROTOCOL, max_unary_bytes=wire.MAX_UNARY_BYTES, chunk_bytes=1 << 20
+    )
     found = service_pb2.GetLayerResponse(layer=layer())
 
     def forward(data: bytes, _: grpc.ServicerContext) -> bytes:
@@ -74,7 +76,9 @@ def liar(answers: Answers) -> Iterator[sharednorm.Hub]:
             pass
         yield from answers(np.zeros(tuple(request.input.shape), np.float32))
 
+    session = service_pb2.OpenSessionResponse(session=bytes(8)).SerializeToString()
     handlers: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {
+        "OpenSession": grpc.unary_unary_rpc_method_handler(lambda *_: session),
         "GetServerInfo": grpc.unary_unary_rpc_method_handler(lambda *_: info.SerializeToString()),
         "GetLayer": grpc.unary_unary_rpc_method_handler(lambda *_: found.SerializeToString()),
         "Forward": grpc.unary_unary_rpc_method_handler(forward),

@@ -59,7 +59,7 @@ def test_a_server_that_is_killed_in_the_middle_of_its_download(transport: str, l
                 os.kill(process.pid, signal.SIGKILL)
                 process.wait()
 
-        with sharednorm.connect(process.address, transport=transport, progress=tell) as hub:
+        with sharednorm.connect(process.address, transport=transport, progress=tell, timeout=8) as hub:
             bn = hub.BatchNorm2D(4, name="bn")
             bn.trainMode()
             before = bn(np.ones((2, 4, 3, 3), np.float32))

@@ -92,7 +92,7 @@ def test_a_call_that_waits_for_a_worker_is_in_flight_too() -> None:
         process.process.send_signal(signal.SIGTERM)
         eventually(lambda: "stopping" in process.log())
         slow.answer()
-        assert {call.result(SECONDS).protocol for call in waiting} == {1}
+        assert {call.result(SECONDS).protocol for call in waiting} == {wire.PROTOCOL}
         assert process.wait() == 0
 
 
