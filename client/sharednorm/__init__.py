@@ -15,6 +15,7 @@ from sharednorm._connect import connect
 from sharednorm._group import Group
 from sharednorm._version import __version__
 from sharednorm.errors import (
+    BackupFailed,
     BackwardInEval,
     BackwardWithoutForward,
     CallCancelled,
@@ -46,17 +47,19 @@ from sharednorm.errors import (
     ServerUnavailable,
     SessionExpired,
     SharedNormError,
+    SnapshotNotFound,
     StaleGeneration,
     StepOutOfOrder,
     StoreFailed,
     TooFewValues,
     UnsupportedDType,
 )
-from sharednorm.hub import Hub, LayerInfo, Progress, ServerInfo
+from sharednorm.hub import Hub, LayerInfo, Progress, ServerInfo, SnapshotInfo
 from sharednorm.layers import BatchNorm, BatchNorm1D, BatchNorm2D, BatchNorm3D, Layer, Variable
 from sharednorm.statistics import Statistics, StatisticsDelta
 
 __all__ = [
+    "BackupFailed",
     "BackwardInEval",
     "BackwardWithoutForward",
     "BatchNorm",
@@ -98,6 +101,8 @@ __all__ = [
     "ServerUnavailable",
     "SessionExpired",
     "SharedNormError",
+    "SnapshotInfo",
+    "SnapshotNotFound",
     "StaleGeneration",
     "Statistics",
     "StatisticsDelta",

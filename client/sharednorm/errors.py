@@ -16,6 +16,8 @@
     ├── InvalidPageToken                                                        (also a ValueError)
     ├── ConfigurationMismatch           the name is taken by another configuration
     ├── LayerNotFound                                                           (also a LookupError)
+    ├── SnapshotNotFound                                                        (also a LookupError)
+    ├── BackupFailed                    the state could not be copied, and is as it was
     ├── DataLoss                        the server has lost steps that it had answered
     ├── InputEvicted                    the server no longer keeps a forward's input
     ├── MalformedMessage                a message contradicts itself
@@ -171,6 +173,14 @@ class ConfigurationMismatch(SharedNormError, reason="CONFIGURATION_MISMATCH", co
 
 class LayerNotFound(SharedNormError, LookupError, reason="LAYER_NOT_FOUND", code=NOT_FOUND):
     """No layer has that name, or it was deleted."""
+
+
+class SnapshotNotFound(SharedNormError, LookupError, reason="SNAPSHOT_NOT_FOUND", code=NOT_FOUND):
+    """The layer has no snapshot of that version; the message names those that it has."""
+
+
+class BackupFailed(SharedNormError, reason="BACKUP_FAILED", code=FAILED_PRECONDITION):
+    """The server could not copy its state to a file, or keeps none. The state itself is as it was."""
 
 
 class DataLoss(SharedNormError, reason="DATA_LOSS", code=DATA_LOSS):

@@ -26,16 +26,15 @@ from sharednorm._exchange import Exchange
 from sharednorm._group import Group
 from sharednorm._handling import Handling
 from sharednorm._listing import LayerInfo, list_layers
-from sharednorm._once import Keys
 from sharednorm._places import HubPlace, attach_again
 from sharednorm._progress import Progress
 from sharednorm._push import Sender
+from sharednorm._upkeep import SnapshotInfo, back_up, list_snapshots, roll_back, set_train
 from sharednorm.config import (
     Array,
     LayerConfig,
     LayerKind,
     check_domain,
-    check_flag,
     check_name,
 )
 from sharednorm.errors import InvalidShape, SharedNormError
@@ -43,7 +42,7 @@ from sharednorm.remote import RemoteBatchNorm, create_domain
 from sharednorm.state import StateUpdate, initial_state
 from sharednorm.v1 import layer_pb2, service_pb2
 
-__all__ = ["Hub", "LayerInfo", "Progress", "ServerInfo"]
+__all__ = ["Hub", "LayerInfo", "Progress", "ServerInfo", "SnapshotInfo"]
 
 
 @final
@@ -245,14 +244,30 @@ class Hub:
             InvalidName: No layer could have it.
             InvalidConfiguration: `train` is neither True nor False.
         """
-        request = service_pb2.SetTrainRequest(ref=self._ref(name), train=check_flag("train", train))
-        Keys(self._exchange.session).once(
-            request,
-            self._connection.deadline(),
-            lambda attempts: self._connection.call(
-                "SetTrain", request, service_pb2.SetTrainResponse, attempts=attempts
-            ),
-        )
+        set_train(self._exchange, self._ref(name), train)
+
+    def snapshots(self, name: str) -> list[SnapshotInfo]:
+        """Return the states of a layer that the server has kept, the oldest first; raises what `delete` raises."""
+        return list_snapshots(self._connection, self._ref(name))
+
+    def rollback(self, name: str, version: int) -> None:
+        """Bring a layer back to a snapshot, for everybody: parameters, and statistics with those of all domains.
+
+        What it has now becomes a snapshot first. Accumulated gradients are 0 then, and `version` goes on as it was.
+
+        Raises:
+            SnapshotNotFound: There is none of that version.
+            LayerNotFound, InvalidName: There is no layer of that name, or could be none.
+        """
+        roll_back(self._exchange, self._ref(name), version)
+
+    def backup(self) -> str:
+        """Have the server copy all that it keeps to a file, while it works; return the file's path on its machine.
+
+        Raises:
+            BackupFailed: It could not, or keeps nothing.
+        """
+        return back_up(self._connection)
 
     def BatchNorm(
         self,

@@ -9,7 +9,7 @@ import numpy as np
 
 from sharednorm.config import LayerConfig
 from sharednorm.domains import DomainStatistics, blank_statistics, with_domain, without_domain
-from sharednorm.errors import InvalidConfiguration
+from sharednorm.errors import InvalidConfiguration, SnapshotNotFound
 from sharednorm.state import (
     Moments,
     StateUpdate,
@@ -24,6 +24,7 @@ from sharednorm_server.layers import Layer, LayerRegistry
 from sharednorm_server.paging import name_of_token, page_size, token_of_name
 from sharednorm_server.store import LayerKey, LayerRecord, Store
 from sharednorm_server.store.changes import CallKey
+from sharednorm_server.store.snapshots import SnapshotInfo, SnapshotPolicy
 
 
 class LayerCatalog:
@@ -34,11 +35,12 @@ class LayerCatalog:
     Args:
         store: What remembers.
         max_sessions: Sessions whose last changes each layer remembers, so that a call that comes twice is one change.
+        policy: When snapshots are taken; None: as it is by default.
     """
 
-    def __init__(self, store: Store, max_sessions: int) -> None:
+    def __init__(self, store: Store, max_sessions: int, policy: SnapshotPolicy | None) -> None:
         self._store = store
-        self._layers = LayerRegistry(store, max_sessions)
+        self._layers = LayerRegistry(store, max_sessions, policy)
 
     def open_session(self) -> bytes:
         """Return the number of a new session, 8 bytes."""
@@ -148,6 +150,46 @@ class LayerCatalog:
             return replace(record, domains=without_domain(record.domains, key.domain, str(key)))
 
         return self._layers.find(key).whole.change(change)
+
+    # --- Snapshots ----------------------------------------------------------------------------------
+
+    def list_snapshots(self, key: LayerKey) -> list[SnapshotInfo]:
+        """Return what is known of the states of a layer that there are to go back to, the oldest first."""
+        self._layers.find(replace(key, domain=""))
+        return self._store.snapshots(key)
+
+    def roll_back(self, key: LayerKey, version: int, call: CallKey | None = None) -> tuple[LayerRecord, bool]:
+        """Put an earlier state of a layer in place; return the layer, and whether that was done before.
+
+        What it has now is kept as a snapshot first, unless there is one of its version.
+
+        Raises:
+            SnapshotNotFound: There is none of that version.
+        """
+        layer = self._layers.find(replace(key, domain=""))
+
+        def change(record: LayerRecord) -> LayerRecord:
+            found = self._store.snapshot(key, version)
+            if found is None:
+                there = [str(info.version) for info in self._store.snapshots(key)]
+                raise SnapshotNotFound(
+                    f"{key} has no snapshot of version {version} (expected: one of {', '.join(there[-50:]) or 'none'})",
+                    {"version": str(version)},
+                )
+            layer.take_snapshot(record)
+            state = replace(found.state, version=record.state.version)
+            return replace(record, state=state, domains={**record.domains, **found.domains})
+
+        return layer.change_once(call, ("Rollback", version), change)
+
+    def back_up(self) -> tuple[str, int]:
+        """Copy all that is kept to a file, while others go on; return its path and its size.
+
+        Raises:
+            BackupFailed: It could not be written; or what is kept is gone with this process.
+        """
+        path, size = self._store.back_up()
+        return str(path), size
 
     # --- Changes ------------------------------------------------------------------------------------
 

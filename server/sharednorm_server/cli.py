@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from sharednorm._version import __version__
 from sharednorm.errors import SharedNormError
 from sharednorm_server.bench import add_bench
-from sharednorm_server.commands import FAILED, add_ls, add_stats, shown
+from sharednorm_server.commands import FAILED, add_backup, add_ls, add_rollback, add_snapshots, add_stats, shown
 from sharednorm_server.config import (
     DEFAULT_LISTEN,
     ServerConfig,
@@ -79,6 +79,10 @@ def _serve(arguments: argparse.Namespace) -> int:
         device=arguments.device,
         state=default_state() if arguments.state is None else arguments.state,
         durability=arguments.durability,
+        snapshot_every=arguments.snapshot_every,
+        snapshot_count=arguments.snapshot_count,
+        snapshot_age=arguments.snapshot_age,
+        max_sessions=arguments.max_sessions,
         threads=arguments.threads,
         workers=arguments.workers,
         max_tensor_bytes=parse_size(arguments.max_tensor_bytes),
@@ -167,6 +171,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_serve(commands)
     add_ls(commands)
     add_stats(commands)
+    add_snapshots(commands)
+    add_rollback(commands)
+    add_backup(commands)
     add_bench(commands)
     add_doctor(commands)
     return parser
@@ -193,6 +200,15 @@ def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "of $STATE_DIRECTORY or $XDG_STATE_HOME, or ~/.local/state/sharednorm")  # fmt: skip
     add("--durability", choices=("os", "fsync"), default=defaults.durability,
         help="what an answered change survives: os, the end of the process, kill -9 included; fsync, loss of power; "
+        "default %(default)s")  # fmt: skip
+    add("--snapshot-every", type=float, metavar="SECONDS", default=defaults.snapshot_every,
+        help="time between two snapshots of a layer that changes; 0: none; default %(default)g")  # fmt: skip
+    add("--snapshot-count", type=int, metavar="N", default=defaults.snapshot_count,
+        help="snapshots of a layer that are kept; default %(default)s")  # fmt: skip
+    add("--snapshot-age", type=float, metavar="SECONDS", default=defaults.snapshot_age,
+        help="how old one gets; the newest always stays; default %(default)g")  # fmt: skip
+    add("--max-sessions", type=int, metavar="N", default=defaults.max_sessions,
+        help="clients whose last changes each layer remembers, so that what is sent twice is done once; "
         "default %(default)s")  # fmt: skip
     add("--threads", type=int, metavar="N", help="threads of one computation; default: one a CPU")
     add("--workers", type=int, metavar="N", default=defaults.workers,

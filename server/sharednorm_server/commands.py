@@ -50,6 +50,47 @@ def add_stats(commands: Commands[argparse.ArgumentParser]) -> None:
     add_server(parser)
 
 
+def add_snapshots(commands: Commands[argparse.ArgumentParser]) -> None:
+    """Add `sharednorm snapshots`."""
+    parser = commands.add_parser(
+        "snapshots",
+        help="list the earlier states of a layer",
+        description="List the states of a layer that the server has kept, to which `rollback` brings it back.",
+        epilog="example: sharednorm snapshots stem/bn",
+    )
+    parser.set_defaults(run=_snapshots, failure=FAILED)
+    parser.add_argument("name", metavar="NAME", help="the layer's name")
+    add_server(parser)
+
+
+def add_rollback(commands: Commands[argparse.ArgumentParser]) -> None:
+    """Add `sharednorm rollback`."""
+    parser = commands.add_parser(
+        "rollback",
+        help="bring a layer back to an earlier state",
+        description="Bring a layer back to a snapshot, for everybody: scale, bias, and the statistics of all domains. "
+        "What it has now becomes a snapshot first. Its count of steps goes on.",
+        epilog="example: sharednorm rollback stem/bn --to-version 12000",
+    )
+    parser.set_defaults(run=_rollback, failure=FAILED)
+    parser.add_argument("name", metavar="NAME", help="the layer's name")
+    parser.add_argument("--to-version", type=int, required=True, metavar="V", help="version of the snapshot")
+    add_server(parser)
+
+
+def add_backup(commands: Commands[argparse.ArgumentParser]) -> None:
+    """Add `sharednorm backup`."""
+    parser = commands.add_parser(
+        "backup",
+        help="copy a server's state to a file, while it works",
+        description="Have a server copy all that it keeps to a file on its machine, and print the file's path. To use "
+        "it, put it into an empty directory as sharednorm.sqlite3, and start a server with that as its --state.",
+        epilog="example: sharednorm backup --server unix:/run/sharednorm.sock",
+    )
+    parser.set_defaults(run=_backup, failure=FAILED)
+    add_server(parser)
+
+
 def add_server(parser: argparse.ArgumentParser) -> None:
     """Add the options that say which server, whose layers, and how long to wait."""
     parser.add_argument(
@@ -111,6 +152,28 @@ def _stats(arguments: argparse.Namespace) -> int:
         print_table([("MAP", *(name.upper() for name in _VECTORS)), *rows])
     if shown < layer.maps:
         print(f"({layer.maps - shown} more; --maps {layer.maps} shows all)")
+    return 0
+
+
+def _snapshots(arguments: argparse.Namespace) -> int:
+    with _connect(arguments) as hub:
+        found = hub.snapshots(arguments.name)
+    rows = [(str(each.version), str(each.num_of_props), f"{each.taken:%Y-%m-%d %H:%M:%S} UTC") for each in found]
+    print_table([("VERSION", "NUMOFPROPS", "TAKEN"), *rows])
+    return 0
+
+
+def _rollback(arguments: argparse.Namespace) -> int:
+    with _connect(arguments) as hub:
+        before = hub.layer(arguments.name).version
+        hub.rollback(arguments.name, arguments.to_version)
+    print(f"{shown(arguments.name)} is as it was at version {arguments.to_version}; what it was is version {before}")
+    return 0
+
+
+def _backup(arguments: argparse.Namespace) -> int:
+    with _connect(arguments) as hub:
+        print(hub.backup())
     return 0
 
 

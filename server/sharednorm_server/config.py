@@ -36,6 +36,11 @@ class ServerConfig:
         state: What remembers: "memory:", or "sqlite:///DIRECTORY", which other processes do not use meanwhile.
         durability: What an answered change survives in a file: "os", the end of the process, whichever way; "fsync",
             that of the machine.
+        snapshot_every: Seconds between two snapshots of a layer that changes; 0: none are taken.
+        snapshot_count: How many of a layer are kept, at least 1.
+        snapshot_age: Seconds for which one is kept at the longest; but the newest always is.
+        max_sessions: Sessions whose last changes each layer remembers, at least 1, so that a call that comes twice is
+            one change.
         threads: Threads of one computation; None for one a CPU that the process may use.
         workers: Most calls that run at a time by gRPC, and as many on direct connections; others wait. 1 to 1024.
         max_tensor_bytes: Largest tensor that is accepted, at least 1.
@@ -59,6 +64,10 @@ class ServerConfig:
     device: str = "cpu"
     state: str = "memory:"
     durability: str = "os"
+    snapshot_every: float = 600.0
+    snapshot_count: int = 48
+    snapshot_age: float = 30 * 86400.0
+    max_sessions: int = 1024
     threads: int | None = None
     workers: int = 32
     max_tensor_bytes: int = 8 << 30
@@ -75,6 +84,12 @@ class ServerConfig:
         """Check every range once, where the object is made."""
         _check(self.threads is None or self.threads >= 1, "threads", self.threads, "at least 1")
         _check(self.durability in {"os", "fsync"}, "durability", self.durability, "os or fsync")
+        for name in ("snapshot_every", "snapshot_age"):
+            seconds = getattr(self, name)
+            words = f"a number of seconds, 0 to {MAX_SECONDS:g}"
+            _check(0 <= seconds <= MAX_SECONDS, name.replace("_", "-"), seconds, words)
+        _check(self.snapshot_count >= 1, "snapshot-count", self.snapshot_count, "at least 1")
+        _check(self.max_sessions >= 1, "max-sessions", self.max_sessions, "at least 1")
         _check(1 <= self.workers <= MAX_WORKERS, "workers", self.workers, f"1 to {MAX_WORKERS}")
         _check(self.max_tensor_bytes >= 1, "max-tensor-bytes", self.max_tensor_bytes, "at least 1")
         _check(self.saved_input_bytes >= 0, "saved-input-bytes", self.saved_input_bytes, "at least 0")

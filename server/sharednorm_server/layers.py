@@ -15,14 +15,24 @@ from sharednorm.errors import DataLoss, LayerNotFound
 from sharednorm_server.ledger import DEFAULT_MAX_SESSIONS, Content, Ledger, SessionNumbers, digest
 from sharednorm_server.store import Kept, LayerKey, LayerRecord, Store
 from sharednorm_server.store.changes import CallKey, LastChange
+from sharednorm_server.store.snapshots import SnapshotInfo, SnapshotPolicy
 
 
 class Layer:
     """One layer that is alive. A layer that is deleted and made again is another object."""
 
-    def __init__(self, record: LayerRecord, store: Store, ledger: Ledger) -> None:
+    def __init__(
+        self,
+        record: LayerRecord,
+        store: Store,
+        ledger: Ledger,
+        policy: SnapshotPolicy,
+        taken: Sequence[SnapshotInfo] = (),
+    ) -> None:
         self.key = record.key
         self._ledger = ledger
+        self._policy = policy
+        self._taken = list(taken)  # the snapshots that there are
         # The current record, None once the layer is deleted; and what says when it is kept, None if it is.
         self._now: tuple[LayerRecord | None, Kept | None] = record, None
         self._store = store
@@ -109,6 +119,19 @@ class Layer:
         if note is not None:
             self._ledger.remember(note)
         self._now = record, kept
+        policy = self._policy
+        if policy.every and (not self._taken or policy.clock() >= self._taken[-1].taken + policy.every):
+            self.take_snapshot(record)
+
+    def take_snapshot(self, record: LayerRecord) -> None:
+        """Keep a copy of the current record, to go back to, unless there is one of its version. While holding it."""
+        state = record.state
+        if self._taken and state.version <= self._taken[-1].version:
+            return
+        taken = [*self._taken, SnapshotInfo(state.version, self._policy.clock(), state.num_of_props)]
+        expired = self._policy.expired(taken)
+        self._store.take_snapshot(record, taken[-1].taken, [info.version for info in expired])
+        self._taken = [info for info in taken if info not in expired]
 
     def change(self, change: Callable[[LayerRecord], LayerRecord]) -> LayerRecord:
         """Replace the record by what a function makes of it; if that raises, nothing has changed."""
@@ -191,10 +214,14 @@ class LayerRegistry:
     Args:
         store: What remembers them.
         max_sessions: Sessions whose last changes each layer remembers.
+        policy: When snapshots are taken.
     """
 
-    def __init__(self, store: Store, max_sessions: int = DEFAULT_MAX_SESSIONS) -> None:
+    def __init__(
+        self, store: Store, max_sessions: int = DEFAULT_MAX_SESSIONS, policy: SnapshotPolicy | None = None
+    ) -> None:
         self._store = store
+        self._policy = policy or SnapshotPolicy()
         self._max_sessions = max_sessions
         self._numbers = SessionNumbers(store.run)
         self._lock = threading.Lock()
@@ -240,7 +267,7 @@ class LayerRegistry:
                 return layer.record, False
             record = make()
             self._store.create(record)
-            self._layers[key] = Layer(record, self._store, Ledger(self._max_sessions, self._numbers))
+            self._layers[key] = Layer(record, self._store, Ledger(self._max_sessions, self._numbers), self._policy)
             return record, True
 
     def delete(self, key: LayerKey) -> Layer:
@@ -267,7 +294,8 @@ class LayerRegistry:
             record = self._store.get(key)
             if record is not None:
                 ledger = Ledger(self._max_sessions, self._numbers, self._store.remembered(key))
-                layer = self._layers[key] = Layer(record, self._store, ledger)
+                taken = self._store.snapshots(key)
+                layer = self._layers[key] = Layer(record, self._store, ledger, self._policy, taken)
         return layer
 
 

@@ -9,6 +9,7 @@ from sharednorm.config import Vector
 from sharednorm.state import Moments
 from sharednorm_server.store import LayerKey, LayerRecord
 from sharednorm_server.store.changes import CallKey
+from sharednorm_server.store.snapshots import SnapshotInfo
 from sharednorm_server.tensors import Output
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "LayerRecord",
     "PushAnswer",
     "ServiceInfo",
+    "SnapshotInfo",
     "Wanted",
     "always",
 ]

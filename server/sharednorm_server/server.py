@@ -27,6 +27,7 @@ from sharednorm_server.service import LayerService
 from sharednorm_server.servicer import SERVICE_NAME, Limits, Servicer
 from sharednorm_server.store import Store
 from sharednorm_server.store.memory import MemoryStore
+from sharednorm_server.store.snapshots import SnapshotPolicy
 from sharednorm_server.store.sqlite import SqliteStore
 from sharednorm_server.synchronization import Synchronizer
 
@@ -153,7 +154,9 @@ def start(config: ServerConfig) -> RunningServer:
     try:
         placement = _open_devices(config)
         placement.warm_up()
-        return serve(config, LayerService(store, placement, config.saved_input_bytes, config.in_flight_bytes))
+        policy = SnapshotPolicy(config.snapshot_every, config.snapshot_count, config.snapshot_age)
+        limits = config.saved_input_bytes, config.in_flight_bytes, config.max_sessions
+        return serve(config, LayerService(store, placement, *limits, policy))
     except BaseException:
         store.close()
         raise

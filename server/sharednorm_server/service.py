@@ -52,6 +52,7 @@ from sharednorm_server.requests import (
 from sharednorm_server.saved_inputs import SavedInput, SavedInputs
 from sharednorm_server.store import LayerKey, LayerRecord, Store
 from sharednorm_server.store.changes import LastChange, TakenStep
+from sharednorm_server.store.snapshots import SnapshotPolicy
 
 # A step whose layer got other parameters meanwhile computes its output again, outside the lock so often,
 # then inside it, so that a stream of updates cannot keep it from ever happening.
@@ -71,6 +72,7 @@ class LayerService(LayerCatalog):
         saved_input_bytes: Most bytes of inputs that are kept for backwards.
         in_flight_bytes: Most bytes of tensors that arrive in parts, of all calls that run.
         max_sessions: Sessions whose last changes each layer remembers.
+        policy: When snapshots are taken; None: as it is by default.
     """
 
     def __init__(
@@ -80,8 +82,9 @@ class LayerService(LayerCatalog):
         saved_input_bytes: int,
         in_flight_bytes: int = 8 << 30,
         max_sessions: int = DEFAULT_MAX_SESSIONS,
+        policy: SnapshotPolicy | None = None,
     ) -> None:
-        super().__init__(store, max_sessions)
+        super().__init__(store, max_sessions, policy)
         self._placement = placement
         self._saved = SavedInputs(saved_input_bytes)
         self._in_flight = ByteBudget("in_flight_bytes", in_flight_bytes)

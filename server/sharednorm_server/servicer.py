@@ -16,19 +16,23 @@ from google.protobuf.message import DecodeError, Message
 from sharednorm import convert, wire
 from sharednorm.config import NonFinitePolicy, check_namespace
 from sharednorm.errors import InvalidConfiguration, MalformedMessage
-from sharednorm.v1 import layer_pb2, service_pb2
+from sharednorm.v1 import service_pb2
 from sharednorm_server.batches import get_many_stats, push_many
 from sharednorm_server.calls import CallPool, Stream, StreamCall, Unary, UnaryCall, method_handler
 from sharednorm_server.group_calls import GroupCalls
+from sharednorm_server.messages import (
+    backward_response,
+    call_of,
+    forward_call,
+    forward_response,
+    key_of,
+    layer_of,
+    stats_of,
+)
 from sharednorm_server.requests import (
-    BackwardAnswer,
     BackwardCall,
-    CallKey,
-    ForwardAnswer,
-    ForwardCall,
     ForwardFacts,
     LayerKey,
-    LayerRecord,
     Wanted,
 )
 from sharednorm_server.service import LayerService
@@ -38,16 +42,6 @@ from sharednorm_server.transfers import Arriving, Here, InChunks, InMessage
 SERVICE_NAME = service_pb2.DESCRIPTOR.services_by_name["BatchNormService"].full_name
 
 M = TypeVar("M", bound=Message)
-
-Keyed = (
-    service_pb2.ForwardRequest
-    | service_pb2.BackwardRequest
-    | service_pb2.PushMomentsRequest
-    | service_pb2.PushGradientsRequest
-    | service_pb2.SetTrainRequest
-    | service_pb2.SetStateRequest
-    | service_pb2.UpdateParamsRequest
-)
 
 
 @dataclass(frozen=True)
@@ -138,6 +132,9 @@ class Servicer:
             "SetTrain": _plain(service_pb2.SetTrainRequest, self._set_train),
             "SetState": _plain(service_pb2.SetStateRequest, self._set_state),
             "MergeStatistics": _plain(service_pb2.MergeStatisticsRequest, self._merge_statistics),
+            "ListSnapshots": _plain(service_pb2.ListSnapshotsRequest, self._list_snapshots),
+            "Rollback": _plain(service_pb2.RollbackRequest, self._rollback),
+            "Backup": _plain(service_pb2.BackupRequest, self._backup),
             "UpdateParams": _plain(service_pb2.UpdateParamsRequest, self._update_params),
         }
         streams: dict[str, Stream] = {"ForwardStream": self._forward_stream, "BackwardStream": self._backward_stream}
@@ -168,69 +165,86 @@ class Servicer:
 
     def _create_layer(self, request: service_pb2.CreateLayerRequest) -> service_pb2.CreateLayerResponse:
         record, created = self._service.create_layer(
-            _key(request.ref),
+            key_of(request.ref),
             convert.config_from_proto(request.config),
             convert.update_from_proto(request.initial_state),
             sscale=request.sscale,
             empty=request.empty,
         )
-        return service_pb2.CreateLayerResponse(layer=_layer(record), created=created)
+        return service_pb2.CreateLayerResponse(layer=layer_of(record), created=created)
 
     def _get_layer(self, request: service_pb2.GetLayerRequest) -> service_pb2.GetLayerResponse:
-        return service_pb2.GetLayerResponse(layer=_layer(self._service.get_layer(_key(request.ref))))
+        return service_pb2.GetLayerResponse(layer=layer_of(self._service.get_layer(key_of(request.ref))))
 
     def _list_layers(self, request: service_pb2.ListLayersRequest) -> service_pb2.ListLayersResponse:
         records, token = self._service.list_layers(
             check_namespace(request.namespace), request.page_size, request.page_token
         )
-        return service_pb2.ListLayersResponse(layers=map(_layer, records), next_page_token=token)
+        return service_pb2.ListLayersResponse(layers=map(layer_of, records), next_page_token=token)
 
     def _delete_layer(self, request: service_pb2.DeleteLayerRequest) -> service_pb2.DeleteLayerResponse:
-        self._service.delete_layer(_key(request.ref))
+        self._service.delete_layer(key_of(request.ref))
         return service_pb2.DeleteLayerResponse()
 
     def _create_domain(self, request: service_pb2.CreateDomainRequest) -> service_pb2.CreateDomainResponse:
         initial = convert.update_from_proto(request.initial_state)
-        record, created = self._service.create_domain(_key(request.ref), initial)
-        return service_pb2.CreateDomainResponse(layer=_layer(record), created=created)
+        record, created = self._service.create_domain(key_of(request.ref), initial)
+        return service_pb2.CreateDomainResponse(layer=layer_of(record), created=created)
 
     def _list_domains(self, request: service_pb2.ListDomainsRequest) -> service_pb2.ListDomainsResponse:
         return service_pb2.ListDomainsResponse(
             domains=(
                 service_pb2.Domain(name=name, num_of_props=each.num_of_props, stats_frozen=each.stats_frozen)
-                for name, each in self._service.list_domains(_key(request.ref))
+                for name, each in self._service.list_domains(key_of(request.ref))
             )
         )
 
     def _delete_domain(self, request: service_pb2.DeleteDomainRequest) -> service_pb2.DeleteDomainResponse:
-        return service_pb2.DeleteDomainResponse(layer=_layer(self._service.delete_domain(_key(request.ref))))
+        return service_pb2.DeleteDomainResponse(layer=layer_of(self._service.delete_domain(key_of(request.ref))))
 
     def _get_stats(self, request: service_pb2.GetStatsRequest) -> service_pb2.GetStatsResponse:
-        return _stats(self._service.get_layer(_key(request.ref)), request)
+        return stats_of(self._service.get_layer(key_of(request.ref)), request)
 
     def get_many_stats(self, request: service_pb2.GetManyStatsRequest) -> service_pb2.GetManyStatsResponse:
         """Read many layers, each of a moment of its own."""
-        return get_many_stats(request, lambda ref: self._service.get_layer(_key(ref)), _stats)
+        return get_many_stats(request, lambda ref: self._service.get_layer(key_of(ref)), stats_of)
 
     def _set_train(self, request: service_pb2.SetTrainRequest) -> service_pb2.SetTrainResponse:
-        record, replayed = self._service.set_train(_key(request.ref), request.train, _call(request))
-        return service_pb2.SetTrainResponse(layer=_layer(record), replayed=replayed)
+        record, replayed = self._service.set_train(key_of(request.ref), request.train, call_of(request))
+        return service_pb2.SetTrainResponse(layer=layer_of(record), replayed=replayed)
 
     def _set_state(self, request: service_pb2.SetStateRequest) -> service_pb2.SetStateResponse:
         update = convert.update_from_proto(request.state)
-        record, replayed = self._service.set_state(_key(request.ref), update, _call(request))
-        return service_pb2.SetStateResponse(layer=_layer(record), replayed=replayed)
+        record, replayed = self._service.set_state(key_of(request.ref), update, call_of(request))
+        return service_pb2.SetStateResponse(layer=layer_of(record), replayed=replayed)
 
     def _merge_statistics(self, request: service_pb2.MergeStatisticsRequest) -> service_pb2.MergeStatisticsResponse:
-        key = _key(request.ref)
+        key = key_of(request.ref)
         maps = self._service.get_layer(key).config.maps
         moments = convert.moments_from_proto(request.moments, maps, allow_nonfinite=True)
         record, merged = self._service.merge_statistics(key, request.delta, moments)
-        return service_pb2.MergeStatisticsResponse(layer=_layer(record), merged=merged)
+        return service_pb2.MergeStatisticsResponse(layer=layer_of(record), merged=merged)
 
     def _update_params(self, request: service_pb2.UpdateParamsRequest) -> service_pb2.UpdateParamsResponse:
-        record, replayed = self._service.update_params(_key(request.ref), request.learn_rate, _call(request))
-        return service_pb2.UpdateParamsResponse(layer=_layer(record), replayed=replayed)
+        record, replayed = self._service.update_params(key_of(request.ref), request.learn_rate, call_of(request))
+        return service_pb2.UpdateParamsResponse(layer=layer_of(record), replayed=replayed)
+
+    def _list_snapshots(self, request: service_pb2.ListSnapshotsRequest) -> service_pb2.ListSnapshotsResponse:
+        found = self._service.list_snapshots(key_of(request.ref))
+        return service_pb2.ListSnapshotsResponse(
+            snapshots=(
+                service_pb2.Snapshot(version=each.version, taken=each.taken, num_of_props=each.num_of_props)
+                for each in found
+            )
+        )
+
+    def _rollback(self, request: service_pb2.RollbackRequest) -> service_pb2.RollbackResponse:
+        record, replayed = self._service.roll_back(key_of(request.ref), request.version, call_of(request))
+        return service_pb2.RollbackResponse(layer=layer_of(record), replayed=replayed)
+
+    def _backup(self, _: service_pb2.BackupRequest) -> service_pb2.BackupResponse:
+        path, size = self._service.back_up()
+        return service_pb2.BackupResponse(path=path, bytes=size)
 
     # --- Forward and backward -------------------------------------------------------------------------
 
@@ -239,7 +253,7 @@ class Servicer:
     ) -> Answer[service_pb2.ForwardResponse]:
         """Do a forward: the request without its data, and the tensor that belongs to it."""
         layout = wire.layout_of(request.input, self._most(tensors), limit=_limit(tensors))
-        call = _forward_call(request, tensors.keeper)
+        call = forward_call(request, tensors.keeper)
         self._service.check_forward(call, layout.shape)
         if isinstance(tensors, Arriving):
             tensors.hold(self._service.admitted(layout.nbytes))
@@ -251,7 +265,7 @@ class Servicer:
             out = tensors.out(layout, over_input=call.train is False)
             (x,) = tensors.arrays([layout])
             answer = self._service.forward(call, x, wanted, out)
-        return Answer(_forward_response(answer), answer.output)
+        return Answer(forward_response(answer), answer.output)
 
     def backward(
         self, request: service_pb2.BackwardRequest, tensors: Here | Arriving, wanted: Wanted
@@ -275,19 +289,19 @@ class Servicer:
             out = tensors.out(plan.grad, over_input=False) if call.input_grad else None
             arrays = tensors.arrays(plan.layouts)
             answer = self._service.backward(call, arrays[0], arrays[1] if plan.x else None, wanted, out)
-        return Answer(_backward_response(answer), answer.grad)
+        return Answer(backward_response(answer), answer.grad)
 
     def push_moments(
         self, request: service_pb2.PushMomentsRequest, wanted: Wanted
     ) -> Answer[service_pb2.PushMomentsResponse]:
         """Take a step whose tensor stays with its client."""
-        key, train = _key(request.ref), convert.mode_from_proto(request.mode)
+        key, train = key_of(request.ref), convert.mode_from_proto(request.mode)
         if train is False:
             raise InvalidConfiguration("PushMoments is for training (expected: mode train, or the layer's default)")
         maps = self._service.get_layer(key).config.maps
         # What is not finite is for the step to refuse, or to take.
         batch = convert.moments_from_proto(request.moments, maps, allow_nonfinite=True)
-        answer = self._service.push_moments(key, train, batch, wanted, _call(request))
+        answer = self._service.push_moments(key, train, batch, wanted, call_of(request))
         response = service_pb2.PushMomentsResponse(
             mode=convert.mode_to_proto(answer.train),
             version=answer.version,
@@ -310,10 +324,10 @@ class Servicer:
         self, request: service_pb2.PushGradientsRequest, wanted: Wanted
     ) -> Answer[service_pb2.PushGradientsResponse]:
         """Add gradients that a client has computed."""
-        key = _key(request.ref)
+        key = key_of(request.ref)
         maps = self._service.get_layer(key).config.maps
         scale = request.scale if request.HasField("scale") else 1.0
-        call = BackwardCall(key, scale=scale, momentum=request.momentum, call=_call(request))
+        call = BackwardCall(key, scale=scale, momentum=request.momentum, call=call_of(request))
         scale_grad, bias_grad = (
             convert.vector_from_proto(vector, maps) for vector in (request.scale_grad, request.bias_grad)
         )
@@ -366,7 +380,7 @@ class Servicer:
                 offset += part.nbytes
 
     def _backward_plan(self, request: service_pb2.BackwardRequest, max_bytes: int, limit: str) -> _BackwardPlan:
-        key = _key(request.ref)
+        key = key_of(request.ref)
         grad = wire.layout_of(request.grad, max_bytes, limit=limit)
         x, facts = None, None
         if request.HasField("saved_forward"):
@@ -380,7 +394,7 @@ class Servicer:
             input_grad=request.update_grad if request.HasField("update_grad") else True,
             scale=request.scale if request.HasField("scale") else 1.0,
             momentum=request.momentum,
-            call=_call(request),
+            call=call_of(request),
         )
         return _BackwardPlan(call, grad, x)
 
@@ -426,58 +440,3 @@ def _limit(tensors: Here | Arriving) -> str:
 def _whole(answer: Answer[T]) -> bytes:
     payloads = [] if answer.output is None else [wire.payload(answer.output.array())]
     return wire.encode(answer.response, *payloads)
-
-
-def _key(ref: layer_pb2.LayerRef) -> LayerKey:
-    return LayerKey(*convert.ref_from_proto(ref))
-
-
-def _call(request: Keyed) -> CallKey | None:
-    return CallKey(*convert.call_from_proto(request.key)) if request.HasField("key") else None
-
-
-def _stats(record: LayerRecord, request: service_pb2.GetStatsRequest) -> service_pb2.GetStatsResponse:
-    if request.unless_tag == record.tag:
-        return service_pb2.GetStatsResponse(tag=record.tag, unchanged=True)
-    state = convert.state_to_proto(record.state, request.include_gradients)
-    return service_pb2.GetStatsResponse(layer=_layer(record), state=state, tag=record.tag)
-
-
-def _layer(record: LayerRecord) -> layer_pb2.Layer:
-    return layer_pb2.Layer(
-        ref=convert.ref_to_proto(record.key.namespace, record.key.name, record.key.uid, record.key.domain),
-        config=convert.config_to_proto(record.config),
-        default_mode=convert.mode_to_proto(record.train),
-        version=record.state.version,
-        num_of_props=record.state.num_of_props,
-        initialized=record.state.initialized,
-        stats_frozen=record.state.stats_frozen,
-        domains=len(record.domains),
-    )
-
-
-def _forward_call(request: service_pb2.ForwardRequest, keeper: str) -> ForwardCall:
-    train = convert.mode_from_proto(request.mode)
-    return ForwardCall(_key(request.ref), train, request.keep_input, request.release_input, keeper, _call(request))
-
-
-def _forward_response(answer: ForwardAnswer) -> service_pb2.ForwardResponse:
-    return service_pb2.ForwardResponse(
-        output=wire.spec(answer.output.dtype_name, answer.output.shape),
-        mode=convert.mode_to_proto(answer.train),
-        version=answer.version,
-        num_of_props=answer.num_of_props,
-        saved_input=answer.saved_input,
-        moments=None if answer.moments is None else convert.moments_to_proto(answer.moments),
-        scale=None if answer.scale is None else convert.vector_to_proto(answer.scale),
-        replayed=answer.replayed,
-    )
-
-
-def _backward_response(answer: BackwardAnswer) -> service_pb2.BackwardResponse:
-    return service_pb2.BackwardResponse(
-        grad=None if answer.grad is None else wire.spec(answer.grad.dtype_name, answer.grad.shape),
-        scale_grad=None if answer.scale_grad is None else convert.vector_to_proto(answer.scale_grad),
-        bias_grad=None if answer.bias_grad is None else convert.vector_to_proto(answer.bias_grad),
-        replayed=answer.replayed,
-    )

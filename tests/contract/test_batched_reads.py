@@ -15,7 +15,7 @@ from sharednorm.config import MAX_BATCH_ENTRIES, MAX_BATCH_MAPS
 from sharednorm.errors import InvalidConfiguration, LayerEmpty, LayerNotFound, LimitExceeded, MalformedMessage
 from sharednorm.remote import RemoteBatchNorm
 from sharednorm.v1 import layer_pb2, service_pb2, tensor_pb2
-from sharednorm_server import servicer
+from sharednorm_server import messages, servicer
 from sharednorm_server.requests import LayerRecord
 from sharednorm_server.server import RunningServer
 from sharednorm_server.servicer import Servicer
@@ -47,7 +47,7 @@ READS = Reads()
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[RunningServer]:
-    one, many = servicer._stats, Servicer.get_many_stats
+    one, many = messages.stats_of, Servicer.get_many_stats
 
     def get_stats(record: LayerRecord, request: service_pb2.GetStatsRequest) -> service_pb2.GetStatsResponse:
         READS.one.append(one(record, request))
@@ -59,7 +59,7 @@ def server() -> Iterator[RunningServer]:
 
     # Before it starts, since gRPC is given the methods then.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(servicer, "_stats", get_stats)
+        patch.setattr(servicer, "stats_of", get_stats)
         patch.setattr(Servicer, "get_many_stats", get_many_stats)
         with in_process() as running:
             yield running

@@ -32,11 +32,11 @@ CODEC = _client("wire", "convert", "_status", "_frames")
 CONNECTION = _client("hub", "remote", "_async_compute", "_attempts", "_calls", "_channel", "_client_compute",
                      "_connect", "_deadline", "_direct", "_exchange", "_group", "_group_compute", "_handling", "_link",
                      "_listing", "_once", "_places", "_progress", "_push", "_reading", "_shared", "_torch_functions",
-                     "_ways", "torch")  # fmt: skip
+                     "_upkeep", "_ways", "torch")  # fmt: skip
 COMPILED = _client("_numba_arithmetic", "_numba_backward", "_numba_common", "_numba_forward", "_numba_half",
                    "_numba_moments", "_numba_plan", "_numba_vector")  # fmt: skip
-EDGE = _server("__main__", "cli", "commands", "server", "servicer", "calls", "group_calls", "batches", "listen",
-               "direct", "lane", "regions", "transfers", "bench")  # fmt: skip
+EDGE = _server("__main__", "cli", "commands", "server", "servicer", "messages", "calls", "group_calls", "batches",
+               "listen", "direct", "lane", "regions", "transfers", "bench")  # fmt: skip
 MEANING = _server(
     "service", "catalog", "budget", "placement", "requests", "layers", "ledger", "saved_inputs", "checks", "paging"
 )
@@ -129,7 +129,9 @@ LOCAL = tuple(m for m in MODULES if _within(m, ("sharednorm.",)) and m != "share
         pytest.param(STORE, (*PROTOBUF, *GRPC, *CODEC, *EDGE, *MEANING, *DEVICE), id="a store only remembers"),
         pytest.param((*MEANING, *STORE), _client("normalization"), id="only a device computes with tensors"),
         pytest.param(_server("layers", "requests", "checks", "paging"), DEVICE, id="the registry knows no device"),
-        pytest.param(_server("servicer", "calls"), (*DEVICE, *STORE, *_server("layers")), id="the servicer asks"),
+        pytest.param(
+            _server("servicer", "messages", "calls"), (*DEVICE, *STORE, *_server("layers")), id="the servicer asks"
+        ),
         pytest.param(("sharednorm_server.",), CONNECTION, id="the server is not a client of itself"),
         pytest.param(KERNELS, ("sharednorm.", "sharednorm_server.", "numpy."), id="the kernels know nobody"),
         pytest.param(("sharednorm.", *EDGE, *MEANING, *STORE), KERNELS, id="only a device knows the kernels"),
@@ -145,7 +147,12 @@ def test_arrows_point_one_way(importers: tuple[str, ...], forbidden: tuple[str, 
     [
         pytest.param(
             PROTOBUF,
-            (*CODEC, *CONNECTION, *GENERATED, *_server("servicer", "group_calls", "batches", "lane", "transfers")),
+            (
+                *CODEC,
+                *CONNECTION,
+                *GENERATED,
+                *_server("servicer", "messages", "group_calls", "batches", "lane", "transfers"),
+            ),
             id="protobuf",
         ),
         pytest.param(

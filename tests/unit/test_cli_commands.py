@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from datetime import datetime, timezone
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -137,3 +140,37 @@ def test_a_reader_that_has_seen_enough(address: str, unbuffered: str) -> None:
     with process.stderr:
         assert process.stderr.read() == ""
     assert process.wait(60) == 1
+
+
+def test_snapshots_rollback_and_backup(tmp_path: Path) -> None:
+    options = ("--state", f"sqlite://{tmp_path}/state", "--snapshot-every", "0.001")
+    with server.server_process(*options) as running, sharednorm.connect(running.address) as hub:
+        bn = hub.BatchNorm2D(3, name="bn")
+        for seed in range(3):
+            bn(oracle.random_tensor(seed, (4, 3, 5, 2)))
+            time.sleep(0.01)
+        told = run("snapshots", "bn", "--server", running.address).stdout.splitlines()
+        assert told[0].split() == ["VERSION", "NUMOFPROPS", "TAKEN"]
+        assert [line.split()[:2] for line in told[1:]] == [["1", "1"], ["2", "2"], ["3", "3"]]
+        assert told[1].endswith(" UTC")
+        assert [info.version for info in hub.snapshots("bn")] == [1, 2, 3]
+        assert abs((hub.snapshots("bn")[0].taken - datetime.now(timezone.utc)).total_seconds()) < 300
+        result = run("rollback", "bn", "--to-version", "2", "--server", running.address)
+        assert (result.returncode, result.stderr) == (0, "")
+        assert result.stdout == "bn is as it was at version 2; what it was is version 3\n"
+        assert (bn.numOfProps, bn.version) == (2, 3)
+        result = run("rollback", "bn", "--to-version", "9", "--server", running.address)
+        assert result.returncode == 1
+        assert "no snapshot of version 9 (expected: one of 1, 2, 3)" in result.stderr
+        for wrong in (-1, 1.5, "2"):
+            with pytest.raises(sharednorm.InvalidConfiguration, match="version is"):
+                hub.rollback("bn", wrong)  # type: ignore[arg-type]
+        path = Path(run("backup", "--server", running.address).stdout.strip())
+        assert path.parent == tmp_path / "state" / "backups"
+        assert path.stat().st_size > 0
+
+
+def test_backup_of_a_server_that_keeps_nothing(address: str) -> None:
+    result = run("backup", "--server", address)
+    assert result.returncode == 1
+    assert "the state is memory:, of which there is no copy" in result.stderr

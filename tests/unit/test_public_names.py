@@ -14,7 +14,8 @@ import sharednorm.errors
 
 PUBLIC = {
     "BatchNorm", "BatchNorm1D", "BatchNorm2D", "BatchNorm3D", "Layer", "Variable",
-    "Group", "Statistics", "StatisticsDelta", "Hub", "LayerInfo", "Progress", "ServerInfo", "connect", "__version__",
+    "Group", "Statistics", "StatisticsDelta", "Hub", "LayerInfo", "Progress", "ServerInfo", "SnapshotInfo",
+    "connect", "__version__",
 }  # fmt: skip
 
 

@@ -16,13 +16,19 @@ from sharednorm_server.ledger import Ledger, SessionNumbers
 from sharednorm_server.saved_inputs import SavedInput, SavedInputs
 from sharednorm_server.store import LayerKey, LayerRecord
 from sharednorm_server.store.memory import MemoryStore
+from sharednorm_server.store.snapshots import SnapshotPolicy
 
 CONFIG = LayerConfig(LayerKind.BATCH_NORM, 2)
 
 
 def layer(name: str) -> Layer:
     state = initial_state(CONFIG, 0.0, np.random.default_rng(0))
-    return Layer(LayerRecord(LayerKey("default", name), CONFIG, state), MemoryStore(), Ledger(1, SessionNumbers(1)))
+    return Layer(
+        LayerRecord(LayerKey("default", name), CONFIG, state),
+        MemoryStore(),
+        Ledger(1, SessionNumbers(1)),
+        SnapshotPolicy(),
+    )
 
 
 A, B = layer("a"), layer("b")

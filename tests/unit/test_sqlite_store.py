@@ -242,8 +242,10 @@ def test_a_file_of_the_first_version_is_brought_to_this_one(tmp_path: Path) -> N
     service.close()
     with closing(sqlite3.connect(tmp_path / FILE_NAME)) as database:  # take away what later versions have added
         database.executescript(
-            "DROP TABLE changes; DROP TABLE server; ALTER TABLE layers DROP COLUMN session_floor;"
-            "PRAGMA user_version = 1"
+            """
+            DROP TABLE changes; DROP TABLE server; DROP TABLE snapshot_statistics; DROP TABLE snapshots;
+            ALTER TABLE layers DROP COLUMN session_floor; PRAGMA user_version = 1
+            """
         )
         columns = [name for _, name, *_ in database.execute("PRAGMA table_info(layers)")]
         assert columns == ["id", "namespace", "name", "uid", "config", "train", "initialized", "version"]

@@ -160,6 +160,21 @@ class BatchNormServiceStub:
                 request_serializer=sharednorm_dot_v1_dot_service__pb2.MergeStatisticsRequest.SerializeToString,
                 response_deserializer=sharednorm_dot_v1_dot_service__pb2.MergeStatisticsResponse.FromString,
                 _registered_method=True)
+        self.ListSnapshots = channel.unary_unary(
+                '/sharednorm.v1.BatchNormService/ListSnapshots',
+                request_serializer=sharednorm_dot_v1_dot_service__pb2.ListSnapshotsRequest.SerializeToString,
+                response_deserializer=sharednorm_dot_v1_dot_service__pb2.ListSnapshotsResponse.FromString,
+                _registered_method=True)
+        self.Rollback = channel.unary_unary(
+                '/sharednorm.v1.BatchNormService/Rollback',
+                request_serializer=sharednorm_dot_v1_dot_service__pb2.RollbackRequest.SerializeToString,
+                response_deserializer=sharednorm_dot_v1_dot_service__pb2.RollbackResponse.FromString,
+                _registered_method=True)
+        self.Backup = channel.unary_unary(
+                '/sharednorm.v1.BatchNormService/Backup',
+                request_serializer=sharednorm_dot_v1_dot_service__pb2.BackupRequest.SerializeToString,
+                response_deserializer=sharednorm_dot_v1_dot_service__pb2.BackupResponse.FromString,
+                _registered_method=True)
         self.UpdateParams = channel.unary_unary(
                 '/sharednorm.v1.BatchNormService/UpdateParams',
                 request_serializer=sharednorm_dot_v1_dot_service__pb2.UpdateParamsRequest.SerializeToString,
@@ -346,6 +361,27 @@ class BatchNormServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListSnapshots(self, request, context):
+        """Says which earlier states of a layer there are to go back to.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Rollback(self, request, context):
+        """Puts an earlier state of a layer in place, for everybody.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Backup(self, request, context):
+        """Copies all that the server remembers to a file beside it, while it works.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def UpdateParams(self, request, context):
         """Adds learn_rate times the accumulated gradients to scale and bias.
         """
@@ -480,6 +516,21 @@ def add_BatchNormServiceServicer_to_server(servicer, server):
                     servicer.MergeStatistics,
                     request_deserializer=sharednorm_dot_v1_dot_service__pb2.MergeStatisticsRequest.FromString,
                     response_serializer=sharednorm_dot_v1_dot_service__pb2.MergeStatisticsResponse.SerializeToString,
+            ),
+            'ListSnapshots': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListSnapshots,
+                    request_deserializer=sharednorm_dot_v1_dot_service__pb2.ListSnapshotsRequest.FromString,
+                    response_serializer=sharednorm_dot_v1_dot_service__pb2.ListSnapshotsResponse.SerializeToString,
+            ),
+            'Rollback': grpc.unary_unary_rpc_method_handler(
+                    servicer.Rollback,
+                    request_deserializer=sharednorm_dot_v1_dot_service__pb2.RollbackRequest.FromString,
+                    response_serializer=sharednorm_dot_v1_dot_service__pb2.RollbackResponse.SerializeToString,
+            ),
+            'Backup': grpc.unary_unary_rpc_method_handler(
+                    servicer.Backup,
+                    request_deserializer=sharednorm_dot_v1_dot_service__pb2.BackupRequest.FromString,
+                    response_serializer=sharednorm_dot_v1_dot_service__pb2.BackupResponse.SerializeToString,
             ),
             'UpdateParams': grpc.unary_unary_rpc_method_handler(
                     servicer.UpdateParams,
@@ -1163,6 +1214,87 @@ class BatchNormService:
             '/sharednorm.v1.BatchNormService/MergeStatistics',
             sharednorm_dot_v1_dot_service__pb2.MergeStatisticsRequest.SerializeToString,
             sharednorm_dot_v1_dot_service__pb2.MergeStatisticsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListSnapshots(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sharednorm.v1.BatchNormService/ListSnapshots',
+            sharednorm_dot_v1_dot_service__pb2.ListSnapshotsRequest.SerializeToString,
+            sharednorm_dot_v1_dot_service__pb2.ListSnapshotsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Rollback(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sharednorm.v1.BatchNormService/Rollback',
+            sharednorm_dot_v1_dot_service__pb2.RollbackRequest.SerializeToString,
+            sharednorm_dot_v1_dot_service__pb2.RollbackResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Backup(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sharednorm.v1.BatchNormService/Backup',
+            sharednorm_dot_v1_dot_service__pb2.BackupRequest.SerializeToString,
+            sharednorm_dot_v1_dot_service__pb2.BackupResponse.FromString,
             options,
             channel_credentials,
             insecure,

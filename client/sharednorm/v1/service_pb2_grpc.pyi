@@ -87,6 +87,12 @@ class BatchNormServiceStub:
     """Replaces those parts of a layer's state that the request sets, all at once."""
     MergeStatistics: _grpc.UnaryUnaryMultiCallable[_service_pb2.MergeStatisticsRequest, _service_pb2.MergeStatisticsResponse]
     """Takes statistics that were gathered elsewhere into the running ones, once."""
+    ListSnapshots: _grpc.UnaryUnaryMultiCallable[_service_pb2.ListSnapshotsRequest, _service_pb2.ListSnapshotsResponse]
+    """Says which earlier states of a layer there are to go back to."""
+    Rollback: _grpc.UnaryUnaryMultiCallable[_service_pb2.RollbackRequest, _service_pb2.RollbackResponse]
+    """Puts an earlier state of a layer in place, for everybody."""
+    Backup: _grpc.UnaryUnaryMultiCallable[_service_pb2.BackupRequest, _service_pb2.BackupResponse]
+    """Copies all that the server remembers to a file beside it, while it works."""
     UpdateParams: _grpc.UnaryUnaryMultiCallable[_service_pb2.UpdateParamsRequest, _service_pb2.UpdateParamsResponse]
     """Adds learn_rate times the accumulated gradients to scale and bias."""
 
@@ -145,6 +151,12 @@ class BatchNormServiceAsyncStub(BatchNormServiceStub):
     """Replaces those parts of a layer's state that the request sets, all at once."""
     MergeStatistics: _aio.UnaryUnaryMultiCallable[_service_pb2.MergeStatisticsRequest, _service_pb2.MergeStatisticsResponse]  # type: ignore[assignment]
     """Takes statistics that were gathered elsewhere into the running ones, once."""
+    ListSnapshots: _aio.UnaryUnaryMultiCallable[_service_pb2.ListSnapshotsRequest, _service_pb2.ListSnapshotsResponse]  # type: ignore[assignment]
+    """Says which earlier states of a layer there are to go back to."""
+    Rollback: _aio.UnaryUnaryMultiCallable[_service_pb2.RollbackRequest, _service_pb2.RollbackResponse]  # type: ignore[assignment]
+    """Puts an earlier state of a layer in place, for everybody."""
+    Backup: _aio.UnaryUnaryMultiCallable[_service_pb2.BackupRequest, _service_pb2.BackupResponse]  # type: ignore[assignment]
+    """Copies all that the server remembers to a file beside it, while it works."""
     UpdateParams: _aio.UnaryUnaryMultiCallable[_service_pb2.UpdateParamsRequest, _service_pb2.UpdateParamsResponse]  # type: ignore[assignment]
     """Adds learn_rate times the accumulated gradients to scale and bias."""
 
@@ -350,6 +362,30 @@ class BatchNormServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_service_pb2.MergeStatisticsResponse, _abc.Awaitable[_service_pb2.MergeStatisticsResponse]]:
         """Takes statistics that were gathered elsewhere into the running ones, once."""
+
+    @_abc_1.abstractmethod
+    def ListSnapshots(
+        self,
+        request: _service_pb2.ListSnapshotsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_service_pb2.ListSnapshotsResponse, _abc.Awaitable[_service_pb2.ListSnapshotsResponse]]:
+        """Says which earlier states of a layer there are to go back to."""
+
+    @_abc_1.abstractmethod
+    def Rollback(
+        self,
+        request: _service_pb2.RollbackRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_service_pb2.RollbackResponse, _abc.Awaitable[_service_pb2.RollbackResponse]]:
+        """Puts an earlier state of a layer in place, for everybody."""
+
+    @_abc_1.abstractmethod
+    def Backup(
+        self,
+        request: _service_pb2.BackupRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_service_pb2.BackupResponse, _abc.Awaitable[_service_pb2.BackupResponse]]:
+        """Copies all that the server remembers to a file beside it, while it works."""
 
     @_abc_1.abstractmethod
     def UpdateParams(

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import itertools
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Protocol
 
 from sharednorm.config import LayerConfig
 from sharednorm.domains import Domains, swapped
-from sharednorm.state import LayerState
+from sharednorm.state import LayerState, blank_state
 from sharednorm_server.store.changes import Note, Remembered
+from sharednorm_server.store.snapshots import SnapshotInfo
 
 _RUN = secrets.token_bytes(8)
 _records = itertools.count()
@@ -92,6 +94,12 @@ class LayerRecord:
         return seen
 
 
+def without_gradients(record: LayerRecord) -> LayerRecord:
+    """Return a layer as a snapshot has it: with accumulated gradients of 0."""
+    zeros = blank_state(record.config).scale_grad
+    return record.with_state(replace(record.state, scale_grad=zeros, bias_grad=zeros))
+
+
 class Kept(Protocol):
     """A change that a store has accepted."""
 
@@ -136,8 +144,34 @@ class Store(Protocol):
         """
         ...
 
+    def take_snapshot(self, record: LayerRecord, taken: float, drop: Sequence[int]) -> None:
+        """Keep a copy of a record that was put, unless there is one of its version; whoever waits next, waits for it.
+
+        Args:
+            record: The record.
+            taken: When, in seconds since the epoch.
+            drop: Versions of the layer's snapshots that are kept no longer.
+        """
+        ...
+
+    def snapshots(self, key: LayerKey) -> list[SnapshotInfo]:
+        """Return what is known of a layer's snapshots, the oldest first."""
+        ...
+
+    def snapshot(self, key: LayerKey, version: int) -> LayerRecord | None:
+        """Return a layer as it was at a version that there is a snapshot of, without gradients."""
+        ...
+
+    def back_up(self) -> tuple[Path, int]:
+        """Copy all that is kept to a file, while others go on; return it and its size.
+
+        Raises:
+            BackupFailed: It could not be written; or this store keeps nothing.
+        """
+        ...
+
     def delete(self, key: LayerKey) -> bool:
-        """Forget a layer; return False if its key does not exist."""
+        """Forget a layer and its snapshots; return False if its key does not exist."""
         ...
 
     def page(self, namespace: str, after: str, limit: int) -> list[LayerRecord]:

@@ -9,7 +9,7 @@ import socket
 import sqlite3
 import time
 from collections.abc import Iterable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from sharednorm.state import LayerState, Moments, blank_state
 from sharednorm_server.config import StartError
 from sharednorm_server.store import LayerKey, LayerRecord
 from sharednorm_server.store.changes import LastChange, Note, Remembered, TakenStep
+from sharednorm_server.store.snapshots import SnapshotInfo
 
 # "snrm": a file of anything else is refused, whatever is in it.
 APPLICATION_ID = 0x736E726D
@@ -66,6 +67,19 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             id INTEGER PRIMARY KEY, layer INTEGER NOT NULL REFERENCES layers ON DELETE CASCADE, session BLOB NOT NULL,
             seq INTEGER NOT NULL, content BLOB NOT NULL, version INTEGER NOT NULL, num_of_props INTEGER NOT NULL,
             count INTEGER, mean BLOB, m2 BLOB, scale BLOB, bias BLOB, UNIQUE (layer, session))
+        """,
+        """
+        CREATE TABLE snapshots (
+            layer INTEGER NOT NULL REFERENCES layers ON DELETE CASCADE, version INTEGER NOT NULL, taken REAL NOT NULL,
+            train INTEGER NOT NULL, initialized INTEGER NOT NULL, scale BLOB NOT NULL, bias BLOB NOT NULL,
+            PRIMARY KEY (layer, version))
+        """,
+        """
+        CREATE TABLE snapshot_statistics (
+            layer INTEGER NOT NULL, version INTEGER NOT NULL, domain TEXT NOT NULL, mean BLOB NOT NULL,
+            var BLOB NOT NULL, num_of_props INTEGER NOT NULL, frozen INTEGER NOT NULL, merged BLOB NOT NULL,
+            PRIMARY KEY (layer, version, domain),
+            FOREIGN KEY (layer, version) REFERENCES snapshots ON DELETE CASCADE)
         """,
     ),
 )
@@ -148,6 +162,54 @@ class Rows:
         (floor,) = self._database.execute("SELECT session_floor FROM layers WHERE id = ?", (row,)).fetchone()
         return Remembered(changes, floor)
 
+    def take_snapshot(self, row: int, record: LayerRecord, taken: float, drop: Iterable[int]) -> None:
+        """Write a copy of a layer, unless there is one of its version, and take some away."""
+        write, state = self._database.execute, record.state
+        values = row, state.version, taken, record.train, state.initialized, _to_blob(state.scale), _to_blob(state.bias)
+        if write("INSERT OR IGNORE INTO snapshots VALUES (?, ?, ?, ?, ?, ?, ?)", values).rowcount:
+            for domain, each in {"": statistics_of(state), **record.domains}.items():
+                write(
+                    "INSERT INTO snapshot_statistics VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                    (
+                        row, state.version, domain, _to_blob(each.mean), _to_blob(each.var), each.num_of_props,
+                        each.stats_frozen, _names_to_blob(each.merged),
+                    ),
+                )  # fmt: skip
+        for version in drop:
+            write("DELETE FROM snapshots WHERE layer = ? AND version = ?", (row, version))
+
+    def snapshots(self, row: int) -> list[SnapshotInfo]:
+        """Return what is known of a layer's snapshots, the oldest first."""
+        found = self._database.execute(
+            "SELECT version, taken, num_of_props FROM snapshots NATURAL JOIN snapshot_statistics "
+            "WHERE layer = ? AND domain = '' ORDER BY version",
+            (row,),
+        )
+        return [SnapshotInfo(*each) for each in found]
+
+    def snapshot(self, row: int, version: int) -> LayerRecord | None:
+        """Return a layer as it was at a version, without gradients."""
+        read = self._database.execute
+        found = read(
+            "SELECT train, initialized, scale, bias FROM snapshots WHERE layer = ? AND version = ?", (row, version)
+        ).fetchone()
+        if found is None:
+            return None
+        train, initialized, *pair = found
+        now = self.find(row)
+        sets = {
+            domain: DomainStatistics(*_pair(each, now.config), steps, bool(frozen), _names_from_blob(merged))
+            for domain, *each, steps, frozen, merged in read(
+                "SELECT domain, mean, var, num_of_props, frozen, merged FROM snapshot_statistics "
+                "WHERE layer = ? AND version = ?",
+                (row, version),
+            )
+        }
+        scale, bias = _pair(pair, now.config)
+        blank = blank_state(now.config)
+        state = replace(blank, scale=scale, bias=bias, version=version, initialized=bool(initialized))
+        return LayerRecord(now.key, now.config, with_statistics(state, sets.pop("")), bool(train), sets)
+
     def opened(self) -> int:
         """Count how often the file has been opened, and return that."""
         self._database.execute("UPDATE server SET runs = runs + 1")
@@ -193,7 +255,7 @@ class Rows:
             (row, domain, _to_blob(now.mean), _to_blob(now.var), now.num_of_props, now.stats_frozen),
         )
         if now.merged is not (old.merged if old is not None else ()):
-            names = b"".join(bytes([len(name)]) + name for name in now.merged)
+            names = _names_to_blob(now.merged)
             self._database.execute(
                 "INSERT INTO merged (layer, domain, names) VALUES (?, ?, ?) "
                 "ON CONFLICT (layer, domain) DO UPDATE SET names = excluded.names",
@@ -333,6 +395,10 @@ def _pair(blobs: Iterable[bytes], config: LayerConfig) -> tuple[Vector, Vector]:
     if not one.size == two.size == config.maps:
         raise ValueError(f"a vector of {one.size} or {two.size} values, of a layer of {config.maps} maps")
     return one, two
+
+
+def _names_to_blob(names: Iterable[bytes]) -> bytes:
+    return b"".join(bytes([len(name)]) + name for name in names)
 
 
 def _names_from_blob(blob: bytes) -> tuple[bytes, ...]:

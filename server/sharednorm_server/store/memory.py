@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import bisect
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
-from sharednorm_server.store import Kept, LayerKey, LayerRecord
+from sharednorm.errors import BackupFailed
+from sharednorm_server.store import Kept, LayerKey, LayerRecord, without_gradients
 from sharednorm_server.store.changes import LastChange, Note, Remembered
+from sharednorm_server.store.snapshots import SnapshotInfo
 
 
 class _AtOnce:
@@ -40,6 +43,7 @@ class MemoryStore:
         self._lock = threading.Lock()
         self._records: dict[LayerKey, LayerRecord] = {}
         self._sessions: dict[LayerKey, _Sessions] = {}
+        self._snapshots: dict[LayerKey, dict[int, tuple[float, LayerRecord]]] = {}
         self._names: dict[str, list[str]] = {}  # of each namespace, in the order of their code points
 
     def get(self, key: LayerKey) -> LayerRecord | None:
@@ -72,12 +76,42 @@ class MemoryStore:
                 self._sessions.setdefault(record.key, _Sessions()).take(note)
             return _AT_ONCE
 
+    def take_snapshot(self, record: LayerRecord, taken: float, drop: Sequence[int]) -> None:
+        """Keep a copy of a record that was put, unless there is one of its version."""
+        with self._lock:
+            if record.key in self._records:
+                kept = self._snapshots.setdefault(record.key, {})
+                kept.setdefault(record.state.version, (taken, without_gradients(record)))
+                for version in drop:
+                    kept.pop(version, None)
+
+    def snapshots(self, key: LayerKey) -> list[SnapshotInfo]:
+        """Return what is known of a layer's snapshots, the oldest first."""
+        with self._lock:
+            kept = self._snapshots.get(key, {}).items()
+            return [SnapshotInfo(version, taken, record.state.num_of_props) for version, (taken, record) in kept]
+
+    def snapshot(self, key: LayerKey, version: int) -> LayerRecord | None:
+        """Return a layer as it was at a version that there is a snapshot of, without gradients."""
+        with self._lock:
+            found = self._snapshots.get(key, {}).get(version)
+            return None if found is None else found[1]
+
+    def back_up(self) -> tuple[Path, int]:
+        """Refuse: there is nothing that a file could bring back.
+
+        Raises:
+            BackupFailed: Always.
+        """
+        raise BackupFailed("the state is memory:, of which there is no copy (expected: a server with --state sqlite:)")
+
     def delete(self, key: LayerKey) -> bool:
         """Forget a layer; return False if its key does not exist."""
         with self._lock:
             if self._records.pop(key, None) is None:
                 return False
             self._sessions.pop(key, None)
+            self._snapshots.pop(key, None)
             names = self._names[key.namespace]
             del names[bisect.bisect_left(names, key.name)]
             if not names:

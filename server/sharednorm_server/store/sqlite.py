@@ -12,22 +12,27 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import sqlite3
 import threading
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 from urllib.parse import quote
 
-from sharednorm.errors import StoreFailed
+from sharednorm.errors import BackupFailed, StoreFailed
 from sharednorm_server.config import StartError
 from sharednorm_server.store import Kept, LayerKey, LayerRecord
 from sharednorm_server.store._sqlite_file import Rows, hold, prepare
 from sharednorm_server.store.changes import Note, Remembered
+from sharednorm_server.store.snapshots import SnapshotInfo
 
 FILE_NAME = "sharednorm.sqlite3"
 LOCK_NAME = "lock"
+BACKUPS = "backups"
 
 # Changes in one transaction; the others wait for the next.
 _MOST_CHANGES = 256
@@ -159,6 +164,54 @@ class SqliteStore:
                 return None
             noted = None if note is None else partial(self._rows.note, row, note)
             return self._begin(record.key, partial(self._rows.update, row, record), noted, put=True)
+
+    def take_snapshot(self, record: LayerRecord, taken: float, drop: Sequence[int]) -> None:
+        """Keep a copy of a record that was put, unless there is one of its version. Who waits next waits for it."""
+        with self._lock:
+            row = self._names.get(record.key)
+            if row is not None:
+                self._begin(record.key, partial(self._rows.take_snapshot, row, record, taken, drop), put=False)
+
+    def snapshots(self, key: LayerKey) -> list[SnapshotInfo]:
+        """Return what is known of a layer's snapshots, the oldest first."""
+        with self._committing:
+            self._commit_all()
+            row = self._names.get(key)
+            return [] if row is None else self._guarded(lambda: self._rows.snapshots(row))
+
+    def snapshot(self, key: LayerKey, version: int) -> LayerRecord | None:
+        """Return a layer as it was at a version that there is a snapshot of, without gradients."""
+        with self._committing:
+            self._commit_all()
+            row = self._names.get(key)
+            return None if row is None else self._guarded(lambda: self._rows.snapshot(row, version))
+
+    def back_up(self) -> tuple[Path, int]:
+        """Copy all that is kept to a file in `backups`, and return it and its size. Commits wait meanwhile.
+
+        Raises:
+            BackupFailed: It could not be written; there is no such file then.
+        """
+        now = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+        path = self.directory / BACKUPS / f"{now}-{secrets.token_hex(2)}.sqlite3"
+        try:
+            path.parent.mkdir(mode=0o700, exist_ok=True)
+            with self._committing:
+                self._commit_all()
+                if self._failed:
+                    raise failed()
+                self._database.execute("VACUUM INTO ?", (str(path),))
+            for place in (path, path.parent):
+                descriptor = os.open(place, os.O_RDONLY)
+                try:
+                    os.fsync(descriptor)
+                finally:
+                    os.close(descriptor)
+            return path, path.stat().st_size
+        except (OSError, sqlite3.Error) as error:
+            with suppress(OSError):  # it may never have been there
+                path.unlink()
+            raise BackupFailed(f"the state cannot be copied to {path}: {error}") from error
 
     def delete(self, key: LayerKey) -> bool:
         """Forget a layer; return False if its key does not exist."""
