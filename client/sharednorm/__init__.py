@@ -12,6 +12,7 @@ import os
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 from sharednorm._connect import connect
+from sharednorm._credentials import TLS
 from sharednorm._group import Group
 from sharednorm._version import __version__
 from sharednorm.errors import (
@@ -43,6 +44,7 @@ from sharednorm.errors import (
     MalformedMessage,
     ModuleError,
     NonFiniteInput,
+    PermissionDenied,
     ServerBusy,
     ServerUnavailable,
     SessionExpired,
@@ -52,6 +54,7 @@ from sharednorm.errors import (
     StepOutOfOrder,
     StoreFailed,
     TooFewValues,
+    Unauthenticated,
     UnsupportedDType,
 )
 from sharednorm.hub import Hub, LayerInfo, Progress, ServerInfo, SnapshotInfo
@@ -59,6 +62,7 @@ from sharednorm.layers import BatchNorm, BatchNorm1D, BatchNorm2D, BatchNorm3D, 
 from sharednorm.statistics import Statistics, StatisticsDelta
 
 __all__ = [
+    "TLS",
     "BackupFailed",
     "BackwardInEval",
     "BackwardWithoutForward",
@@ -95,6 +99,7 @@ __all__ = [
     "MalformedMessage",
     "ModuleError",
     "NonFiniteInput",
+    "PermissionDenied",
     "Progress",
     "ServerBusy",
     "ServerInfo",
@@ -109,6 +114,7 @@ __all__ = [
     "StepOutOfOrder",
     "StoreFailed",
     "TooFewValues",
+    "Unauthenticated",
     "UnsupportedDType",
     "Variable",
     "__version__",

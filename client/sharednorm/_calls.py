@@ -15,6 +15,7 @@ from sharednorm import _frames, convert, wire
 from sharednorm._address import Address
 from sharednorm._attempts import Attempts
 from sharednorm._channel import SERVICE, open_channel, proxy_hint
+from sharednorm._credentials import Credentials
 from sharednorm._deadline import Deadline
 from sharednorm._progress import Meter
 from sharednorm._version import __version__
@@ -101,19 +102,22 @@ class Connection:
     Args:
         address: Where the server listens.
         timeout: Seconds that a call may take.
+        credentials: What it is made with.
 
     Every call raises HubClosed after `close` and in a forked child, ServerUnavailable,
     DeadlineExceeded or IncompatibleServer as the case may be, and what the server answered.
     """
 
-    def __init__(self, address: Address, timeout: float) -> None:
+    def __init__(self, address: Address, timeout: float, credentials: Credentials | None = None) -> None:
+        credentials = credentials or Credentials()
         self.address = address
         self.timeout = timeout
         self.info: ServerInfo | None = None
         self.direct: service_pb2.DirectEndpoint | None = None
         self._process = os.getpid()
         self._closed = False
-        self._channel = open_channel(address)
+        self._metadata = credentials.metadata
+        self._channel = open_channel(address, credentials.tls)
 
     def __reduce__(self) -> tuple[object, ...]:
         """Refuse to travel to another process, saying what to do instead."""
@@ -237,7 +241,7 @@ class Connection:
         self.require_open()
         call = self._channel.unary_unary(f"/{SERVICE}/{method}", _identity, _identity)
         try:
-            return call(request, timeout=timeout)
+            return call(request, timeout=timeout, metadata=self._metadata)
         except (grpc.RpcError, ValueError) as error:
             raise self._typed(error) from _bare(error)
 
@@ -254,7 +258,7 @@ class Connection:
         start = self._channel.stream_stream(f"/{SERVICE}/{method.name}Stream", _identity, _identity)
         messages = _Messages(method.stream_header(request), data, self._chunk_bytes(), meter)
         try:
-            call = start(iter(messages), timeout=left.left())
+            call = start(iter(messages), timeout=left.left(), metadata=self._metadata)
         except ValueError as error:
             raise self._typed(error) from error
         try:

@@ -9,6 +9,7 @@ import grpc
 
 from sharednorm import wire
 from sharednorm._address import Address
+from sharednorm._credentials import TLS
 from sharednorm.config import MAX_MAPS
 from sharednorm.errors import HubClosed
 from sharednorm.state import ARRAY_FIELDS
@@ -33,10 +34,11 @@ _NO_PROXY_VARIABLES = ("no_grpc_proxy", "no_proxy")
 _PROCESSES: set[int] = set()
 
 
-def open_channel(address: Address) -> grpc.Channel:
-    """Return a plaintext channel, which connects at its first call.
+def open_channel(address: Address, tls: TLS | None) -> grpc.Channel:
+    """Return a channel, which connects at its first call.
 
     Raises:
+        InvalidConfiguration: A file of `tls` cannot be read.
         HubClosed: This process was forked from one that had a channel. gRPC's threads are not in the child,
             and a call there would hang beyond its deadline.
     """
@@ -45,8 +47,14 @@ def open_channel(address: Address) -> grpc.Channel:
             "this process was forked from one that was connected to a server, and gRPC does not survive that: "
             'use the start method "spawn", or fork before the first connect()'
         )
+    credentials = None if tls is None else tls.credentials()
+    options = channel_options(address)
+    if tls is not None and tls.server_name is not None:
+        options.append(("grpc.ssl_target_name_override", tls.server_name))
     _PROCESSES.add(os.getpid())
-    return grpc.insecure_channel(address.target, options=channel_options(address))
+    if credentials is None:
+        return grpc.insecure_channel(address.target, options=options)
+    return grpc.secure_channel(address.target, credentials, options=options)
 
 
 def proxy_hint(address: Address) -> str:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
 from sharednorm._address import parse_address
 from sharednorm._calls import Connection
+from sharednorm._credentials import TLS, Credentials
 from sharednorm._exchange import Exchange
 from sharednorm._places import open_hubs
 from sharednorm._progress import ProgressCallback
@@ -17,8 +20,8 @@ def connect(
     address: str,
     *,
     namespace: str = "default",
-    token: None = None,
-    tls: None = None,
+    token: str | None = None,
+    tls: bool | str | os.PathLike[str] | TLS | None = None,
     timeout: float = 30.0,
     transport: str = "auto",
     progress: ProgressCallback | None = None,
@@ -32,8 +35,11 @@ def connect(
     Args:
         address: Where it listens: "host:port", "[::1]:port" or "unix:/path/of/socket".
         namespace: Whose layers these are; two namespaces never see each other's.
-        token: Must be None: servers of this release ask for no token.
-        tls: Must be None: servers of this release speak plaintext only.
+        token: What a server that asks for tokens has given this client; None: the environment variable
+            SHAREDNORM_TOKEN, if it is set. Handles that are pickled do not carry it.
+        tls: How the connection is encrypted: True, by certificates that gRPC believes; the file of an authority's
+            certificate; or a `TLS`. False: not at all, also if a token travels there. None: by the authority in the
+            file that the environment variable SHAREDNORM_TLS_CA names, or, if there is none, not at all.
         timeout: Seconds that any one call may take, a large tensor's way there and back included; > 0,
             at most 1e8.
         transport: How tensors travel. "shm": in memory that the server shares with this process, which a server on a
@@ -47,15 +53,11 @@ def connect(
         ServerUnavailable: Nobody listens there.
         DeadlineExceeded: Whoever listens there did not answer in time.
         IncompatibleServer: It is not a sharednorm server, or one that speaks another protocol.
+        Unauthenticated: The server asks for a token, and this is none of its.
+        PermissionDenied: The token is not for this namespace.
         HubClosed: This process was forked from one that was connected.
     """
     where = parse_address(address)
-    for name, value in (("token", token), ("tls", tls)):
-        if value is not None:
-            raise InvalidConfiguration(
-                f"{name} is given, and this release has neither tokens nor TLS (expected: None; keep the server on "
-                "loopback or a unix socket, and reach it through an SSH tunnel or the like)"
-            )
     if not (is_finite(timeout) and 0 < timeout <= MAX_SECONDS):
         raise InvalidConfiguration(
             f"timeout is {ascii(timeout)[:120]} (expected: a finite number of seconds > 0, at most {MAX_SECONDS:g})"
@@ -63,7 +65,7 @@ def connect(
     checked, way = check_namespace(namespace), check_transport(transport)
     if progress is not None and not callable(progress):
         raise InvalidConfiguration(f"progress is {ascii(progress)[:60]} (expected: a function, or None)")
-    connection = Connection(where, float(timeout))
+    connection = Connection(where, float(timeout), Credentials.parse(token, tls, checked, where))
     try:
         connection.greet()
         hub = Hub(Exchange(connection, way, progress), checked)

@@ -18,8 +18,10 @@ from sharednorm.errors import (
     LayerNotFound,
     LimitExceeded,
     ModuleError,
+    PermissionDenied,
     ServerUnavailable,
     SharedNormError,
+    Unauthenticated,
     error_class,
 )
 from sharednorm.v1 import service_pb2
@@ -47,6 +49,8 @@ _FALLBACKS: dict[grpc.StatusCode, type[SharedNormError]] = {
     grpc.StatusCode.RESOURCE_EXHAUSTED: LimitExceeded,
     grpc.StatusCode.UNIMPLEMENTED: IncompatibleServer,
     grpc.StatusCode.UNAVAILABLE: ServerUnavailable,
+    grpc.StatusCode.UNAUTHENTICATED: Unauthenticated,
+    grpc.StatusCode.PERMISSION_DENIED: PermissionDenied,
 }
 
 

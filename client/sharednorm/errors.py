@@ -19,6 +19,8 @@
     ├── SnapshotNotFound                                                        (also a LookupError)
     ├── BackupFailed                    the state could not be copied, and is as it was
     ├── DataLoss                        the server has lost steps that it had answered
+    ├── Unauthenticated                 the server asks for a token, and this is none of its
+    ├── PermissionDenied                the token is not for that, or not here
     ├── InputEvicted                    the server no longer keeps a forward's input
     ├── MalformedMessage                a message contradicts itself
     ├── LimitExceeded                   larger than the server's limit
@@ -61,6 +63,7 @@ INVALID_ARGUMENT = 3
 DEADLINE_EXCEEDED = 4
 NOT_FOUND = 5
 ALREADY_EXISTS = 6
+PERMISSION_DENIED = 7
 RESOURCE_EXHAUSTED = 8
 FAILED_PRECONDITION = 9
 ABORTED = 10
@@ -68,6 +71,7 @@ UNIMPLEMENTED = 12
 INTERNAL = 13
 UNAVAILABLE = 14
 DATA_LOSS = 15
+UNAUTHENTICATED = 16
 
 STEP_OVER = "group_step"
 """Metadata of an error with which a group's step has ended for all members: its number."""
@@ -185,6 +189,14 @@ class BackupFailed(SharedNormError, reason="BACKUP_FAILED", code=FAILED_PRECONDI
 
 class DataLoss(SharedNormError, reason="DATA_LOSS", code=DATA_LOSS):
     """The server's layer is older than what it has told this handle: steps that were answered are lost."""
+
+
+class Unauthenticated(SharedNormError, reason="UNAUTHENTICATED", code=UNAUTHENTICATED):
+    """The server asks for a token, and the call had none, an unknown one, or one that has expired."""
+
+
+class PermissionDenied(SharedNormError, reason="PERMISSION_DENIED", code=PERMISSION_DENIED):
+    """The token is not for such a call in that namespace, whatever there is in it."""
 
 
 class InputEvicted(SharedNormError, reason="INPUT_EVICTED", code=FAILED_PRECONDITION):

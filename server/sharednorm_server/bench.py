@@ -55,6 +55,7 @@ def _bench(arguments: argparse.Namespace) -> int:
         timeout=arguments.timeout,
         transport=arguments.transport,
         progress=bar.tell,
+        tls=arguments.tls_ca,
     ) as hub:
         info, transport = hub.info, hub.transport
         rows = [row for shape in shapes for row in _measure(hub, shape, arguments.seconds, bar)]

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import secrets
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
 import grpc
 
 from sharednorm.convert import error_to_status
 from sharednorm.errors import CallCancelled, InternalError, LimitExceeded, ServerUnavailable, SharedNormError
+from sharednorm_server.access import TokenFile
 from sharednorm_server.requests import Wanted
 
 P = ParamSpec("P")
@@ -108,8 +111,9 @@ class CallPool(ThreadPoolExecutor):
 class UnaryCall:
     """A method with one request and one answer, as gRPC calls it."""
 
-    def __init__(self, name: str, behaviour: Unary, pool: CallPool) -> None:
-        self._name = name
+    def __init__(self, name: str, behaviour: Unary, pool: CallPool, tokens: TokenFile | None = None) -> None:
+        self.name = name
+        self._tokens = tokens
         self._behaviour = behaviour
         self.experimental_thread_pool = pool  # where gRPC runs this, instead of the server's own pool
 
@@ -117,16 +121,18 @@ class UnaryCall:
         """Answer a request, or end the call with a typed error."""
         try:
             self.experimental_thread_pool.begin(context)
-            return self._behaviour(request, context.is_active)
+            with _caller(self._tokens, self.name, context):
+                return self._behaviour(request, context.is_active)
         except Exception as error:  # noqa: BLE001 - the edge: everything becomes a status
-            _refuse(self._name, error, context)
+            _refuse(self.name, error, context)
 
 
 class StreamCall:
     """A method with any number of requests and answers, as gRPC calls it."""
 
-    def __init__(self, name: str, behaviour: Stream, pool: CallPool) -> None:
-        self._name = name
+    def __init__(self, name: str, behaviour: Stream, pool: CallPool, tokens: TokenFile | None = None) -> None:
+        self.name = name
+        self._tokens = tokens
         self._behaviour = behaviour
         self.experimental_thread_pool = pool  # where gRPC runs this, instead of the server's own pool
 
@@ -134,14 +140,55 @@ class StreamCall:
         """Answer requests, or end the call with a typed error."""
         try:
             self.experimental_thread_pool.begin(context)
-            for answer in self._behaviour(requests, context.is_active):
+            with _caller(self._tokens, self.name, context):
+                answers = self._behaviour(requests, context.is_active)
+                first = next(answers, None)  # all that asks who calls comes before it
+            if first is None:
+                return
+            for answer in itertools.chain((first,), answers):
                 if not context.is_active():
                     return
                 yield answer
         except grpc.RpcError:
             raise  # the client has gone while it was being listened to; gRPC raised this and knows it
         except Exception as error:  # noqa: BLE001 - the edge: everything becomes a status
-            _refuse(self._name, error, context)
+            _refuse(self.name, error, context)
+
+
+class Doorkeeper(grpc.ServerInterceptor):
+    """Refuses calls before anything of their bodies is read.
+
+    Args:
+        tokens: Who may call.
+        service: The full name of the service that is guarded; others are open.
+    """
+
+    def __init__(self, tokens: TokenFile, service: str) -> None:
+        self._tokens = tokens
+        self._prefix = f"/{service}/"
+
+    def intercept_service(self, continuation: Any, details: Any) -> Any:
+        """Return what handles a call."""
+        handler = continuation(details)
+        if handler is None or not details.method.startswith(self._prefix):
+            return handler
+        name = details.method[len(self._prefix) :]
+        try:
+            self._tokens.admit(name, dict(details.invocation_metadata))
+        except Exception as error:  # noqa: BLE001 - the edge: everything becomes a status
+            refused = error
+
+            def refuse(_: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+                _refuse(name, refused, context)
+
+            return grpc.stream_stream_rpc_method_handler(refuse)
+        return handler
+
+
+def _caller(tokens: TokenFile | None, name: str, context: grpc.ServicerContext) -> AbstractContextManager[None]:
+    if tokens is None:
+        return nullcontext()
+    return tokens.as_caller(name, dict(context.invocation_metadata()))
 
 
 def _refuse(name: str, error: Exception, context: grpc.ServicerContext) -> NoReturn:

@@ -11,6 +11,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,7 @@ from sharednorm_server.config import (
     parse_size,
 )
 from sharednorm_server.doctor.command import add_doctor
+from sharednorm_server.keys import add_certs, add_token
 
 if TYPE_CHECKING:
     from sharednorm_server.server import RunningServer
@@ -96,6 +98,10 @@ def _serve(arguments: argparse.Namespace) -> int:
         direct_port=parse_port(arguments.direct_port),
         grace=arguments.grace,
         insecure=arguments.insecure,
+        tokens=arguments.tokens,
+        tls_cert=arguments.tls_cert,
+        tls_key=arguments.tls_key,
+        tls_client_ca=arguments.tls_client_ca,
     )
     logging.basicConfig(
         stream=sys.stderr, level=arguments.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -174,6 +180,8 @@ def _parser() -> argparse.ArgumentParser:
     add_snapshots(commands)
     add_rollback(commands)
     add_backup(commands)
+    add_token(commands)
+    add_certs(commands)
     add_bench(commands)
     add_doctor(commands)
     return parser
@@ -229,5 +237,11 @@ def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add("--grace", type=float, metavar="SECONDS", default=defaults.grace,
         help="time that running calls are given at the end; default %(default)s")  # fmt: skip
     add("--log-level", choices=("debug", "info", "warning", "error"), default="info", help="default %(default)s")
+    add("--tokens", type=Path, metavar="FILE",
+        help="tokens that clients have to show, as `sharednorm token create` writes them; default: none")  # fmt: skip
+    add("--tls-cert", type=Path, metavar="FILE", help="the server's certificate, PEM; default: nothing is encrypted")
+    add("--tls-key", type=Path, metavar="FILE", help="its private key, PEM")
+    add("--tls-client-ca", type=Path, metavar="FILE",
+        help="authorities of certificates that clients have to show, PEM; default: they need none")  # fmt: skip
     add("--insecure", action="store_true",
         help="listen without encryption where other machines can reach it")  # fmt: skip

@@ -99,6 +99,12 @@ def add_server(parser: argparse.ArgumentParser) -> None:
         default=DEFAULT_LISTEN,
         help="HOST:PORT or unix:PATH of the server; default %(default)s",
     )
+    parser.add_argument(
+        "--tls-ca",
+        metavar="FILE",
+        help="authority of the server's certificate, PEM; default: the file that $SHAREDNORM_TLS_CA names, or no "
+        "encryption. A token is taken from $SHAREDNORM_TOKEN",
+    )
     parser.add_argument("--namespace", default="default", help="whose layers; default %(default)s")
     parser.add_argument(
         "--timeout",
@@ -110,7 +116,9 @@ def add_server(parser: argparse.ArgumentParser) -> None:
 
 
 def _connect(arguments: argparse.Namespace) -> Hub:
-    return sharednorm.connect(arguments.server, namespace=arguments.namespace, timeout=arguments.timeout)
+    return sharednorm.connect(
+        arguments.server, namespace=arguments.namespace, timeout=arguments.timeout, tls=arguments.tls_ca
+    )
 
 
 def _ls(arguments: argparse.Namespace) -> int:

@@ -55,6 +55,10 @@ class ServerConfig:
         session_memory_bytes: Most bytes of it that one client gets, at least 0.
         grace: Seconds that running calls are given to end when the server stops, 0 to 1e8.
         insecure: Whether it may listen without encryption where other machines can reach it.
+        tokens: The file of the tokens that clients have to show; None: they need none.
+        tls_cert: File of the server's certificate, PEM; None: nothing is encrypted.
+        tls_key: File of its private key, PEM; there if the certificate is.
+        tls_client_ca: File of the authorities of certificates that clients have to show, PEM; None: they need none.
 
     Raises:
         InvalidConfiguration: A number is out of its range.
@@ -79,6 +83,10 @@ class ServerConfig:
     session_memory_bytes: int = 4 << 30
     grace: float = 60.0
     insecure: bool = False
+    tokens: Path | None = None
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    tls_client_ca: Path | None = None
 
     def __post_init__(self) -> None:
         """Check every range once, where the object is made."""
@@ -100,6 +108,10 @@ class ServerConfig:
         _check(port is None or 0 <= port <= 65535, "direct-port", port, "0 to 65535")
         _check(self.shared_memory_bytes >= 0, "shared-memory-bytes", self.shared_memory_bytes, "at least 0")
         _check(self.session_memory_bytes >= 0, "session-memory-bytes", self.session_memory_bytes, "at least 0")
+        both = (self.tls_cert is None) == (self.tls_key is None)
+        _check(both, "tls-cert or tls-key", "missing", "both, or none")
+        asks = self.tls_client_ca is None or self.tls_cert is not None
+        _check(asks, "tls-client-ca", self.tls_client_ca, "tls-cert and tls-key beside it")
         _check(0 <= self.grace <= MAX_SECONDS, "grace", self.grace, f"a number of seconds, 0 to {MAX_SECONDS:g}")
 
 

@@ -14,14 +14,14 @@ from sharednorm.config import (
     MAX_GROUP_SECONDS,
     NonFinitePolicy,
     check_group_name,
-    check_namespace,
     is_finite,
 )
 from sharednorm.errors import CallCancelled, InvalidConfiguration
 from sharednorm.v1 import service_pb2
 from sharednorm_server.calls import Unary
 from sharednorm_server.groups import Done, GroupSettings
-from sharednorm_server.requests import BackwardCall, LayerKey, Wanted
+from sharednorm_server.messages import key_of, namespace_of
+from sharednorm_server.requests import BackwardCall, Wanted
 from sharednorm_server.service import LayerService
 from sharednorm_server.synchronization import GroupKey, Stepped, Summed, Synchronizer
 
@@ -83,7 +83,7 @@ class GroupCalls:
 
     def join(self, request: service_pb2.JoinGroupRequest, wanted: Wanted) -> service_pb2.JoinGroupResponse:
         """Join a group, once all members have."""
-        key = GroupKey(check_namespace(request.namespace), check_group_name("group", request.group))
+        key = GroupKey(namespace_of(request.namespace), check_group_name("group", request.group))
         size, most = request.size, MAX_GROUP_MEMBERS
         if not 1 <= size <= most or not 1 <= request.min_members <= size:
             raise InvalidConfiguration(
@@ -116,7 +116,7 @@ class GroupCalls:
     def moments(self, message: bytes) -> Meeting:
         """Take a step together with the other members of a group: bring this one's part."""
         request = wire.parse(service_pb2.SynchronizeMomentsRequest, message)
-        key = LayerKey(*convert.ref_from_proto(request.ref))
+        key = key_of(request.ref)
         maps = self._service.get_layer(key).config.maps
         batch = None
         if request.moments.count:
@@ -127,7 +127,7 @@ class GroupCalls:
     def gradients(self, message: bytes) -> Meeting:
         """Add up the sums of a backward together with the other members of a group: bring this one's part."""
         request = wire.parse(service_pb2.SynchronizeGradientsRequest, message)
-        key = LayerKey(*convert.ref_from_proto(request.ref))
+        key = key_of(request.ref)
         config = self._service.get_layer(key).config
         call = BackwardCall(
             key,

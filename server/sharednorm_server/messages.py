@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from sharednorm import convert, wire
+from sharednorm.config import check_namespace
 from sharednorm.v1 import layer_pb2, service_pb2
+from sharednorm_server.access import require_namespace
 from sharednorm_server.requests import (
     BackwardAnswer,
     CallKey,
@@ -26,8 +28,21 @@ Keyed = (
 
 
 def key_of(ref: layer_pb2.LayerRef) -> LayerKey:
-    """Return the layer that a message names."""
-    return LayerKey(*convert.ref_from_proto(ref))
+    """Return the layer that a message names.
+
+    Raises:
+        PermissionDenied: It is in another namespace than the call was admitted in.
+    """
+    key = LayerKey(*convert.ref_from_proto(ref))
+    require_namespace(key.namespace)
+    return key
+
+
+def namespace_of(text: str) -> str:
+    """Return the namespace that a message names; raises what `key_of` raises."""
+    namespace = check_namespace(text)
+    require_namespace(namespace)
+    return namespace
 
 
 def call_of(request: Keyed) -> CallKey | None:

@@ -15,7 +15,8 @@ from grpc_reflection.v1alpha import reflection
 
 from sharednorm import wire
 from sharednorm.config import MAX_GROUP_MEMBERS
-from sharednorm_server.calls import CallPool
+from sharednorm_server.access import TokenFile
+from sharednorm_server.calls import CallPool, Doorkeeper
 from sharednorm_server.config import ServerConfig, StartError, parse_devices, parse_state
 from sharednorm_server.device.cpu import CpuDevice
 from sharednorm_server.direct import DirectServer
@@ -30,6 +31,7 @@ from sharednorm_server.store.memory import MemoryStore
 from sharednorm_server.store.snapshots import SnapshotPolicy
 from sharednorm_server.store.sqlite import SqliteStore
 from sharednorm_server.synchronization import Synchronizer
+from sharednorm_server.tls import CertificateFiles
 
 # A message beside its tensor: names and shapes, and 20 bytes a map of moments and scale, or 24 of a whole state.
 _HEADER_ROOM = 4 << 20
@@ -172,18 +174,25 @@ def serve(config: ServerConfig, service: LayerService) -> RunningServer:
     _require_private(config)
     pool, waiting = CallPool(config.workers), CallPool(MAX_GROUP_MEMBERS)
     groups = Synchronizer(service)
-    grpc_server = grpc.server(ThreadPoolExecutor(_SIDE_WORKERS, thread_name_prefix="side"), options=_options())
+    tokens = None if config.tokens is None else TokenFile(config.tokens)
+    grpc_server = grpc.server(
+        ThreadPoolExecutor(_SIDE_WORKERS, thread_name_prefix="side"),
+        interceptors=[] if tokens is None else [Doorkeeper(tokens, SERVICE_NAME)],
+        options=_options(),
+    )
     servicer = Servicer(service, GroupCalls(service, groups), Limits(config.max_tensor_bytes))
-    grpc_server.add_generic_rpc_handlers([servicer.handlers(pool, waiting)])
+    grpc_server.add_generic_rpc_handlers([servicer.handlers(pool, waiting, tokens)])
     status = health.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(status, grpc_server)
     reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), grpc_server)
-    address = parse_endpoint(config.listen).bind(grpc_server.add_insecure_port)
+    address = _bind(config, grpc_server)
     memory = None
     if AVAILABLE and config.shared_memory_bytes:
         memory = SharedMemory(config.session_memory_bytes, config.shared_memory_bytes, service.forget_keeper)
     direct = DirectServer(servicer, pool, config.workers, memory)
-    if config.direct_port is not None:
+    if tokens is not None or config.tls_cert is not None:
+        _log.info("no direct connections, which ask for no token and are not encrypted: tensors come by gRPC")
+    elif config.direct_port is not None:
         _listen_directly(direct, config.listen, config.direct_port)
     grpc_server.start()
     for name in ("", SERVICE_NAME):
@@ -192,11 +201,22 @@ def serve(config: ServerConfig, service: LayerService) -> RunningServer:
 
 
 def _require_private(config: ServerConfig) -> None:
-    if not (config.insecure or parse_endpoint(config.listen).private):
+    if not (config.insecure or config.tls_cert is not None or parse_endpoint(config.listen).private):
         raise StartError(
-            f"{config.listen} can be reached by other machines, and this release has no encryption: listen on "
-            "127.0.0.1 or a unix socket, or pass --insecure if the network is trusted"
+            f"{config.listen} can be reached by other machines, and nothing would be encrypted: pass --tls-cert and "
+            "--tls-key (`sharednorm certs create` makes them), listen on 127.0.0.1 or a unix socket, or pass "
+            "--insecure if the network is trusted"
         )
+    if config.tls_cert is not None and config.tokens is None and config.tls_client_ca is None:
+        _log.warning("whoever reaches %s may use all layers: there are no --tokens, nor --tls-client-ca", config.listen)
+
+
+def _bind(config: ServerConfig, grpc_server: grpc.Server) -> str:
+    endpoint = parse_endpoint(config.listen)
+    if config.tls_cert is None or config.tls_key is None:
+        return endpoint.bind(grpc_server.add_insecure_port)
+    credentials = CertificateFiles(config.tls_cert, config.tls_key, config.tls_client_ca).credentials()
+    return endpoint.bind(lambda address: grpc_server.add_secure_port(address, credentials))
 
 
 def _listen_directly(direct: DirectServer, listen: str, port: int) -> None:

@@ -14,9 +14,10 @@ import grpc
 from google.protobuf.message import DecodeError, Message
 
 from sharednorm import convert, wire
-from sharednorm.config import NonFinitePolicy, check_namespace
+from sharednorm.config import NonFinitePolicy
 from sharednorm.errors import InvalidConfiguration, MalformedMessage
 from sharednorm.v1 import service_pb2
+from sharednorm_server.access import Right, TokenFile, require
 from sharednorm_server.batches import get_many_stats, push_many
 from sharednorm_server.calls import CallPool, Stream, StreamCall, Unary, UnaryCall, method_handler
 from sharednorm_server.group_calls import GroupCalls
@@ -27,6 +28,7 @@ from sharednorm_server.messages import (
     forward_response,
     key_of,
     layer_of,
+    namespace_of,
     stats_of,
 )
 from sharednorm_server.requests import (
@@ -107,7 +109,7 @@ class Servicer:
             port=port, socket=socket, instance=instance, shared_memory=shared_memory
         )
 
-    def handlers(self, pool: CallPool, waiting: CallPool) -> grpc.GenericRpcHandler:
+    def handlers(self, pool: CallPool, waiting: CallPool, tokens: TokenFile | None = None) -> grpc.GenericRpcHandler:
         """Return the methods for a gRPC server; they run on the threads of a pool, those of groups on another's.
 
         For the members of a group wait for each other, and would else wait for a thread that one of them has.
@@ -138,11 +140,12 @@ class Servicer:
             "UpdateParams": _plain(service_pb2.UpdateParamsRequest, self._update_params),
         }
         streams: dict[str, Stream] = {"ForwardStream": self._forward_stream, "BackwardStream": self._backward_stream}
-        handlers = {name: method_handler(UnaryCall(name, behaviour, pool)) for name, behaviour in unary.items()}
-        handlers |= {
-            name: method_handler(UnaryCall(name, behaviour, waiting)) for name, behaviour in self.groups.unary().items()
-        }
-        handlers |= {name: method_handler(StreamCall(name, behaviour, pool)) for name, behaviour in streams.items()}
+        calls: list[UnaryCall | StreamCall] = [
+            *(UnaryCall(name, behaviour, pool, tokens) for name, behaviour in unary.items()),
+            *(UnaryCall(name, behaviour, waiting, tokens) for name, behaviour in self.groups.unary().items()),
+            *(StreamCall(name, behaviour, pool, tokens) for name, behaviour in streams.items()),
+        ]
+        handlers = {call.name: method_handler(call) for call in calls}
         return grpc.method_handlers_generic_handler(SERVICE_NAME, handlers)
 
     # --- Layers -------------------------------------------------------------------------------------
@@ -178,7 +181,7 @@ class Servicer:
 
     def _list_layers(self, request: service_pb2.ListLayersRequest) -> service_pb2.ListLayersResponse:
         records, token = self._service.list_layers(
-            check_namespace(request.namespace), request.page_size, request.page_token
+            namespace_of(request.namespace), request.page_size, request.page_token
         )
         return service_pb2.ListLayersResponse(layers=map(layer_of, records), next_page_token=token)
 
@@ -254,6 +257,8 @@ class Servicer:
         """Do a forward: the request without its data, and the tensor that belongs to it."""
         layout = wire.layout_of(request.input, self._most(tensors), limit=_limit(tensors))
         call = forward_call(request, tensors.keeper)
+        if call.train is not False:
+            require(Right.TRAIN)
         self._service.check_forward(call, layout.shape)
         if isinstance(tensors, Arriving):
             tensors.hold(self._service.admitted(layout.nbytes))

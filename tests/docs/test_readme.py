@@ -14,11 +14,14 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import grpc
+import numpy as np
 import pytest
 
+import sharednorm
 from benchmarks.tables import updated
 from sharednorm.errors import error_classes
 from tests.emulation.build import SANITIZERS
@@ -123,8 +126,36 @@ def _check_serve(command: str) -> None:
         help_text = run_python("-m", "sharednorm_server", *shlex.split(command)[1:])
         assert "--listen" in help_text
         return
+    if "--tokens" in arguments:
+        with TemporaryDirectory() as made:
+            make_keys(Path(made))
+            paths = [f"{made}/{word}" if "/" in word or word == "tokens" else word for word in arguments]
+            with server_process(*paths) as server:
+                assert server.stop() == 0
+        return
     with server_process(*arguments) as server:
         assert server.stop() == 0
+
+
+def _check_keys(command: str) -> None:
+    with TemporaryDirectory() as place:
+        make_keys(Path(place))
+        words = [*shlex.split(command)[1:], *(["--directory", "other"] if "certs" in command else [])]
+        assert run_python("-m", "sharednorm_server", *words, cwd=place)
+
+
+def make_keys(place: Path) -> None:
+    """Make the files that the server of the README is started with."""
+    for words in ("certs create --directory certs --host localhost", "token create --file tokens --name ana"):
+        run_python("-m", "sharednorm_server", *words.split(), cwd=str(place))
+
+
+def _check_upkeep(command: str) -> None:
+    with TemporaryDirectory() as place, server_process("--state", f"sqlite://{place}") as server:
+        with sharednorm.connect(server.address) as hub:
+            hub.BatchNorm2D(2, name="stem/bn")(np.arange(8, dtype=np.float32).reshape(2, 2, 2, 1))
+        words = [word.replace("12000", "1") for word in shlex.split(command, comments=True)[1:]]
+        assert run_python("-m", "sharednorm_server", *words, "--server", server.address)
 
 
 def _check_bench(command: str) -> None:
@@ -151,9 +182,11 @@ def _check_script(command: str) -> None:
         assert run_python(str(ROOT / script), *given)
 
 
-def run_python(*arguments: str) -> str:
+def run_python(*arguments: str, cwd: str | None = None) -> str:
     """Run this Python on something that must succeed and say nothing on stderr; return what it prints."""
-    result = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=60, check=False)
+    result = subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, timeout=60, check=False, cwd=cwd
+    )
     assert (result.returncode, result.stderr) == (0, "")
     return result.stdout
 
@@ -164,6 +197,11 @@ CHECKS: dict[str, Callable[[str], None]] = {
     ".venv/bin/python -m tests.emulation.process ": _check_sanitizer,
     "pip install ": _check_pip,
     "sharednorm serve": _check_serve,
+    "sharednorm certs create": _check_keys,
+    "sharednorm token create": _check_keys,
+    "sharednorm snapshots": _check_upkeep,
+    "sharednorm rollback": _check_upkeep,
+    "sharednorm backup": _check_upkeep,
     ".venv/bin/sharednorm doctor": _check_doctor,
     ".venv/bin/sharednorm bench": _check_bench,
     ".venv/bin/sharednorm ls": _check_query,

@@ -30,16 +30,15 @@ def _server(*names: str) -> tuple[str, ...]:
 # The rooms. What is not listed belongs to the local layers on the client's side.
 CODEC = _client("wire", "convert", "_status", "_frames")
 CONNECTION = _client("hub", "remote", "_async_compute", "_attempts", "_calls", "_channel", "_client_compute",
-                     "_connect", "_deadline", "_direct", "_exchange", "_group", "_group_compute", "_handling", "_link",
-                     "_listing", "_once", "_places", "_progress", "_push", "_reading", "_shared", "_torch_functions",
-                     "_upkeep", "_ways", "torch")  # fmt: skip
+                     "_connect", "_credentials", "_deadline", "_direct", "_exchange", "_group", "_group_compute",
+                     "_handling", "_link", "_listing", "_once", "_places", "_progress", "_push", "_reading",
+                     "_shared", "_torch_functions", "_upkeep", "_ways", "torch")  # fmt: skip
 COMPILED = _client("_numba_arithmetic", "_numba_backward", "_numba_common", "_numba_forward", "_numba_half",
                    "_numba_moments", "_numba_plan", "_numba_vector")  # fmt: skip
 EDGE = _server("__main__", "cli", "commands", "server", "servicer", "messages", "calls", "group_calls", "batches",
-               "listen", "direct", "lane", "regions", "transfers", "bench")  # fmt: skip
-MEANING = _server(
-    "service", "catalog", "budget", "placement", "requests", "layers", "ledger", "saved_inputs", "checks", "paging"
-)
+               "listen", "tls", "keys", "certificates", "direct", "lane", "regions", "transfers", "bench")  # fmt: skip
+MEANING = _server("service", "access", "catalog", "budget", "placement", "requests", "layers", "ledger",
+                  "saved_inputs", "checks", "paging")  # fmt: skip
 GROUPS = _server("groups", "synchronization")
 CUDA = ("cuda", "_cuda_gpu", "_cuda_kernels", "_cuda_worker")
 DEVICE, STORE = _server("device."), _server("store.")
@@ -214,6 +213,7 @@ def test_optional_packages_are_those_of_the_extras() -> None:
         "grpc_reflection",
         "torch",
         "tqdm",
+        "cryptography",
     }
     assert {_root(found) for found in IMPORTS} - known <= extras
 

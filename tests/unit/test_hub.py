@@ -85,15 +85,6 @@ def test_a_timeout_that_is_none_is_refused(timeout: Any) -> None:
         connect("localhost:1", timeout=timeout)
 
 
-@pytest.mark.parametrize("option", ["token", "tls"])
-@pytest.mark.parametrize("value", ["secret", b"", False, object()])
-def test_what_this_release_does_not_have_is_refused_and_not_ignored(option: str, value: Any) -> None:
-    options: dict[str, Any] = {option: value}
-    with pytest.raises(InvalidConfiguration, match=f"{option} is given, and this release has neither") as caught:
-        connect("localhost:1", **options)
-    assert "secret" not in str(caught.value)
-
-
 @pytest.mark.parametrize("namespace", ["a\n", "x" * 129, 7, None])
 def test_a_namespace_that_is_none_is_refused(namespace: Any) -> None:
     with pytest.raises(InvalidName):

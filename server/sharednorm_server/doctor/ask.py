@@ -6,6 +6,7 @@ timeout, and says nothing on stderr unless something is wrong.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping
 
@@ -15,7 +16,13 @@ import sharednorm
 from sharednorm._address import Address, parse_address
 from sharednorm.config import MAX_SECONDS
 from sharednorm.convert import error_from_call
-from sharednorm.errors import DeadlineExceeded, IncompatibleServer, InvalidConfiguration, ServerUnavailable
+from sharednorm.errors import (
+    DeadlineExceeded,
+    IncompatibleServer,
+    InvalidConfiguration,
+    ServerUnavailable,
+    Unauthenticated,
+)
 from sharednorm_server.doctor.checks import size
 
 SECONDS = 5.0
@@ -25,12 +32,13 @@ _LEAST_SECONDS = 0.001
 _MAX_ANSWER_BYTES = 1 << 16
 
 
-def ask(server: str, timeout: float) -> Mapping[str, str]:
+def ask(server: str, timeout: float, tls_ca: str | None = None) -> Mapping[str, str]:
     """Ask a server for its health, then for what it is, all within a time.
 
     Args:
         server: Its address, as `sharednorm.connect` takes it.
         timeout: Seconds, > 0.
+        tls_ca: File of the authority of its certificate; None: as `sharednorm.connect` has it.
 
     Raises:
         InvalidConfiguration: The address is not one, the timeout is out of its range, or the package that knows the
@@ -45,11 +53,16 @@ def ask(server: str, timeout: float) -> Mapping[str, str]:
             f"timeout is {timeout} (expected: a number of seconds > 0, at most {MAX_SECONDS:g}): pass another --timeout"
         )
     end = time.monotonic() + timeout
-    _require_serving(address, end, timeout)
+    authority = tls_ca or os.environ.get("SHAREDNORM_TLS_CA")
+    credentials = sharednorm.TLS(authority).credentials() if authority and not address.path else None
+    _require_serving(address, credentials, end, timeout)
     try:
         # What the checks of its health have left. A server that has answered those may still be too busy for this.
-        with sharednorm.connect(server, timeout=max(_LEAST_SECONDS, end - time.monotonic())) as hub:
+        with sharednorm.connect(server, timeout=max(_LEAST_SECONDS, end - time.monotonic()), tls=tls_ca) as hub:
             info = hub.info
+    except Unauthenticated:
+        told = "asks for a token, and this was none of its (SHAREDNORM_TOKEN)"
+        return {"server": address.text, "health": "SERVING", "access": told}
     except DeadlineExceeded as error:
         raise DeadlineExceeded(
             f"{address.text} is SERVING, but did not say within {timeout:g} s what it is: every worker may be busy "
@@ -67,7 +80,7 @@ def ask(server: str, timeout: float) -> Mapping[str, str]:
     }
 
 
-def _require_serving(address: Address, end: float, timeout: float) -> None:
+def _require_serving(address: Address, credentials: grpc.ChannelCredentials | None, end: float, timeout: float) -> None:
     try:
         from grpc_health.v1 import health_pb2, health_pb2_grpc  # noqa: PLC0415 - needs the extra
     except ModuleNotFoundError as error:
@@ -79,7 +92,11 @@ def _require_serving(address: Address, end: float, timeout: float) -> None:
         ("grpc.enable_http_proxy", 0 if address.local else 1),
         ("grpc.max_receive_message_length", _MAX_ANSWER_BYTES),
     )
-    with grpc.insecure_channel(address.target, options) as channel:
+    with (
+        grpc.insecure_channel(address.target, options)
+        if credentials is None
+        else grpc.secure_channel(address.target, credentials, options)
+    ) as channel:
         check = health_pb2_grpc.HealthStub(channel).Check
         for service in ("", SERVICE):
             request = health_pb2.HealthCheckRequest(service=service)

@@ -27,6 +27,7 @@ def add_doctor(commands: Commands[argparse.ArgumentParser]) -> None:
     add("--device", choices=(CPU, CUDA),
         help="what a server here would compute with; default: report on both, exit code for cpu")  # fmt: skip
     add("--server", metavar="ADDRESS", help="HOST:PORT or unix:PATH of a server to ask instead")
+    add("--tls-ca", metavar="FILE", help="authority of the server's certificate, PEM; default: $SHAREDNORM_TLS_CA")
     add("--timeout", type=float, metavar="SECONDS", default=SECONDS,
         help="with --server: longest wait, in all; default %(default)s")  # fmt: skip
     add("--json", action="store_true", help="print one object in JSON instead of a table")
@@ -39,7 +40,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
         raise InvalidConfiguration(
             "--server asks another process, and --device is about this machine (expected: one of the two)"
         )
-    facts = ask(arguments.server, arguments.timeout)
+    facts = ask(arguments.server, arguments.timeout, arguments.tls_ca)
     if arguments.json:
         print(json.dumps(facts))
     else:
