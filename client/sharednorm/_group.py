@@ -23,7 +23,14 @@ from sharednorm.config import (
     check_group_name,
     is_finite,
 )
-from sharednorm.errors import STEP_OVER, InvalidConfiguration, ServerUnavailable, SharedNormError
+from sharednorm.errors import (
+    GENERATION_GONE,
+    STEP_OVER,
+    InvalidConfiguration,
+    ServerUnavailable,
+    SharedNormError,
+    StaleGeneration,
+)
 from sharednorm.normalization import Wide
 from sharednorm.state import Moments
 from sharednorm.v1 import layer_pb2, service_pb2
@@ -365,22 +372,34 @@ class Group:
         home = self._where()
         with self._turn(place):
             left = self._begin(home)
-            membership = self._joined(left)
-            request.ticket = membership.ticket
-            request.step = membership.steps.get(place, 0) + 1
-            try:
-                found = _persist(left, lambda: home.exchange.plain(*method, request, answer, left))
-            except BaseException as error:
-                # A step that is over for all has used up its number. After anything else it can't be known what this
-                # member has brought to it, and the others must not be normalized by that.
-                if isinstance(error, SharedNormError) and error.metadata.get(STEP_OVER) == str(request.step):
-                    membership.steps[place] = request.step
-                else:
-                    self._forget(membership)
-                raise
-            membership.steps[place] = request.step
-            membership.ranks, membership.waiting = tuple(found.ranks), found.waiting
-            return found
+            while True:
+                try:
+                    return self._once(home, place, method, request, answer, left)
+                except StaleGeneration as error:  # noqa: PERF203 - the loop is one try, and seldom a second
+                    # Gone for all, with the server that it was on: all join again, and repeat the step that was not
+                    # taken. Those who had been answered are at the next one.
+                    if GENERATION_GONE not in error.metadata or left.left() <= 0:
+                        raise
+
+    def _once(
+        self, home: _Home, place: _Place, method: tuple[str, int], request: Request, answer: type[S], left: Deadline
+    ) -> S:
+        membership = self._joined(left)
+        request.ticket = membership.ticket
+        request.step = membership.steps.get(place, 0) + 1
+        try:
+            found = _persist(left, lambda: home.exchange.plain(*method, request, answer, left))
+        except BaseException as error:
+            # A step that is over for all has used up its number. After anything else it can't be known what this
+            # member has brought to it, and the others must not be normalized by that.
+            if isinstance(error, SharedNormError) and error.metadata.get(STEP_OVER) == str(request.step):
+                membership.steps[place] = request.step
+            else:
+                self._forget(membership)
+            raise
+        membership.steps[place] = request.step
+        membership.ranks, membership.waiting = tuple(found.ranks), found.waiting
+        return found
 
 
 def _persist(left: Deadline, call: Callable[[], A]) -> A:

@@ -76,6 +76,9 @@ UNAUTHENTICATED = 16
 STEP_OVER = "group_step"
 """Metadata of an error with which a group's step has ended for all members: its number."""
 
+GENERATION_GONE = "generation_gone"
+"""Metadata of a StaleGeneration: the generation is gone for all its members, and this step was not taken."""
+
 _registry: dict[str, type[SharedNormError]] = {}
 
 

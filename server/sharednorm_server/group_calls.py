@@ -145,13 +145,13 @@ class GroupCalls:
 
 
 def _moments_answer(done: Done[Stepped]) -> service_pb2.SynchronizeMomentsResponse:
-    state = done.result.record.state
+    result = done.result
     return service_pb2.SynchronizeMomentsResponse(
-        moments=convert.moments_to_proto(done.result.moments),
-        version=state.version,
-        num_of_props=state.num_of_props,
-        scale=convert.vector_to_proto(state.scale),
-        bias=convert.vector_to_proto(state.bias),
+        moments=convert.moments_to_proto(result.moments),
+        version=result.version,
+        num_of_props=result.num_of_props,
+        scale=convert.vector_to_proto(result.scale),
+        bias=convert.vector_to_proto(result.bias),
         ranks=done.ranks,
         replayed=done.replayed,
         waiting=done.waiting,

@@ -99,8 +99,7 @@ class Done(Generic[Result]):
     Attributes:
         result: What the step gave.
         ranks: Whose parts are in it, in ascending order.
-        waiting: How many waited to join the next generation when it committed: the same for all its members, who may
-            let them in at a moment that suits all, by joining anew.
+        waiting: How many waited to join when it committed; the members of the step let them in by joining anew.
         replayed: Whether it had committed before this was asked for.
     """
 
@@ -133,11 +132,13 @@ class Commit(Generic[Part]):
         place: Where.
         number: Which step.
         parts: In the order of ranks.
+        ranks: Whose they are.
     """
 
     place: Place
     number: int
     parts: tuple[Part, ...]
+    ranks: tuple[int, ...] = ()
 
 
 Event = Deliver[Result] | Commit[Part]
@@ -183,7 +184,7 @@ class Group(Generic[Part, Result]):
         name: For messages.
         settings: What the members have to agree on.
         clock: Seconds that only grow.
-        new_ticket: Makes a name that nobody can guess.
+        new_ticket: Makes a name that nobody can guess, of a generation.
         most_places: Most places of a generation.
     """
 
@@ -192,7 +193,7 @@ class Group(Generic[Part, Result]):
         name: str,
         settings: GroupSettings,
         clock: Callable[[], float],
-        new_ticket: Callable[[], Ticket],
+        new_ticket: Callable[[int], Ticket],
         most_places: int = 10_000,
     ) -> None:
         self.name = name
@@ -383,8 +384,8 @@ class Group(Generic[Part, Result]):
         step = state.step
         if step is None or step.committing or not all(rank in step.parts for rank in self.ranks):
             return []
-        step.committing = tuple(sorted(step.parts))
-        return [Commit(place, step.number, tuple(step.parts[rank] for rank in step.committing))]
+        ranks = step.committing = tuple(sorted(step.parts))
+        return [Commit(place, step.number, tuple(step.parts[rank] for rank in ranks), ranks)]
 
     def _taken(self, place: Place) -> _Step[Part]:
         step = self._places[place].step
@@ -478,7 +479,7 @@ class Group(Generic[Part, Result]):
         events: list[Event[Result, Part]] = []
         for each in joining:
             rank = each.wish if each.wish in taken and each.wish is not None else next(free)
-            live = _Live(each.name, rank, self._new_ticket())
+            live = _Live(each.name, rank, self._new_ticket(self.generation))
             self._live[live.ticket] = live
             events.append(Deliver(each.token, Joined(Membership(live.ticket, self.generation, rank, count))))
         return events

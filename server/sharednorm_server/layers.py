@@ -100,6 +100,13 @@ class Layer:
         """
         return self._ledger.find(call, content)
 
+    def last_change(self, session: bytes) -> LastChange | None:
+        """Return the last change of a session, once it is kept; None: none is remembered."""
+        with self.exclusive():
+            found = self._ledger.last(session)
+        self.record  # noqa: B018 - it waits
+        return found
+
     def commit(self, record: LayerRecord, call: CallKey | None = None, change: LastChange | None = None) -> None:
         """Make a record the current one. Only while holding the layer.
 
@@ -141,7 +148,10 @@ class Layer:
         return changed
 
     def change_once(
-        self, call: CallKey | None, asked: Sequence[Content], change: Callable[[LayerRecord], LayerRecord]
+        self,
+        call: CallKey | None,
+        asked: Sequence[Content],
+        change: Callable[[LayerRecord], LayerRecord],
     ) -> tuple[LayerRecord, bool]:
         """Change the record as `change` does, once for a key; return it, and whether that was done before.
 
@@ -202,6 +212,10 @@ class LayerInDomain(Layer):
     def made(self, call: CallKey, content: bytes) -> LastChange | None:
         """Return the change that was made under a key, if it was; only while holding the layer."""
         return self._layer.made(call, content)
+
+    def last_change(self, session: bytes) -> LastChange | None:
+        """Return the last change of a session, once it is kept; None: none is remembered."""
+        return self._layer.last_change(session)
 
     def commit(self, record: LayerRecord, call: CallKey | None = None, change: LastChange | None = None) -> None:
         """Make a record the current one, once the store has kept it. Only while holding the layer."""

@@ -96,6 +96,10 @@ class Ledger:
             raise KeyReused(_REUSED)
         return last
 
+    def last(self, session: bytes) -> LastChange | None:
+        """Return the last change of a session, if one is remembered."""
+        return self._changes.get(session)
+
     def note(self, key: CallKey, change: LastChange) -> Note:
         """Return what has to be kept with a change that is made now; nothing is remembered yet."""
         forgotten: tuple[bytes, ...] = ()

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
 from sharednorm.config import Vector
 from sharednorm.state import Moments
 from sharednorm_server.store import LayerKey, LayerRecord
-from sharednorm_server.store.changes import CallKey
+from sharednorm_server.store.changes import CallKey, LastChange, TakenStep
 from sharednorm_server.store.snapshots import SnapshotInfo
 from sharednorm_server.tensors import Output
 
@@ -19,11 +22,14 @@ __all__ = [
     "ForwardAnswer",
     "ForwardCall",
     "ForwardFacts",
+    "LastChange",
     "LayerKey",
     "LayerRecord",
     "PushAnswer",
     "ServiceInfo",
     "SnapshotInfo",
+    "TakenStep",
+    "Together",
     "Wanted",
     "always",
 ]
@@ -148,6 +154,23 @@ class BackwardCall:
     scale: float = 1.0
     momentum: float = 0.0
     call: CallKey | None = None
+
+
+@dataclass(frozen=True)
+class Together:
+    """What is kept of a group's change of a layer, so that a member can ask another server for it.
+
+    The group itself sees to it that the change is made once, so that the key need not be the next one of its session.
+
+    Attributes:
+        key: Under which it is kept.
+        content: The step, and whose parts are in it.
+        sums: Of a backward: the sums over all members, float64 (2, C).
+    """
+
+    key: CallKey
+    content: bytes
+    sums: npt.NDArray[np.float64] | None = None
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from sharednorm_server.budget import ByteBudget
 from sharednorm_server.catalog import LayerCatalog
 from sharednorm_server.checks import check_facts, require_same_tensor
 from sharednorm_server.device import Device, DeviceTensor, Incoming, Output, TrainedBatch
-from sharednorm_server.layers import Layer
+from sharednorm_server.layers import Layer, last_change
 from sharednorm_server.ledger import DEFAULT_MAX_SESSIONS, digest, same_step
 from sharednorm_server.placement import Placement
 from sharednorm_server.requests import (
@@ -46,6 +46,7 @@ from sharednorm_server.requests import (
     ForwardCall,
     PushAnswer,
     ServiceInfo,
+    Together,
     Wanted,
     always,
 )
@@ -303,6 +304,21 @@ class LayerService(LayerCatalog):
         version, steps = before.version, before.num_of_props
         return PushAnswer(layer.record, True, version, steps, taken.scale, taken.bias, replayed=True)
 
+    def step_together(self, key: LayerKey, union: Moments, together: Together) -> LayerRecord:
+        """Take a step of a group, whose parts are in; return the layer after it. Raises what `push_moments` raises."""
+        layer = self._layers.find(key)
+        with layer.exclusive() as record:
+            require_initialized(record.state, str(key))
+            require_two_values(union)
+            stepped = record.with_state(step(record.state, record.config, union))
+            change = replace(_step_change(together.key, key, union, stepped.state), content=together.content)
+            layer.commit(stepped, together.key, change)
+        return stepped
+
+    def last_together(self, key: LayerKey, session: bytes) -> LastChange | None:
+        """Return the last change that a group has made to a layer under a session; None: none is remembered."""
+        return self._layers.find(key).last_change(session)
+
     # --- Backward -----------------------------------------------------------------------------------
 
     def check_backward(self, call: BackwardCall, shape: tuple[int, ...], dtype_name: str) -> None:
@@ -377,18 +393,23 @@ class LayerService(LayerCatalog):
         return x
 
     def push_gradients(
-        self, call: BackwardCall, scale_grad: Vector, bias_grad: Vector, wanted: Wanted = always
+        self,
+        call: BackwardCall,
+        scale_grad: Vector,
+        bias_grad: Vector,
+        wanted: Wanted = always,
+        together: Together | None = None,
     ) -> bool:
         """Add gradients of scale and bias that somebody else has computed; return whether that was done before.
 
-        To a layer that is not affine nothing is added.
+        To a layer that is not affine nothing is added. A group's are known again as `together` says.
 
         Raises:
             InvalidConfiguration: `scale` or `momentum` of the call is not finite.
             CallCancelled: Nobody waits for that any more.
         """
         layer = self._layers.find(call.key)
-        return layer.latest.config.affine and self._accumulate(layer, call, scale_grad, bias_grad, wanted)
+        return layer.latest.config.affine and self._accumulate(layer, call, scale_grad, bias_grad, wanted, together)
 
     def _check_backward(
         self, layer: Layer, call: BackwardCall, shape: tuple[int, ...], dtype_name: str
@@ -416,7 +437,13 @@ class LayerService(LayerCatalog):
         return SavedInput(layer, tensor, facts.moments, facts.scale)
 
     def _accumulate(
-        self, layer: Layer, call: BackwardCall, scale_grad: Vector, bias_grad: Vector, wanted: Wanted
+        self,
+        layer: Layer,
+        call: BackwardCall,
+        scale_grad: Vector,
+        bias_grad: Vector,
+        wanted: Wanted,
+        together: Together | None = None,
     ) -> bool:
         def change(record: LayerRecord) -> LayerRecord:
             state = accumulate_gradients(record.state, scale_grad, bias_grad, scale=call.scale, momentum=call.momentum)
@@ -424,7 +451,13 @@ class LayerService(LayerCatalog):
             return record.with_state(state)
 
         asked = ("gradients", scale_grad, bias_grad, call.scale, call.momentum)
-        return layer.change_once(call.call, asked, change)[1]
+        if together is None:
+            return layer.change_once(call.call, asked, change)[1]
+        with layer.exclusive() as record:
+            changed = change(record)
+            noted = last_change(together.key, together.content, changed)
+            layer.commit(changed, together.key, replace(noted, sums=together.sums))
+        return False
 
 
 def _step_content(key: LayerKey) -> bytes:

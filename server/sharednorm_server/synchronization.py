@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import logging
 import secrets
+import struct
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
+from sharednorm.config import Vector
 from sharednorm.errors import (
+    GENERATION_GONE,
     InternalError,
     InvalidConfiguration,
     LimitExceeded,
@@ -30,15 +33,18 @@ from sharednorm.errors import (
 from sharednorm.normalization import merge, parameter_gradients
 from sharednorm.state import Moments
 from sharednorm_server.groups import Commit, Deliver, Done, Event, Failed, Group, GroupSettings, Joined, Membership
-from sharednorm_server.requests import BackwardCall, LayerKey, LayerRecord
+from sharednorm_server.ledger import digest
+from sharednorm_server.requests import BackwardCall, CallKey, LastChange, LayerKey, TakenStep, Together
 from sharednorm_server.service import LayerService
 
 MAX_GROUPS = 1024
 """Of one server; one that nobody has used for an hour gives way to another."""
 _IDLE_SECONDS = 3600.0
 
-# A ticket says which group it is of, and is a secret.
-_GROUP_BYTES, _TICKET_BYTES = 8, 24
+_STEP_OF_GROUP = b"group"
+
+# A ticket says which group and which generation it is of, so that also another server knows, and is a secret.
+_GROUP_BYTES, _GENERATION_BYTES, _SECRET_BYTES = 8, 8, 24
 
 _log = logging.getLogger(__name__)
 
@@ -74,10 +80,22 @@ Sums = np.ndarray[Any, np.dtype[np.float64]]
 
 @dataclass(eq=False)
 class Stepped:
-    """What a step gives: the moments of the union, and the layer after it. The edge keeps its answer in `told`."""
+    """What a step gives: the moments of the union, and what each member normalizes with.
+
+    Attributes:
+        moments: Of the union.
+        version: Of the layer after the step.
+        num_of_props: At that version.
+        scale: That the step uses.
+        bias: That the step uses.
+        told: The answer, which the edge keeps here.
+    """
 
     moments: Moments
-    record: LayerRecord
+    version: int
+    num_of_props: int
+    scale: Vector
+    bias: Vector
     told: bytes | None = None
 
 
@@ -192,10 +210,12 @@ class Synchronizer:
                 self._drop(key, found)
             if len(self._by_name) >= MAX_GROUPS:
                 self._make_room()
-            prefix = secrets.token_bytes(_GROUP_BYTES)
-            group: Group[_Part, _Result] = Group(
-                key.name, settings, self._clock, lambda: prefix + secrets.token_bytes(_TICKET_BYTES - _GROUP_BYTES)
-            )
+            prefix = self._service.open_session()
+
+            def ticket(generation: int) -> bytes:
+                return prefix + generation.to_bytes(_GENERATION_BYTES, "big") + secrets.token_bytes(_SECRET_BYTES)
+
+            group: Group[_Part, _Result] = Group(key.name, settings, self._clock, ticket)
             made = self._by_name[key] = self._by_prefix[prefix] = _Entry(group, prefix)
             made.used = self._clock()
             return made
@@ -215,15 +235,29 @@ class Synchronizer:
         del self._by_name[key], self._by_prefix[entry.prefix]
 
     def _contribute(self, key: LayerKey, ticket: bytes, number: int, part: _Part, *, backward: bool) -> Future[Any]:
+        place = _Place(key, key.domain, backward)
         entry = self._by_prefix.get(ticket[:_GROUP_BYTES])
         if entry is None:
+            return self._remembered(place, ticket, number)
+        entry.used = self._clock()
+        return self._act(entry, lambda future: entry.group.contribute(ticket, place, number, part, future))
+
+    def _remembered(self, place: _Place, ticket: bytes, number: int) -> Future[Any]:
+        """Answer for a generation that is gone with the server that it was on, if its step had been taken there."""
+        last = self._service.last_together(place.key, _session(ticket, place))
+        told = None if last is None else _step_of(last.content)
+        future: Future[Any] = Future()
+        if last is None or told is None or told[0] != number:
             raise StaleGeneration(
                 "there is no group with such a member: the server has been started anew, or the group was not used for "
-                "long; join again"
+                "long, and this step was not taken; join again",
+                {GENERATION_GONE: str(number)},
             )
-        entry.used = self._clock()
-        place = _Place(key, key.domain, backward)
-        return self._act(entry, lambda future: entry.group.contribute(ticket, place, number, part, future))
+        if last.sums is not None:
+            future.set_result(Done(Summed(last.sums), told[1], replayed=True))
+        elif last.step is not None:
+            future.set_result(Done(_stepped(last, last.step), told[1], replayed=True))
+        return future
 
     def _act(self, entry: _Entry, act: Callable[[Future[Any]], list[Event[_Result, _Part]]]) -> Future[Any]:
         future: Future[Any] = Future()
@@ -257,7 +291,7 @@ class Synchronizer:
         assert isinstance(commit.place, _Place)
         refusal: SharedNormError
         try:
-            result = self._take(commit.place, commit.parts)
+            result = self._take(entry, commit)
         except SharedNormError as error:
             refusal = error
         except Exception:  # noqa: BLE001 - the members get it
@@ -270,16 +304,24 @@ class Synchronizer:
         with entry.lock:
             return entry.group.refused(commit.place, refusal)
 
-    def _take(self, place: _Place, parts: tuple[_Part, ...]) -> _Result:
-        if place.backward:
-            return self._backward(place.key, [part for part in parts if isinstance(part, GradientsPart)])
+    def _take(self, entry: _Entry, commit: Commit[_Part]) -> _Result:
+        place, parts = commit.place, commit.parts
+        assert isinstance(place, _Place)
+        generation = entry.group.generation.to_bytes(_GENERATION_BYTES, "big")
+        session = _session(entry.prefix + generation, place)
+        together = Together(CallKey(session, commit.number), _content(commit.number, commit.ranks))
+        return (self._backward if place.backward else self._step)(place.key, parts, together)
+
+    def _step(self, key: LayerKey, parts: tuple[_Part, ...], together: Together) -> Stepped:
         batches = [part.moments for part in parts if isinstance(part, MomentsPart) and part.moments is not None]
         if not batches:
             raise TooFewValues("the batches of all members are empty (expected: two values a map, of all together)")
         union = merge(batches)
-        return Stepped(union, self._service.push_moments(place.key, True, union).record)
+        state = self._service.step_together(key, union, together).state
+        return Stepped(union, state.version, state.num_of_props, state.scale, state.bias)
 
-    def _backward(self, key: LayerKey, parts: list[GradientsPart]) -> Summed:
+    def _backward(self, key: LayerKey, every: tuple[_Part, ...], together: Together) -> Summed:
+        parts = [part for part in every if isinstance(part, GradientsPart)]
         first = parts[0]
         for part in parts:
             if part.call != first.call or _bytes(part.batch.mean, part.batch.m2) != _bytes(
@@ -296,7 +338,8 @@ class Synchronizer:
                 total += part.sums
         if first.call.param_grads:
             scale_grad, bias_grad = parameter_gradients(first.batch, config.epsilon, total[0], total[1])
-            self._service.push_gradients(first.call, scale_grad, bias_grad)
+            together = replace(together, sums=total)
+            self._service.push_gradients(first.call, scale_grad, bias_grad, together=together)
         return Summed(total)
 
     # --- The clock ------------------------------------------------------------------------------------------
@@ -352,3 +395,26 @@ def _set(future: Future[Any], outcome: object) -> None:
 
 def _bytes(*arrays: np.ndarray[Any, np.dtype[np.float64]]) -> bytes:
     return b"".join(array.tobytes() for array in arrays)
+
+
+def _session(ticket: bytes, place: _Place) -> bytes:
+    """Return what a generation's changes at a place are known by: the group's number, and 8 bytes of all else."""
+    generation = ticket[_GROUP_BYTES : _GROUP_BYTES + _GENERATION_BYTES]
+    return ticket[:_GROUP_BYTES] + digest(generation, place.domain, place.backward)[:8]
+
+
+def _content(number: int, ranks: tuple[int, ...]) -> bytes:
+    return struct.pack(f"<5sQ{len(ranks)}H", _STEP_OF_GROUP, number, *ranks)
+
+
+def _step_of(content: bytes) -> tuple[int, tuple[int, ...]] | None:
+    # The number of a step, and the ranks of those whose parts are in it.
+    head = struct.calcsize("<5sQ")
+    if len(content) < head or not content.startswith(_STEP_OF_GROUP):
+        return None
+    _, number, *ranks = struct.unpack(f"<5sQ{(len(content) - head) // 2}H", content)
+    return number, tuple(ranks)
+
+
+def _stepped(change: LastChange, step: TakenStep) -> Stepped:
+    return Stepped(step.moments, change.version, change.num_of_props, step.scale, step.bias)

@@ -240,3 +240,70 @@ def test_an_old_state_that_is_put_in_place_is_noticed(tmp_path: Path) -> None:
         again = hub.layer("bn")
         again(x)
         assert again.version == 2
+
+
+class Member(threading.Thread):
+    """One of three members of a group, whose batches are normalized as one."""
+
+    def __init__(self, rank: int, address: str, steps: int) -> None:
+        super().__init__(daemon=True)
+        self._rank, self._address, self._steps = rank, address, steps
+        self.done = 0
+        self.outputs: list[bytes] = []
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        """Train for so many steps."""
+        try:
+            with sharednorm.connect(self._address, timeout=60) as hub:
+                group = sharednorm.Group("run", size=3, rank=self._rank, timeout=60)
+                layers = [hub.BatchNorm2D(5, name=name, sscale=0.0, compute="client", group=group) for name in "ab"]
+                while self.done < self._steps:
+                    x = random_tensor(3 * self.done + self._rank, SHAPE)
+                    for layer in layers:
+                        x = layer(x)
+                    for layer in reversed(layers):
+                        layer.backward(random_tensor(self.done, SHAPE), momentum=1.0)
+                    self.outputs.append(x.tobytes())
+                    self.done += 1
+                self.participants = group.participants
+        except BaseException as error:  # noqa: BLE001 - the test looks at it
+            self.error = error
+
+
+def trained_together(directory: Path, kills: int, steps: int) -> tuple[list[list[bytes]], list[bytes]]:
+    """Train a group while its server is killed; return the outputs of each member, and what the layers are then."""
+    listen, rng = f"unix:{directory}/socket", random.Random(7)
+    with ExitStack() as stack:
+        server = stack.enter_context(running(directory / "state", listen=listen))
+        members = [Member(rank, listen, steps) for rank in range(3)]
+        for member in members:
+            member.start()
+        for number in range(kills):
+            end = time.monotonic() + 60
+            while min(member.done for member in members) < (number + 1) * steps // (kills + 1):
+                assert time.monotonic() < end, [member.error for member in members]
+                time.sleep(0.002)
+            time.sleep(rng.uniform(0, 0.02))
+            server.stop(signal.SIGKILL)
+            server = stack.enter_context(running(directory / "state", listen=listen))
+        for member in members:
+            member.join(60)
+        assert [(member.error, member.done) for member in members] == [(None, steps)] * 3
+        assert {member.participants for member in members} == {(0, 1, 2)}
+        with sharednorm.connect(listen) as hub:
+            found = []
+            for name in "ab":
+                state = hub.layer(name).snapshot()
+                assert state.version == state.num_of_props == steps
+                arrays = (state.mean, state.var, state.scale_grad, state.bias_grad)
+                found.append(b"".join(array.tobytes() for array in arrays))
+        return [member.outputs for member in members], found
+
+
+def test_a_group_goes_on_when_its_server_is_killed(tmp_path: Path) -> None:
+    """Each step is taken for all or for none, and once: the bits are those of a group whose server lives on."""
+    for name in ("calm", "killed"):
+        (tmp_path / name).mkdir()
+    expected = trained_together(tmp_path / "calm", 0, 60)
+    assert trained_together(tmp_path / "killed", KILLS, 60) == expected

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import pytest
 
@@ -32,6 +33,12 @@ Events = list[Event[str, str]]
 LAYER = "bn"
 
 
+def given(*tickets: bytes) -> Callable[[int], bytes]:
+    """Give these tickets, whatever the generation is."""
+    left = iter(tickets)
+    return lambda _: next(left)
+
+
 class Driver:
     """A group whose driver commits at once: the result of a step is its parts, one behind the other."""
 
@@ -41,7 +48,9 @@ class Driver:
         self.now = 0.0
         self.settings = GroupSettings(size, min_members or size, timeout)
         tickets = (f"ticket {number}".encode() for number in itertools.count())
-        self.group: Group[str, str] = Group("run", self.settings, lambda: self.now, lambda: next(tickets), most_places)
+        self.group: Group[str, str] = Group(
+            "run", self.settings, lambda: self.now, lambda _: next(tickets), most_places
+        )
         self.outcomes: dict[object, Joined | Done[str] | Failed] = {}
         self.commits: list[Commit[str]] = []
         self.refuse: SharedNormError | None = None
@@ -417,16 +426,14 @@ def test_nothing_can_be_committed_that_is_not_complete() -> None:
 
 
 def test_a_step_that_is_being_committed_is_committed_whatever_happens() -> None:
-    group: Group[str, str] = Group(
-        "run", GroupSettings(2, 2, 10.0), lambda: now[0], iter([b"a", b"b", b"c", b"d"]).__next__
-    )
+    group: Group[str, str] = Group("run", GroupSettings(2, 2, 10.0), lambda: now[0], given(b"a", b"b", b"c", b"d"))
     now = [0.0]
     for name in ("a", "b"):
         events = group.join(name, None, group.settings, name)
     assert len(events) == 2
     assert group.contribute(b"a", LAYER, 1, "x", "a1") == []
     (commit,) = group.contribute(b"b", LAYER, 1, "y", "b1")
-    assert commit == Commit(LAYER, 1, ("x", "y"))
+    assert commit == Commit(LAYER, 1, ("x", "y"), (0, 1))
     now[0] = 100.0
     assert group.next_deadline() is None
     assert group.expire() == []
@@ -439,12 +446,12 @@ def test_a_step_that_is_being_committed_is_committed_whatever_happens() -> None:
 
 def test_a_generation_that_ends_leaves_what_is_being_committed_to_its_end() -> None:
     now = [0.0]
-    group: Group[str, str] = Group("run", GroupSettings(2, 2, 10.0), lambda: now[0], iter([b"a", b"b"]).__next__)
+    group: Group[str, str] = Group("run", GroupSettings(2, 2, 10.0), lambda: now[0], given(b"a", b"b"))
     for name in ("a", "b"):
         group.join(name, None, group.settings, name)
     group.contribute(b"a", "one", 1, "x", "a1")
     (commit,) = group.contribute(b"b", "one", 1, "y", "b1")
-    assert commit == Commit("one", 1, ("x", "y"))
+    assert commit == Commit("one", 1, ("x", "y"), (0, 1))
     group.contribute(b"a", "two", 1, "x", "a2")
     now[0] = 11.0
     (ended,) = group.expire()

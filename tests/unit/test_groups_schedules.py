@@ -67,7 +67,7 @@ class World:
         self.generation_of: dict[bytes, int] = {}
         self.ranks_of: dict[int, set[int]] = {}
 
-    def new_ticket(self) -> bytes:
+    def new_ticket(self, _: int) -> bytes:
         self.tickets += 1
         return f"ticket {self.tickets}".encode()
 
@@ -259,8 +259,8 @@ def test_after_any_trouble_the_group_works_again() -> None:
 @pytest.mark.parametrize("size", [2, 3, 8])
 def test_the_order_of_arrival_leaves_no_trace(size: int) -> None:
     def run(seed: int) -> list[tuple[object, int, tuple[str, ...]]]:
-        order, seen = random.Random(seed), []
-        group: Group[str, str] = Group("run", GroupSettings(size, size, TIMEOUT), lambda: 0.0, iter(tickets).__next__)
+        order, seen, given = random.Random(seed), [], iter(tickets)
+        group: Group[str, str] = Group("run", GroupSettings(size, size, TIMEOUT), lambda: 0.0, lambda _: next(given))
         names = [f"m{number}" for number in range(size)]
         order.shuffle(names)
         found: dict[object, Outcome] = {}

@@ -66,7 +66,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         CREATE TABLE changes (
             id INTEGER PRIMARY KEY, layer INTEGER NOT NULL REFERENCES layers ON DELETE CASCADE, session BLOB NOT NULL,
             seq INTEGER NOT NULL, content BLOB NOT NULL, version INTEGER NOT NULL, num_of_props INTEGER NOT NULL,
-            count INTEGER, mean BLOB, m2 BLOB, scale BLOB, bias BLOB, UNIQUE (layer, session))
+            count INTEGER, mean BLOB, m2 BLOB, scale BLOB, bias BLOB, sums BLOB, UNIQUE (layer, session))
         """,
         """
         CREATE TABLE snapshots (
@@ -133,15 +133,16 @@ class Rows:
         """Write the last change of a session."""
         change, step = note.change, note.change.step
         vectors: tuple[object, ...] = (None,) * 5
+        sums = None if change.sums is None else _to_wide_blob(change.sums)
         if step is not None:
             moments = step.moments
             wide = _to_wide_blob(moments.mean), _to_wide_blob(moments.m2)
             vectors = moments.count, *wide, _to_blob(step.scale), _to_blob(step.bias)
         self._database.execute(
             "INSERT OR REPLACE INTO changes "
-            "(layer, session, seq, content, version, num_of_props, count, mean, m2, scale, bias) "
-            "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (row, note.session, change.seq, change.content, change.version, change.num_of_props, *vectors),
+            "(layer, session, seq, content, version, num_of_props, sums, count, mean, m2, scale, bias) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (row, note.session, change.seq, change.content, change.version, change.num_of_props, sums, *vectors),
         )
         if note.forgotten:
             self._database.executemany(
@@ -152,9 +153,11 @@ class Rows:
     def remembered(self, row: int) -> Remembered:
         """Return what is known of the sessions that have changed a layer."""
         changes = {
-            session: LastChange(seq, content, version, steps, _to_step(*vectors))
-            for session, seq, content, version, steps, *vectors in self._database.execute(
-                "SELECT session, seq, content, version, num_of_props, count, mean, m2, scale, bias FROM changes "
+            session: LastChange(
+                seq, content, version, steps, _to_step(*vectors), None if sums is None else _to_sums(sums)
+            )
+            for session, seq, content, version, steps, sums, *vectors in self._database.execute(
+                "SELECT session, seq, content, version, num_of_props, sums, count, mean, m2, scale, bias FROM changes "
                 "WHERE layer = ? ORDER BY id",
                 (row,),
             )
@@ -381,6 +384,10 @@ def _to_wide_blob(vector: npt.NDArray[np.float64]) -> bytes:
 
 def _from_wide_blob(blob: bytes) -> npt.NDArray[np.float64]:
     return np.frombuffer(blob, "<f8").astype(np.float64)
+
+
+def _to_sums(blob: bytes) -> npt.NDArray[np.float64]:
+    return _from_wide_blob(blob).reshape(2, -1)
 
 
 def _to_step(count: int | None, mean: bytes, m2: bytes, scale: bytes, bias: bytes) -> TakenStep | None:

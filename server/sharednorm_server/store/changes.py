@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
+
 from sharednorm.config import Vector
 from sharednorm.state import Moments
 
@@ -35,10 +38,11 @@ class LastChange:
 
     Attributes:
         seq: Its number in the session.
-        content: Digest of what was asked for, without moments.
+        content: Stands for what was asked for, without moments.
         version: Of the layer after it.
         num_of_props: Of the statistics after it.
         step: If it was a step: what makes its output again.
+        sums: If it was the backward of a group: the sums over all members, float64 (2, C).
     """
 
     seq: int
@@ -46,6 +50,7 @@ class LastChange:
     version: int
     num_of_props: int
     step: TakenStep | None = None
+    sums: npt.NDArray[np.float64] | None = None
 
 
 @dataclass(frozen=True)
