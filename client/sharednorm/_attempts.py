@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from sharednorm._deadline import Deadline
-from sharednorm.errors import DeadlineExceeded, ServerUnavailable
+from sharednorm.errors import DeadlineExceeded, MalformedMessage, ServerBusy, ServerUnavailable
 
 # Pauses before a call is made again, in seconds.
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 1.0
@@ -17,18 +17,20 @@ A = TypeVar("A")
 
 
 class Attempts:
-    """Makes a call again for as long as the server is away, until its deadline. Only of calls that bear it.
+    """Makes a call again for as long as the server is away or busy, until its deadline. Only of calls that bear it.
 
     Args:
         left: When the call has to be over.
+        away: Whether to wait for a server that is away; else only for one that is busy.
 
     Attributes:
         left: The same.
         unknown: Whether an attempt has ended without an answer, so that the server may have done what it asks for.
     """
 
-    def __init__(self, left: Deadline) -> None:
+    def __init__(self, left: Deadline, *, away: bool = True) -> None:
         self.left = left
+        self._away = away
         self.unknown = False
 
     def run(self, call: Callable[[], A], restart: Callable[[], object] = lambda: None) -> A:
@@ -39,17 +41,21 @@ class Attempts:
             restart: Called before it is made again.
 
         Raises:
-            ServerUnavailable: The server was away when there was time for one more attempt for the last time.
+            ServerUnavailable, ServerBusy: The server was so when there was time for one more attempt for the last time.
             SharedNormError: What the call raises.
         """
         pause, away = _FIRST_PAUSE, None
         while True:
             try:
                 return call()
+            except ServerBusy as busy:  # which has done nothing
+                seconds = max(_told(busy), pause) * random.uniform(1, 1.5)  # noqa: S311 - as below
+                if self.left.left() <= seconds:
+                    raise
             except ServerUnavailable as error:
                 self.unknown, away = True, error
                 seconds = pause * random.uniform(0.75, 1.25)  # noqa: S311 - no secret: it spreads those who wait
-                if self.left.left() <= seconds:
+                if not self._away or self.left.left() <= seconds:
                     raise
             except DeadlineExceeded:
                 self.unknown = True
@@ -59,3 +65,10 @@ class Attempts:
             time.sleep(seconds)
             pause = min(2 * pause, _LONGEST_PAUSE)
             restart()
+
+
+def _told(busy: ServerBusy) -> float:
+    try:
+        return max(0.001, min(10.0, float(busy.metadata.get("retry_seconds", "0.05"))))
+    except ValueError:
+        raise MalformedMessage("the server is busy, and does not say for how long") from busy

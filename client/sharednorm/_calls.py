@@ -145,8 +145,9 @@ class Connection:
         Raises:
             IncompatibleServer: It speaks another protocol, or is not a sharednorm server.
         """
-        request, timeout = service_pb2.GetServerInfoRequest(), None if left is None else left.left()
-        answer = self.call("GetServerInfo", request, service_pb2.GetServerInfoResponse, timeout)
+        attempts = Attempts(self.deadline() if left is None else left, away=False)
+        request = service_pb2.GetServerInfoRequest()
+        answer = self.call("GetServerInfo", request, service_pb2.GetServerInfoResponse, attempts=attempts)
         if answer.protocol != wire.PROTOCOL:
             raise IncompatibleServer(
                 f"the server at {self.address.text} (release {answer.version or 'unknown'}) speaks protocol "

@@ -7,9 +7,7 @@ messages, and give the same answers and errors.
 from __future__ import annotations
 
 import math
-import random
 import threading
-import time
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,8 +31,6 @@ from sharednorm._ways import Way, Ways
 from sharednorm.config import Array
 from sharednorm.errors import (
     LimitExceeded,
-    MalformedMessage,
-    ServerBusy,
     SharedNormError,
 )
 
@@ -153,8 +149,7 @@ class Exchange:
         tensors: Sequence[Array],
         like: Array | None,
         out: Array | None,
-        left: Deadline,
-        attempts: Attempts | None = None,
+        attempts: Attempts,
     ) -> Answer[T]:
         """Make a call with tensors.
 
@@ -164,8 +159,7 @@ class Exchange:
             tensors: Its data: the gradient, and the input that is sent again behind it; or the input.
             like: A tensor of the shape and type of the answer's; None: it brings none.
             out: Where the answer's tensor has to be, of that shape and type; None: anywhere.
-            left: When the call has to be over.
-            attempts: Makes it again while the server is away; None: it is made once.
+            attempts: Makes it again while the server is away, and has the deadline.
 
         Raises:
             SharedNormError: What the connection raises, or the server has answered.
@@ -173,23 +167,8 @@ class Exchange:
         sources = [contiguous(tensor) for tensor in tensors]
         nbytes = sum(source.nbytes for source in sources)
         meter = Meter(self._progress, method.name, nbytes, 0 if like is None else like.nbytes)
-        call = _Call(method, request, sources, like, out, left, meter)
-        if attempts is None:
-            return self._patiently(call)
-        return attempts.run(lambda: self._patiently(call), meter.restart)
-
-    def _patiently(self, call: _Call[R, T]) -> Answer[T]:
-        pause = 0.0
-        while True:
-            try:
-                return self._once(call)
-            except ServerBusy as busy:
-                # Nothing was done, so that the same call may be made again, whatever it is.
-                pause = max(_seconds(busy), min(1.0, 2 * pause)) * random.uniform(1, 1.5)  # noqa: S311 - no secret: it spreads those who wait
-                if call.left.left() <= pause:
-                    raise
-            time.sleep(pause)
-            call.meter.restart()
+        call = _Call(method, request, sources, like, out, attempts.left, meter)
+        return attempts.run(lambda: self._once(call), meter.restart)
 
     def plain(
         self,
@@ -330,10 +309,3 @@ def _placed(call: _Call[R, T], message: T, target: Array | None) -> Answer[T]:
         np.copyto(call.out, target)
         target = call.out
     return Answer(message, target)
-
-
-def _seconds(busy: ServerBusy) -> float:
-    try:
-        return max(0.001, min(10.0, float(busy.metadata.get("retry_seconds", "0.05"))))
-    except ValueError:
-        raise MalformedMessage("the server is busy, and does not say for how long") from busy

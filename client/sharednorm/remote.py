@@ -163,9 +163,7 @@ class RemoteBackend:
                 train is not False,
                 request,
                 deadline,
-                lambda attempts: self._exchange.call(
-                    FORWARD, request, [sent], sent, None if narrow else out, deadline, attempts
-                ),
+                lambda attempts: self._exchange.call(FORWARD, request, [sent], sent, None if narrow else out, attempts),
                 lambda found: is_train(found.message.mode),
             )
         answer, result = found.message, found.tensor
@@ -238,7 +236,7 @@ class RemoteBackend:
                 affine and request.update_param_grads,
                 request,
                 deadline,
-                lambda attempts: self._exchange.call(BACKWARD, request, tensors, like, None, deadline, attempts),
+                lambda attempts: self._exchange.call(BACKWARD, request, tensors, like, None, attempts),
             )
         answer, result = found.message, found.tensor
         if answer.HasField("scale_grad") != affine or answer.HasField("bias_grad") != affine:

@@ -14,7 +14,14 @@ from typing import Any, NoReturn, ParamSpec, TypeVar
 import grpc
 
 from sharednorm.convert import error_to_status
-from sharednorm.errors import CallCancelled, InternalError, LimitExceeded, ServerUnavailable, SharedNormError
+from sharednorm.errors import (
+    CallCancelled,
+    InternalError,
+    LimitExceeded,
+    ServerBusy,
+    ServerUnavailable,
+    SharedNormError,
+)
 from sharednorm_server.access import TokenFile
 from sharednorm_server.requests import Wanted
 
@@ -42,7 +49,8 @@ class CallPool(ThreadPoolExecutor):
     def __init__(self, workers: int) -> None:
         super().__init__(workers, thread_name_prefix="call")
         self._changed = threading.Condition()
-        self._unfinished = 0
+        self._unfinished = 0  # a call that runs is counted twice: its answer may leave later
+        self._calls = 0
         self._closed = False
         self._late = threading.local()
 
@@ -54,13 +62,13 @@ class CallPool(ThreadPoolExecutor):
             self._late.value = late
             return fn(*args, **kwargs)
 
-        self._count(1)
+        self._count(1, calls=1)
         try:
             future = super().submit(run)
         except BaseException:
-            self._count(-1)
+            self._count(-1, calls=-1)
             raise
-        future.add_done_callback(lambda _: self._count(-1))
+        future.add_done_callback(lambda _: self._count(-1, calls=-1))
         return future
 
     def close(self) -> None:
@@ -97,14 +105,20 @@ class CallPool(ThreadPoolExecutor):
         if not context.is_active():
             raise CallCancelled("the call was given up before it began")
 
+    @property
+    def calls(self) -> int:
+        """How many calls run on these threads or wait for one."""
+        return self._calls
+
     def wait_idle(self, timeout: float) -> bool:
         """Wait until every call has ended; return False if that took longer than so many seconds."""
         with self._changed:
             return self._changed.wait_for(lambda: self._unfinished == 0, timeout)
 
-    def _count(self, difference: int) -> None:
+    def _count(self, difference: int, calls: int = 0) -> None:
         with self._changed:
             self._unfinished += difference
+            self._calls += calls
             self._changed.notify_all()
 
 
@@ -156,16 +170,20 @@ class StreamCall:
 
 
 class Doorkeeper(grpc.ServerInterceptor):
-    """Refuses calls before anything of their bodies is read.
+    """Refuses calls before anything of their bodies is read: of those who may not, and when there are too many.
 
     Args:
-        tokens: Who may call.
         service: The full name of the service that is guarded; others are open.
+        tokens: Who may call; None: everybody.
+        pool: Knows how many calls there are.
+        most: Most at a time, those that wait included; but a group's members wait for each other, and are not counted.
     """
 
-    def __init__(self, tokens: TokenFile, service: str) -> None:
+    def __init__(self, service: str, tokens: TokenFile | None, pool: CallPool, most: int) -> None:
         self._tokens = tokens
         self._prefix = f"/{service}/"
+        self._pool = pool
+        self._most = most
 
     def intercept_service(self, continuation: Any, details: Any) -> Any:
         """Return what handles a call."""
@@ -174,7 +192,9 @@ class Doorkeeper(grpc.ServerInterceptor):
             return handler
         name = details.method[len(self._prefix) :]
         try:
-            self._tokens.admit(name, dict(details.invocation_metadata))
+            if self._tokens is not None:
+                self._tokens.admit(name, dict(details.invocation_metadata))
+            self._require_room()
         except Exception as error:  # noqa: BLE001 - the edge: everything becomes a status
             refused = error
 
@@ -183,6 +203,13 @@ class Doorkeeper(grpc.ServerInterceptor):
 
             return grpc.stream_stream_rpc_method_handler(refuse)
         return handler
+
+    def _require_room(self) -> None:
+        if self._pool.calls >= self._most:
+            raise ServerBusy(
+                f"{self._most} calls run or wait already (max_calls = {self._most}): try again in a moment",
+                {"limit": "max_calls", "value": str(self._most), "retry_seconds": "0.1"},
+            )
 
 
 def _caller(tokens: TokenFile | None, name: str, context: grpc.ServicerContext) -> AbstractContextManager[None]:

@@ -36,11 +36,12 @@ class LayerCatalog:
         store: What remembers.
         max_sessions: Sessions whose last changes each layer remembers, so that a call that comes twice is one change.
         policy: When snapshots are taken; None: as it is by default.
+        max_layers: Layers of a namespace.
     """
 
-    def __init__(self, store: Store, max_sessions: int, policy: SnapshotPolicy | None) -> None:
+    def __init__(self, store: Store, max_sessions: int, policy: SnapshotPolicy | None, max_layers: int) -> None:
         self._store = store
-        self._layers = LayerRegistry(store, max_sessions, policy)
+        self._layers = LayerRegistry(store, max_sessions, policy, max_layers)
 
     def open_session(self) -> bytes:
         """Return the number of a new session, 8 bytes."""
@@ -60,6 +61,7 @@ class LayerCatalog:
 
         Raises:
             ConfigurationMismatch: It exists with another configuration.
+            LimitExceeded: The namespace has as many layers as it may have.
             InvalidConfiguration, InvalidShape, LayerEmpty: The state of a new layer is not one, or the key is of a
                 domain.
         """

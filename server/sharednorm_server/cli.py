@@ -85,6 +85,9 @@ def _serve(arguments: argparse.Namespace) -> int:
         snapshot_count=arguments.snapshot_count,
         snapshot_age=arguments.snapshot_age,
         max_sessions=arguments.max_sessions,
+        max_layers=arguments.max_layers,
+        max_calls=arguments.max_calls,
+        max_connections=arguments.max_connections,
         threads=arguments.threads,
         workers=arguments.workers,
         max_tensor_bytes=parse_size(arguments.max_tensor_bytes),
@@ -218,6 +221,12 @@ def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add("--max-sessions", type=int, metavar="N", default=defaults.max_sessions,
         help="clients whose last changes each layer remembers, so that what is sent twice is done once; "
         "default %(default)s")  # fmt: skip
+    add("--max-layers", type=int, metavar="N", default=defaults.max_layers,
+        help="layers of a namespace; default %(default)s")  # fmt: skip
+    add("--max-calls", type=int, metavar="N", default=defaults.max_calls,
+        help="calls by gRPC that run or wait at a time; others are told to try again; default %(default)s")  # fmt: skip
+    add("--max-connections", type=int, metavar="N", default=defaults.max_connections,
+        help="direct connections at a time; who gets none uses gRPC; default %(default)s")  # fmt: skip
     add("--threads", type=int, metavar="N", help="threads of one computation; default: one a CPU")
     add("--workers", type=int, metavar="N", default=defaults.workers,
         help="calls that run at a time by gRPC, and as many on direct connections; default %(default)s")  # fmt: skip

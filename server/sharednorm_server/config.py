@@ -41,6 +41,9 @@ class ServerConfig:
         snapshot_age: Seconds for which one is kept at the longest; but the newest always is.
         max_sessions: Sessions whose last changes each layer remembers, at least 1, so that a call that comes twice is
             one change.
+        max_layers: Layers of a namespace, at least 1.
+        max_calls: Calls by gRPC that run or wait at a time, at least 1; others are told to try again.
+        max_connections: Direct connections at a time, at least 1; who gets none uses gRPC.
         threads: Threads of one computation; None for one a CPU that the process may use.
         workers: Most calls that run at a time by gRPC, and as many on direct connections; others wait. 1 to 1024.
         max_tensor_bytes: Largest tensor that is accepted, at least 1.
@@ -72,6 +75,9 @@ class ServerConfig:
     snapshot_count: int = 48
     snapshot_age: float = 30 * 86400.0
     max_sessions: int = 1024
+    max_layers: int = 10_000
+    max_calls: int = 4096
+    max_connections: int = 1024
     threads: int | None = None
     workers: int = 32
     max_tensor_bytes: int = 8 << 30
@@ -97,7 +103,8 @@ class ServerConfig:
             words = f"a number of seconds, 0 to {MAX_SECONDS:g}"
             _check(0 <= seconds <= MAX_SECONDS, name.replace("_", "-"), seconds, words)
         _check(self.snapshot_count >= 1, "snapshot-count", self.snapshot_count, "at least 1")
-        _check(self.max_sessions >= 1, "max-sessions", self.max_sessions, "at least 1")
+        for name in ("max_sessions", "max_layers", "max_calls", "max_connections"):
+            _check(getattr(self, name) >= 1, name.replace("_", "-"), getattr(self, name), "at least 1")
         _check(1 <= self.workers <= MAX_WORKERS, "workers", self.workers, f"1 to {MAX_WORKERS}")
         _check(self.max_tensor_bytes >= 1, "max-tensor-bytes", self.max_tensor_bytes, "at least 1")
         _check(self.saved_input_bytes >= 0, "saved-input-bytes", self.saved_input_bytes, "at least 0")

@@ -25,7 +25,7 @@ from sharednorm_server.lane import STALL_SECONDS, Lane, Turns
 from sharednorm_server.regions import Session, SharedMemory
 from sharednorm_server.servicer import Servicer
 
-MAX_CONNECTIONS = 1024
+DEFAULT_MAX_CONNECTIONS = 1024
 _HANDSHAKE_SECONDS = 20.0
 _BACKLOG = 128
 
@@ -40,9 +40,18 @@ class DirectServer:
         pool: Knows how many calls run, and whether the server is stopping.
         workers: Most calls that run at a time; others wait.
         memory: What clients on a unix socket may share; None: nothing.
+        most: Connections at a time.
     """
 
-    def __init__(self, servicer: Servicer, pool: CallPool, workers: int, memory: SharedMemory | None = None) -> None:
+    def __init__(
+        self,
+        servicer: Servicer,
+        pool: CallPool,
+        workers: int,
+        memory: SharedMemory | None = None,
+        most: int = DEFAULT_MAX_CONNECTIONS,
+    ) -> None:
+        self._most = most
         self.memory = memory
         self.turns = Turns(pool, workers)
         self._servicer = servicer
@@ -135,7 +144,7 @@ class DirectServer:
             with self._lock:
                 if self._closed:
                     return
-                full = len(self._connections) >= MAX_CONNECTIONS
+                full = len(self._connections) >= self._most
                 if not full:
                     self._connections.add(connection)
             try:

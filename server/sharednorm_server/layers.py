@@ -11,11 +11,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
-from sharednorm.errors import DataLoss, LayerNotFound
+from sharednorm.errors import DataLoss, LayerNotFound, LimitExceeded
 from sharednorm_server.ledger import DEFAULT_MAX_SESSIONS, Content, Ledger, SessionNumbers, digest
 from sharednorm_server.store import Kept, LayerKey, LayerRecord, Store
 from sharednorm_server.store.changes import CallKey, LastChange
 from sharednorm_server.store.snapshots import SnapshotInfo, SnapshotPolicy
+
+DEFAULT_MAX_LAYERS = 10_000
 
 
 class Layer:
@@ -229,11 +231,17 @@ class LayerRegistry:
         store: What remembers them.
         max_sessions: Sessions whose last changes each layer remembers.
         policy: When snapshots are taken.
+        max_layers: Layers of a namespace.
     """
 
     def __init__(
-        self, store: Store, max_sessions: int = DEFAULT_MAX_SESSIONS, policy: SnapshotPolicy | None = None
+        self,
+        store: Store,
+        max_sessions: int = DEFAULT_MAX_SESSIONS,
+        policy: SnapshotPolicy | None = None,
+        max_layers: int = DEFAULT_MAX_LAYERS,
     ) -> None:
+        self._max_layers = max_layers
         self._store = store
         self._policy = policy or SnapshotPolicy()
         self._max_sessions = max_sessions
@@ -274,11 +282,21 @@ class LayerRegistry:
         return LayerInDomain(layer, key.domain) if key.domain else layer
 
     def create(self, key: LayerKey, make: Callable[[], LayerRecord]) -> tuple[LayerRecord, bool]:
-        """Return the record of a layer, and whether this call made it; only then is `make` called."""
+        """Return the record of a layer, and whether this call made it; only then is `make` called.
+
+        Raises:
+            LimitExceeded: It would be made, and its namespace has as many as it may have.
+        """
         with self._lock:
             layer = self._alive(key)
             if layer is not None:
                 return layer.record, False
+            if self._store.count(key.namespace) >= self._max_layers:
+                raise LimitExceeded(
+                    f"the namespace {key.namespace!r} has {self._max_layers} layers (expected: at most max_layers = "
+                    f"{self._max_layers}; delete some, or start the server with a larger --max-layers)",
+                    {"limit": "max_layers", "value": str(self._max_layers)},
+                )
             record = make()
             self._store.create(record)
             self._layers[key] = Layer(record, self._store, Ledger(self._max_sessions, self._numbers), self._policy)

@@ -158,7 +158,7 @@ def start(config: ServerConfig) -> RunningServer:
         placement.warm_up()
         policy = SnapshotPolicy(config.snapshot_every, config.snapshot_count, config.snapshot_age)
         limits = config.saved_input_bytes, config.in_flight_bytes, config.max_sessions
-        return serve(config, LayerService(store, placement, *limits, policy))
+        return serve(config, LayerService(store, placement, *limits, policy, config.max_layers))
     except BaseException:
         store.close()
         raise
@@ -177,7 +177,7 @@ def serve(config: ServerConfig, service: LayerService) -> RunningServer:
     tokens = None if config.tokens is None else TokenFile(config.tokens)
     grpc_server = grpc.server(
         ThreadPoolExecutor(_SIDE_WORKERS, thread_name_prefix="side"),
-        interceptors=[] if tokens is None else [Doorkeeper(tokens, SERVICE_NAME)],
+        interceptors=[Doorkeeper(SERVICE_NAME, tokens, pool, config.max_calls)],
         options=_options(),
     )
     servicer = Servicer(service, GroupCalls(service, groups), Limits(config.max_tensor_bytes))
@@ -189,7 +189,7 @@ def serve(config: ServerConfig, service: LayerService) -> RunningServer:
     memory = None
     if AVAILABLE and config.shared_memory_bytes:
         memory = SharedMemory(config.session_memory_bytes, config.shared_memory_bytes, service.forget_keeper)
-    direct = DirectServer(servicer, pool, config.workers, memory)
+    direct = DirectServer(servicer, pool, config.workers, memory, config.max_connections)
     if tokens is not None or config.tls_cert is not None:
         _log.info("no direct connections, which ask for no token and are not encrypted: tensors come by gRPC")
     elif config.direct_port is not None:

@@ -35,7 +35,7 @@ from sharednorm_server.budget import ByteBudget
 from sharednorm_server.catalog import LayerCatalog
 from sharednorm_server.checks import check_facts, require_same_tensor
 from sharednorm_server.device import Device, DeviceTensor, Incoming, Output, TrainedBatch
-from sharednorm_server.layers import Layer, last_change
+from sharednorm_server.layers import DEFAULT_MAX_LAYERS, Layer, last_change
 from sharednorm_server.ledger import DEFAULT_MAX_SESSIONS, digest, same_step
 from sharednorm_server.placement import Placement
 from sharednorm_server.requests import (
@@ -74,6 +74,7 @@ class LayerService(LayerCatalog):
         in_flight_bytes: Most bytes of tensors that arrive in parts, of all calls that run.
         max_sessions: Sessions whose last changes each layer remembers.
         policy: When snapshots are taken; None: as it is by default.
+        max_layers: Layers of a namespace.
     """
 
     def __init__(
@@ -84,8 +85,9 @@ class LayerService(LayerCatalog):
         in_flight_bytes: int = 8 << 30,
         max_sessions: int = DEFAULT_MAX_SESSIONS,
         policy: SnapshotPolicy | None = None,
+        max_layers: int = DEFAULT_MAX_LAYERS,
     ) -> None:
-        super().__init__(store, max_sessions, policy)
+        super().__init__(store, max_sessions, policy, max_layers)
         self._placement = placement
         self._saved = SavedInputs(saved_input_bytes)
         self._in_flight = ByteBudget("in_flight_bytes", in_flight_bytes)

@@ -153,8 +153,14 @@ def test_a_client_that_is_wrong_here_is_told_so(
         assert lane.ended()
 
 
-def test_more_connections_than_a_server_takes(client: StockClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sharednorm_server.direct.MAX_CONNECTIONS", 2)
+def test_more_connections_than_a_server_takes() -> None:
+    with server.in_process(ServerConfig(max_connections=2)) as running, channel_to(running.address) as channel:
+        client = StockClient.on(channel)
+        client.create(NAME)
+        refused_beyond_two(client)
+
+
+def refused_beyond_two(client: StockClient) -> None:
     where = offer(client)
     with lane_to(client) as first, lane_to(client), connected(where.port) as third:
         third.sendall(lanes.hello(where.instance))
@@ -309,10 +315,7 @@ def test_a_server_that_stops_lets_a_call_end_and_refuses_the_next() -> None:
             assert other.ended()
 
 
-def test_a_client_for_whom_there_is_no_connection_more_harms_none_of_its_calls(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("sharednorm_server.direct.MAX_CONNECTIONS", 2)
+def test_a_client_for_whom_there_is_no_connection_more_harms_none_of_its_calls() -> None:
     began, go_on = threading.Event(), threading.Event()
 
     def tell(progress: sharednorm.Progress) -> None:
@@ -321,7 +324,8 @@ def test_a_client_for_whom_there_is_no_connection_more_harms_none_of_its_calls(
             assert go_on.wait(30)
 
     x, small = oracle.random_tensor(1, LARGE), oracle.random_tensor(1, SHAPE)
-    with server.in_process() as few, sharednorm.connect(few.address, progress=tell) as hub:
+    few_connections = server.in_process(ServerConfig(max_connections=2))
+    with few_connections as few, sharednorm.connect(few.address, progress=tell) as hub:
         slow, quick = hub.BatchNorm2D(MAPS, name="slow"), hub.BatchNorm2D(MAPS, name="quick")
         future = slow.forward_async(x)
         assert began.wait(30)

@@ -21,8 +21,10 @@ from sharednorm.errors import (
     LayerNotFound,
     LimitExceeded,
     ModuleError,
+    PermissionDenied,
     ServerUnavailable,
     SharedNormError,
+    Unauthenticated,
     error_classes,
 )
 from sharednorm.v1 import service_pb2
@@ -146,8 +148,8 @@ UNKNOWN_REASON = [
     (grpc.StatusCode.CANCELLED, CallCancelled),
     (grpc.StatusCode.ABORTED, InternalError),
     (grpc.StatusCode.DATA_LOSS, InternalError),
-    (grpc.StatusCode.PERMISSION_DENIED, InternalError),
-    (grpc.StatusCode.UNAUTHENTICATED, InternalError),
+    (grpc.StatusCode.PERMISSION_DENIED, PermissionDenied),
+    (grpc.StatusCode.UNAUTHENTICATED, Unauthenticated),
     (grpc.StatusCode.UNKNOWN, InternalError),
 ]
 

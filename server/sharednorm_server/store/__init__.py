@@ -133,6 +133,10 @@ class Store(Protocol):
         """Keep a new layer's record; return False, and change nothing, if its key exists."""
         ...
 
+    def count(self, namespace: str) -> int:
+        """Return how many layers a namespace has."""
+        ...
+
     def remembered(self, key: LayerKey) -> Remembered:
         """Return what is kept of the sessions that have changed a layer that is there."""
         ...

@@ -60,6 +60,11 @@ class MemoryStore:
             bisect.insort(self._names.setdefault(record.key.namespace, []), record.key.name)
             return True
 
+    def count(self, namespace: str) -> int:
+        """Return how many layers a namespace has."""
+        with self._lock:
+            return len(self._names.get(namespace, ()))
+
     def remembered(self, key: LayerKey) -> Remembered:
         """Return what is kept of the sessions that have changed a layer that is there."""
         with self._lock:

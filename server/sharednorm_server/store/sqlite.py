@@ -16,6 +16,7 @@ import secrets
 import sqlite3
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -92,6 +93,7 @@ class SqliteStore:
         self._committing = threading.Lock()  # of the connection
         self._waiting: list[_Change] = []
         self._names: dict[LayerKey, int] = {}  # the rows of the layers that are there, or will be
+        self._counts: Counter[str] = Counter()  # of each namespace
         self._next_row = 1
         self._failed = False
         self._callbacks: list[Callable[[str], None]] = []
@@ -120,6 +122,7 @@ class SqliteStore:
         except sqlite3.Error as error:
             raise StartError(f"the state in {path} cannot be used: {error}") from error
         self._next_row = max(self._names.values(), default=0) + 1
+        self._counts.update(key.namespace for key in self._names)
 
     def on_failed(self, callback: Callable[[str], None]) -> None:
         """Have a function called once the store has failed for good; it gets the reason."""
@@ -142,9 +145,15 @@ class SqliteStore:
                 return False
             row = self._names[record.key] = self._next_row
             self._next_row += 1
+            self._counts[record.key.namespace] += 1
             change = self._begin(record.key, lambda: self._rows.insert(row, record), put=False)
         change.wait()
         return True
+
+    def count(self, namespace: str) -> int:
+        """Return how many layers a namespace has."""
+        with self._lock:
+            return self._counts[namespace]
 
     def remembered(self, key: LayerKey) -> Remembered:
         """Return what is kept of the sessions that have changed a layer that is there."""
@@ -219,6 +228,7 @@ class SqliteStore:
             row = self._names.pop(key, None)
             if row is None:
                 return False
+            self._counts[key.namespace] -= 1
             change = self._begin(key, lambda: self._rows.remove(row), put=False)
         change.wait()
         return True
