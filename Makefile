@@ -32,7 +32,7 @@ READY  := $(VENV)/.ready
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-torch test serve check bench gpu-check kernels proto images up down image-check clean
+.PHONY: help demo demo-torch test soak serve check bench gpu-check kernels proto images up down image-check clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -45,6 +45,10 @@ demo-torch: $(READY)-demo $(READY)-torch  ## Workers with tiny batches train a n
 
 test: $(READY)-test $(if $(TORCH),$(READY)-torch) $(if $(CUDA),$(READY)-cuda)  ## Run every test that this machine can run; TORCH=1 adds PyTorch, CUDA=1 PyCUDA
 	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
+
+soak: $(READY)-test  ## Hours of faults: 1,000 networks that break, 200 servers that are killed; SEEDS= and KILLS= for fewer
+	SHAREDNORM_SEEDS=$(or $(SEEDS),167) SHAREDNORM_KILLS=$(or $(KILLS),200) \
+	    $(BIN)/python -m pytest -n auto -o timeout=36000 tests/faults/test_exactly_once.py tests/faults/test_server_killed.py $(ARGS)
 
 serve: $(READY)-server $(if $(findstring cuda,$(DEVICE)),$(READY)-gpu $(FATBIN))  ## Run a server in the foreground; LISTEN=, DEVICE= and STATE= are its options
 	exec $(BIN)/sharednorm serve --listen '$(LISTEN)' --device '$(DEVICE)' $(if $(STATE),--state '$(STATE)')

@@ -61,12 +61,13 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "INSERT INTO server (runs) VALUES (0)",
         # Sessions with lower numbers than this may have been forgotten.
         "ALTER TABLE layers ADD COLUMN session_floor INTEGER NOT NULL DEFAULT 0",
-        # The last change of each session, the least recent with the lowest id.
+        # The last change of each session, the least recent with the lowest turn.
         """
         CREATE TABLE changes (
             id INTEGER PRIMARY KEY, layer INTEGER NOT NULL REFERENCES layers ON DELETE CASCADE, session BLOB NOT NULL,
-            seq INTEGER NOT NULL, content BLOB NOT NULL, version INTEGER NOT NULL, num_of_props INTEGER NOT NULL,
-            count INTEGER, mean BLOB, m2 BLOB, scale BLOB, bias BLOB, sums BLOB, UNIQUE (layer, session))
+            turn INTEGER NOT NULL, seq INTEGER NOT NULL, content BLOB NOT NULL, version INTEGER NOT NULL,
+            num_of_props INTEGER NOT NULL, count INTEGER, mean BLOB, m2 BLOB, scale BLOB, bias BLOB, sums BLOB,
+            UNIQUE (layer, session))
         """,
         """
         CREATE TABLE snapshots (
@@ -101,9 +102,14 @@ class Rows:
     def __init__(self, database: sqlite3.Connection) -> None:
         self._database = database
         self._written: dict[int, LayerRecord] = {}  # as the file has them
+        self._changes: dict[int, dict[bytes, int]] = {}  # the rows of the changes of each layer's sessions
+        self._turn = 0
 
     def names(self) -> dict[LayerKey, int]:
         """Return all layers."""
+        for place, layer, session, turn in self._database.execute("SELECT id, layer, session, turn FROM changes"):
+            self._changes.setdefault(layer, {})[session] = place
+            self._turn = max(self._turn, turn)
         rows = self._database.execute("SELECT namespace, name, uid, id FROM layers")
         return {LayerKey(namespace, name, uid): row for namespace, name, uid, row in rows}
 
@@ -138,13 +144,26 @@ class Rows:
             moments = step.moments
             wide = _to_wide_blob(moments.mean), _to_wide_blob(moments.m2)
             vectors = moments.count, *wide, _to_blob(step.scale), _to_blob(step.bias)
-        self._database.execute(
-            "INSERT OR REPLACE INTO changes "
-            "(layer, session, seq, content, version, num_of_props, sums, count, mean, m2, scale, bias) "
-            "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (row, note.session, change.seq, change.content, change.version, change.num_of_props, sums, *vectors),
-        )
+        self._turn += 1
+        values = self._turn, change.seq, change.content, change.version, change.num_of_props, sums, *vectors
+        known = self._changes.setdefault(row, {})
+        place = known.get(note.session)
+        if place is not None:
+            self._database.execute(
+                "UPDATE changes SET turn = ?, seq = ?, content = ?, version = ?, num_of_props = ?, sums = ?, "
+                "count = ?, mean = ?, m2 = ?, scale = ?, bias = ? WHERE id = ?",
+                (*values, place),
+            )
+        else:
+            found = self._database.execute(
+                "INSERT INTO changes (layer, session, turn, seq, content, version, num_of_props, sums, count, mean, "
+                "m2, scale, bias) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (row, note.session, *values),
+            )
+            known[note.session] = found.lastrowid or 0
         if note.forgotten:
+            for session in note.forgotten:
+                known.pop(session, None)
             self._database.executemany(
                 "DELETE FROM changes WHERE layer = ? AND session = ?", [(row, session) for session in note.forgotten]
             )
@@ -158,7 +177,7 @@ class Rows:
             )
             for session, seq, content, version, steps, sums, *vectors in self._database.execute(
                 "SELECT session, seq, content, version, num_of_props, sums, count, mean, m2, scale, bias FROM changes "
-                "WHERE layer = ? ORDER BY id",
+                "WHERE layer = ? ORDER BY turn",
                 (row,),
             )
         }
@@ -222,6 +241,7 @@ class Rows:
     def remove(self, row: int) -> None:
         """Forget a layer."""
         self._database.execute("DELETE FROM layers WHERE id = ?", (row,))
+        self._changes.pop(row, None)
         self._written.pop(row, None)
 
     def _write(self, row: int, record: LayerRecord, before: LayerRecord | None) -> None:
@@ -252,10 +272,10 @@ class Rows:
         if old is not None and all(getattr(now, field.name) is getattr(old, field.name) for field in fields(now)):
             return
         self._database.execute(
-            "INSERT INTO statistics (layer, domain, mean, var, num_of_props, frozen) VALUES (?, ?, ?, ?, ?, ?) "
-            "ON CONFLICT (layer, domain) DO UPDATE SET mean = excluded.mean, var = excluded.var, "
-            "num_of_props = excluded.num_of_props, frozen = excluded.frozen",
-            (row, domain, _to_blob(now.mean), _to_blob(now.var), now.num_of_props, now.stats_frozen),
+            "INSERT INTO statistics (mean, var, num_of_props, frozen, layer, domain) VALUES (?, ?, ?, ?, ?, ?)"
+            if old is None
+            else "UPDATE statistics SET mean = ?, var = ?, num_of_props = ?, frozen = ? WHERE layer = ? AND domain = ?",
+            (_to_blob(now.mean), _to_blob(now.var), now.num_of_props, now.stats_frozen, row, domain),
         )
         if now.merged is not (old.merged if old is not None else ()):
             names = _names_to_blob(now.merged)
