@@ -8,7 +8,7 @@ import pytest
 
 from tests.support.make import make
 
-TARGETS = ("demo", "demo-torch", "test", "serve", "check", "bench", "gpu-check", "kernels", "proto", "images", "up",
+TARGETS = ("demo", "demo-torch", "test", "soak", "serve", "check", "bench", "gpu-check", "kernels", "proto", "images", "up",
            "down", "image-check", "clean")  # fmt: skip
 
 
@@ -49,5 +49,5 @@ def test_every_target_can_be_planned(tmp_path: Path, target: str) -> None:
 
 
 def test_serve_passes_its_options_on(tmp_path: Path) -> None:
-    result = make("--dry-run", "serve", "LISTEN=unix:/tmp/a b.sock", "DEVICE=cuda", f"VENV={tmp_path / 'venv'}")
+    result = make("--dry-run", "soak", "serve", "LISTEN=unix:/tmp/a b.sock", "DEVICE=cuda", f"VENV={tmp_path / 'venv'}")
     assert "serve --listen 'unix:/tmp/a b.sock' --device 'cuda'" in result.stdout
