@@ -46,20 +46,18 @@ class Trainer(threading.Thread):
     def __init__(self, number: int, address: str) -> None:
         super().__init__(daemon=True)
         self.name = f"layer/{number}"
-        self._seed, self._address, self._options = number, address, dict(WAYS[number % len(WAYS)])
+        self._address, self._options = address, dict(WAYS[number % len(WAYS)])
         self._transport = str(self._options.pop("transport"))
         self.steps = 0  # that were answered
         self.stopping = threading.Event()
         self.error: BaseException | None = None
-        np.random.seed(number)  # noqa: NPY002 - both scales are drawn from there
-        self._twin = sharednorm.BatchNorm2D(5)
+        self._twin = sharednorm.BatchNorm2D(5, sscale=0.0)
 
     def run(self) -> None:
         """Train until it is told to stop, and see that the layer is what a local one is."""
         try:
             with sharednorm.connect(self._address, timeout=120, transport=self._transport) as hub:
-                np.random.seed(self._seed)  # noqa: NPY002
-                layer = hub.BatchNorm2D(5, name=self.name, **self._options)
+                layer = hub.BatchNorm2D(5, name=self.name, sscale=0.0, **self._options)
                 layer.trainMode()
                 while not self.stopping.is_set():
                     self._train(layer)
