@@ -8,8 +8,8 @@ has forgotten, and up to that one it takes no first change.
 
 from __future__ import annotations
 
-import itertools
 import struct
+import threading
 from collections.abc import Sequence
 from hashlib import blake2b
 
@@ -36,13 +36,14 @@ class SessionNumbers:
 
     def __init__(self, run: int) -> None:
         self._run = run
-        self._next = itertools.count()
+        self._lock = threading.Lock()
         self._given = 0
 
     def open(self) -> bytes:
         """Return the number of a new session."""
-        number = next(self._next)
-        self._given = max(self._given, number + 1)
+        with self._lock:
+            number = self._given
+            self._given += 1
         return (self._run << _COUNT_BITS | number).to_bytes(NUMBER_BYTES, "big")
 
     def given(self, number: int) -> bool:
