@@ -5,12 +5,10 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import queue
 import resource
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -109,17 +107,17 @@ def _serve(arguments: argparse.Namespace) -> int:
     logging.basicConfig(
         stream=sys.stderr, level=arguments.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
-    stop = _stop_on_signals()
+    stop = Stop()
     _allow_many_files()
     server = _start(config)
-    server.on_device_lost(lambda _: stop.put(Failure(DEVICE_LOST)))
-    server.on_store_failed(lambda _: stop.put(Failure(STORE_FAILED)))
+    server.on_device_lost(lambda _: stop.fail(DEVICE_LOST))
+    server.on_store_failed(lambda _: stop.fail(STORE_FAILED))
     print(shown(server.banner), flush=True)
-    why = stop.get()
+    failure = stop.wait()
     _log.info("stopping: no new calls, and %g s for those that are running", config.grace)
     ended = server.stop(config.grace)
-    if isinstance(why, Failure):
-        return why.code
+    if failure is not None:
+        return failure
     return 0 if ended else FAILED
 
 
@@ -142,28 +140,38 @@ def _start(config: ServerConfig) -> RunningServer:
     return server.start(config)
 
 
-@dataclass(frozen=True)
-class Failure:
-    """Why the server has to stop by itself: the exit code that says so."""
+class Stop:
+    """What the main thread waits for: a signal to stop, or that the server has failed for good.
 
-    code: int
+    By a pipe, to which the system's own handler writes at once (`set_wakeup_fd`). Handlers in Python run on the main
+    thread, between two of its instructions: a signal that came right before that thread began to wait for a lock, in a
+    queue say, would be seen when the next one comes.
+    """
 
+    def __init__(self) -> None:
+        self._reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        self._writer = writer
+        self._code: int | None = None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._handle)
+        signal.set_wakeup_fd(writer)
 
-def _stop_on_signals() -> queue.SimpleQueue[int | Failure]:
-    """Return a queue that gets the number of a signal; what fails for good puts its reason there too."""
-    # Not an Event: the handler runs on the main thread, which may hold the lock that Event.set() asks for, since
-    # it is the one that waits. SimpleQueue.put() may interrupt a get().
-    stop: queue.SimpleQueue[int | Failure] = queue.SimpleQueue()
+    def fail(self, code: int) -> None:
+        """Say that the server has to stop by itself, with an exit code that says why; from any thread."""
+        self._code = code
+        os.write(self._writer, b"!")
 
-    def handle(received: int, _frame: FrameType | None) -> None:
+    def wait(self) -> int | None:
+        """Wait for either, once; return the exit code of a failure."""
+        os.read(self._reader, 1)
+        signal.set_wakeup_fd(-1)
+        return self._code
+
+    def _handle(self, _number: int, _frame: FrameType | None) -> None:
         # The next one ends the process as it stands.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL)
-        stop.put(received)
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, handle)
-    return stop
 
 
 # --- Arguments ------------------------------------------------------------------------------------------

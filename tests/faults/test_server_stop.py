@@ -96,6 +96,13 @@ def test_a_call_that_waits_for_a_worker_is_in_flight_too() -> None:
         assert process.wait() == 0
 
 
+def test_a_signal_right_behind_its_start_up_line_is_heard() -> None:
+    # It may come between the last instruction of the main thread and the wait that follows.
+    for _ in range(6):
+        with server.server_process() as process:
+            assert process.stop() == 0
+
+
 def test_watchers_of_its_health_do_not_hold_it_up() -> None:
     with server.server_process() as process, channel_to(process.address) as channel:
         watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=SECONDS)
