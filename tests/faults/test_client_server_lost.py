@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,7 @@ from sharednorm.errors import (
     LayerNotFound,
     ServerUnavailable,
 )
-from tests.support.server import ServerProcess, server_process
+from tests.support.server import ServerProcess, server_process, stopped
 
 TRANSPORTS = ("shm", "direct", "grpc")
 BIG = (1 << 23, 4)  # 128 MiB, far more than the socket buffers and flow control let through
@@ -33,26 +32,6 @@ BIG = (1 << 23, 4)  # 128 MiB, far more than the socket buffers and flow control
 def server(tmp_path: Path) -> Iterator[ServerProcess]:
     with server_process(listen=f"unix:{tmp_path}/s.sock") as process:
         yield process
-
-
-@contextmanager
-def stopped(pid: int) -> Iterator[None]:
-    """Keep a process from running, as a machine that swaps or a debugger would."""
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        end = time.monotonic() + 5
-        while any(status != "T" for status in thread_states(pid)):
-            assert time.monotonic() < end
-            time.sleep(0.001)
-        yield
-    finally:
-        os.kill(pid, signal.SIGCONT)
-
-
-def thread_states(pid: int) -> list[str]:
-    """What each thread of a process does: "T" if it is stopped, which SIGSTOP brings about only after a moment."""
-    stats = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/stat")]
-    return [stat.rpartition(")")[2].split()[0] for stat in stats]
 
 
 def seconds(function: Callable[[], object]) -> float:

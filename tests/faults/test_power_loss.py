@@ -63,6 +63,10 @@ def test_what_was_answered_survives_that_the_power_goes_away(tmp_path: Path, lib
     state, log = tmp_path / "state", tmp_path / "log"
     options = ("--state", f"sqlite://{state}", "--durability", "fsync", "--log-level", "warning")
     log.touch()
+    with server_process(*options) as server:  # makes the file, which happens once
+        server.stop()
+    base = {path.name: path.read_bytes() for path in state.glob(f"{FILE_NAME}*")}
+    assert list(base) == [FILE_NAME]
     with server_process(*options, env=disk.watched(library, state, log)) as server:
         workers = [Worker(number, server.address, log) for number in range(WORKERS)]
         for worker in workers:
@@ -76,7 +80,7 @@ def test_what_was_answered_survives_that_the_power_goes_away(tmp_path: Path, lib
     ends = [number for number, change in enumerate(changes, 1) if change.end > began]
     seen = set()
     for cut in (rng.choice(ends) for _ in range(CUTS)):
-        files = disk.after_power_loss({}, changes[:cut], rng, kept=rng.choice((0.0, 0.5, 0.9, 1.0)))
+        files = disk.after_power_loss(base, changes[:cut], rng, kept=rng.choice((0.0, 0.5, 0.9, 1.0)))
         place = tmp_path / f"cut {cut} {rng.random()}"
         place.mkdir()
         for name, data in files.items():

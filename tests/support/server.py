@@ -106,6 +106,26 @@ def server_process(
                 process.stdout.close()
 
 
+@contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    """Keep a process from running, as a machine that swaps or a debugger would."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        end = time.monotonic() + 5
+        while any(status != "T" for status in _thread_states(pid)):
+            assert time.monotonic() < end
+            time.sleep(0.001)
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+def _thread_states(pid: int) -> list[str]:
+    """What each thread of a process does: "T" if it is stopped, which SIGSTOP brings about only after a moment."""
+    stats = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/stat")]
+    return [stat.rpartition(")")[2].split()[0] for stat in stats]
+
+
 def spawn(*arguments: str, stderr: IO[str] | int, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
     """Start the command line as a process of its own."""
     return subprocess.Popen(
