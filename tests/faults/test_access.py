@@ -17,7 +17,13 @@ import numpy as np
 import pytest
 
 import sharednorm
-from sharednorm.errors import InvalidConfiguration, PermissionDenied, ServerUnavailable, Unauthenticated
+from sharednorm.errors import (
+    DeadlineExceeded,
+    InvalidConfiguration,
+    PermissionDenied,
+    ServerUnavailable,
+    Unauthenticated,
+)
 from sharednorm.v1 import service_pb2
 from sharednorm_server import certificates
 from sharednorm_server.access import RIGHTS, Right, append, new_token
@@ -28,6 +34,8 @@ from tests.support.stock import SECONDS, SERVICE, code_of, config, detail_of, re
 SHAPE = (4, 3, 5, 2)
 METHODS = [method.name for method in service_pb2.DESCRIPTOR.services_by_name["BatchNormService"].methods]
 STREAMS = {"ForwardStream", "BackwardStream"}
+# A handshake that fails ends the call; on a busy machine it may take longer than the call has.
+NOT_LET_IN = (ServerUnavailable, DeadlineExceeded)
 
 
 @dataclass
@@ -230,10 +238,10 @@ def test_tokens_and_certificates_come_from_the_environment_and_travel_in_no_pick
 
 
 def test_a_client_that_does_not_encrypt_and_one_that_does_not_believe(guarded: Guarded, tmp_path: Path) -> None:
-    with pytest.raises(ServerUnavailable):
+    with pytest.raises(NOT_LET_IN):
         sharednorm.connect(guarded.server.address, token=guarded.tokens["all"], timeout=5)
     certificates.create(tmp_path, ["127.0.0.1"], 3)
-    with pytest.raises(ServerUnavailable):
+    with pytest.raises(NOT_LET_IN):
         sharednorm.connect(guarded.server.address, token="x", tls=str(tmp_path / "ca.pem"), timeout=5)
     address = f"gpu-box.lan:{guarded.server.address.rpartition(':')[2]}"
     with pytest.raises(InvalidConfiguration, match=r"would travel unencrypted \(expected: tls=True") as caught:
@@ -276,7 +284,7 @@ def test_clients_show_certificates_of_the_authority(tmp_path: Path) -> None:
             sharednorm.TLS(ca, theirs / "client.pem", theirs / "client.key"),
             sharednorm.TLS(ca, ours / "server.pem", ours / "server.key"),  # not one of a client
         ):
-            with pytest.raises(ServerUnavailable):
+            with pytest.raises(NOT_LET_IN):
                 sharednorm.connect(server.address, tls=tls, timeout=5)
 
 
@@ -295,7 +303,7 @@ def test_an_expired_certificate_is_refused(tmp_path: Path, monkeypatch: pytest.M
             if fine:
                 sharednorm.connect(server.address, tls=str(files / "ca.pem")).close()
                 continue
-            with pytest.raises(ServerUnavailable):
+            with pytest.raises(NOT_LET_IN):
                 sharednorm.connect(server.address, tls=str(files / "ca.pem"), timeout=5)
 
 
@@ -318,7 +326,7 @@ def test_certificates_that_change_are_shown_to_new_connections(tmp_path: Path) -
         put("b")
         other = stack.enter_context(sharednorm.connect(server.address, tls=str(tmp_path / "b" / "ca.pem")))
         assert other.layers() == hub.layers() == []
-        with pytest.raises(ServerUnavailable):
+        with pytest.raises(NOT_LET_IN):
             sharednorm.connect(server.address, tls=str(tmp_path / "a" / "ca.pem"), timeout=5)
 
 

@@ -83,7 +83,7 @@ def test_calls_that_run_or_wait() -> None:
         # Whoever uses the library waits, and is answered when there is room; its health can be asked for all the time.
         found: list[object] = []
         with pytest.raises(ServerBusy):
-            sharednorm.connect(process.address, timeout=0.3)
+            sharednorm.connect(process.address, timeout=2.0)
         threading.Timer(0.5, go_on.set).start()
         patient = threading.Thread(target=lambda: found.append(train(process.address)))
         go_on.wait(10)

@@ -21,6 +21,8 @@ from tests.support import disk
 from tests.support.oracle import random_tensor
 from tests.support.server import server_process
 
+pytestmark = pytest.mark.timeout(400)  # a dozen servers are started, each of which takes its time on a busy machine
+
 CUTS = int(os.environ.get("SHAREDNORM_CUTS", "60"))
 MAPS, WORKERS, STEPS = 900, 3, 240
 SHAPE = (4, MAPS, 2, 2)

@@ -23,6 +23,8 @@ from sharednorm.errors import DataLoss
 from tests.support.oracle import random_tensor
 from tests.support.server import ServerProcess, run, server_process
 
+pytestmark = pytest.mark.timeout(400)  # a dozen servers are started, each of which takes its time on a busy machine
+
 SHAPE = (4, 5, 6, 3)
 KILLS = int(os.environ.get("SHAREDNORM_KILLS", "6"))
 WAYS: list[dict[str, Any]] = [
