@@ -7,6 +7,7 @@ to take the batch into the statistics, and to have that kept.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -464,7 +465,12 @@ class LayerService(LayerCatalog):
 
 def _step_content(key: LayerKey) -> bytes:
     # The batch is known by its moments.
-    return digest("step", key.domain)
+    return _step_in(key.domain)
+
+
+@functools.lru_cache(4096)
+def _step_in(domain: str) -> bytes:
+    return digest("step", domain)
 
 
 def _step_change(call: CallKey | None, key: LayerKey, batch: Moments, state: LayerState) -> LastChange:
