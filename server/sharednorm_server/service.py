@@ -178,7 +178,7 @@ class LayerService(LayerCatalog):
         train = _trains(call, record)
         if not train and call.train is None and call.call is not None:
             with layer.exclusive() as record:  # the layer's default may have been another one when the step was taken
-                train = layer.made(call.call, _step_content(call.key)) is not None
+                train = layer.made(call.call, _step_in(call.key.domain)) is not None
         record.config.check_shape(shape, train=train)
         require_initialized(record.state, str(call.key))
         return layer, train
@@ -199,7 +199,7 @@ class LayerService(LayerCatalog):
         attempt = 0
         while True:
             with layer.exclusive() as record:
-                before = None if call.call is None else layer.made(call.call, _step_content(call.key))
+                before = None if call.call is None else layer.made(call.call, _step_in(call.key.domain))
                 if before is not None or not _trains(call, record):
                     break  # the default has become eval meanwhile, and whoever set it may have read the statistics
                 if not _same_statistics(first, record.state):
@@ -294,7 +294,7 @@ class LayerService(LayerCatalog):
         layer = self._layers.find(key)
         with layer.exclusive() as record:
             require_initialized(record.state, str(key))
-            before = None if call is None else layer.made(call, _step_content(key))
+            before = None if call is None else layer.made(call, _step_in(key.domain))
             if before is None:
                 if not (record.train if train is None else train):
                     return _pushed(record, train=False)
@@ -463,18 +463,14 @@ class LayerService(LayerCatalog):
         return False
 
 
-def _step_content(key: LayerKey) -> bytes:
-    # The batch is known by its moments.
-    return _step_in(key.domain)
-
-
 @functools.lru_cache(4096)
 def _step_in(domain: str) -> bytes:
+    # The batch is known by its moments.
     return digest("step", domain)
 
 
 def _step_change(call: CallKey | None, key: LayerKey, batch: Moments, state: LayerState) -> LastChange:
-    seq, content = (0, b"") if call is None else (call.seq, _step_content(key))
+    seq, content = (0, b"") if call is None else (call.seq, _step_in(key.domain))
     taken = TakenStep(batch, state.scale, state.bias)
     return LastChange(seq, content, state.version, state.num_of_props, taken)
 
