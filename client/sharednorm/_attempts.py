@@ -1,4 +1,4 @@
-"""How a call is made again while its server is away."""
+"""How a call is made again while its server is away or busy."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ class Attempts:
             try:
                 return call()
             except ServerBusy as busy:  # which has done nothing
-                seconds = max(_told(busy), pause) * random.uniform(1, 1.5)  # noqa: S311 - as below
+                seconds = _spread(max(_told(busy), pause), 1.0, 1.5)
                 if self.left.left() <= seconds:
                     raise
             except ServerUnavailable as error:
                 self.unknown, away = True, error
-                seconds = pause * random.uniform(0.75, 1.25)  # noqa: S311 - no secret: it spreads those who wait
+                seconds = _spread(pause, 0.75, 1.25)
                 if not self._away or self.left.left() <= seconds:
                     raise
             except DeadlineExceeded:
@@ -65,6 +65,11 @@ class Attempts:
             time.sleep(seconds)
             pause = min(2 * pause, _LONGEST_PAUSE)
             restart()
+
+
+def _spread(seconds: float, least: float, most: float) -> float:
+    # So that those who were sent away at one moment do not come back at one.
+    return seconds * random.uniform(least, most)  # noqa: S311 - no secret
 
 
 def _told(busy: ServerBusy) -> float:

@@ -147,7 +147,7 @@ class Connection:
         """
         attempts = Attempts(self.deadline() if left is None else left, away=False)
         request = service_pb2.GetServerInfoRequest()
-        answer = self.call("GetServerInfo", request, service_pb2.GetServerInfoResponse, attempts=attempts)
+        answer = self.call("GetServerInfo", request, service_pb2.GetServerInfoResponse, attempts)
         if answer.protocol != wire.PROTOCOL:
             raise IncompatibleServer(
                 f"the server at {self.address.text} (release {answer.version or 'unknown'}) speaks protocol "
@@ -174,29 +174,18 @@ class Connection:
         """Return what makes a call again while the server is away, as long as a call may take from now on."""
         return Attempts(self.deadline())
 
-    def call(
-        self,
-        method: str,
-        request: Message,
-        answer: type[A],
-        timeout: float | None = None,
-        attempts: Attempts | None = None,
-    ) -> A:
+    def call(self, method: str, request: Message, answer: type[A], attempts: Attempts | None = None) -> A:
         """Make a call without a tensor and return its answer.
 
         Args:
             method: Which.
             request: What it asks.
             answer: Class of the answer.
-            timeout: Seconds that it may take; None: the usual ones.
-            attempts: Makes it again while the server is away, and has the deadline; None: it is made once.
+            attempts: How it is made again, and until when; None: only if the server is busy, within the usual timeout.
         """
-        encoded = request.SerializeToString()
-        if attempts is None:
-            data = self._unary(method, encoded, self.timeout if timeout is None else timeout)
-        else:
-            left = attempts.left
-            data = attempts.run(lambda: self._unary(method, encoded, max(left.left(), _LEAST_SECONDS)))
+        attempts = attempts or Attempts(self.deadline(), away=False)
+        encoded, left = request.SerializeToString(), attempts.left
+        data = attempts.run(lambda: self._unary(method, encoded, max(left.left(), _LEAST_SECONDS)))
         try:
             return answer.FromString(data)
         except (DecodeError, UnicodeDecodeError) as error:  # the latter by protobuf's pure Python runtime

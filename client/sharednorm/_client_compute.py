@@ -90,14 +90,13 @@ class ClientComputeBackend(RemoteBackend):
         request = service_pb2.PushMomentsRequest(
             ref=self._ref, mode=convert.mode_to_proto(train), moments=convert.moments_to_proto(batch)
         )
-        left = self._connection.deadline()
         try:
             with self._explained():
                 answer = self._keys.once(
                     request,
-                    left,
+                    self._connection.deadline(),
                     lambda attempts: self._exchange.plain(
-                        "PushMoments", frames.PUSH_MOMENTS, request, service_pb2.PushMomentsResponse, left, attempts
+                        "PushMoments", frames.PUSH_MOMENTS, request, service_pb2.PushMomentsResponse, attempts
                     ),
                     lambda answer: is_train(answer.mode),
                 )
@@ -133,18 +132,12 @@ class ClientComputeBackend(RemoteBackend):
                 scale=float(scale),
                 momentum=float(momentum),
             )
-            left = self._connection.deadline()
             with self._explained():
                 self._keys.once(
                     request,
-                    left,
+                    self._connection.deadline(),
                     lambda attempts: self._exchange.plain(
-                        "PushGradients",
-                        frames.PUSH_GRADIENTS,
-                        request,
-                        service_pb2.PushGradientsResponse,
-                        left,
-                        attempts,
+                        "PushGradients", frames.PUSH_GRADIENTS, request, service_pb2.PushGradientsResponse, attempts
                     ),
                 )
         return Gradients(result, scale_grad, bias_grad)
@@ -194,7 +187,7 @@ class ClientComputeBackend(RemoteBackend):
     def _read_again(self) -> LayerState:
         reading = self._copy.ask()
         with self._explained():
-            answer = self._read("GetStats", reading.request, service_pb2.GetStatsResponse)
+            answer = self._idempotent("GetStats", reading.request, service_pb2.GetStatsResponse)
         state = self._copy.learn(reading, answer)
         self.told(state.version)
         return state

@@ -170,19 +170,9 @@ class Exchange:
         call = _Call(method, request, sources, like, out, attempts.left, meter)
         return attempts.run(lambda: self._once(call), meter.restart)
 
-    def plain(
-        self,
-        method: str,
-        number: int,
-        request: Message,
-        answer: type[A],
-        left: Deadline,
-        attempts: Attempts | None = None,
-    ) -> A:
+    def plain(self, method: str, number: int, request: Message, answer: type[A], attempts: Attempts) -> A:
         """Make a call without a tensor that a direct connection takes, too; see `call` for the arguments."""
-        if attempts is None:
-            return self._plainly(method, number, request, answer, left)
-        return attempts.run(lambda: self._plainly(method, number, request, answer, left))
+        return attempts.run(lambda: self._plainly(method, number, request, answer, attempts.left))
 
     def _plainly(self, method: str, number: int, request: Message, answer: type[A], left: Deadline) -> A:
         self._connection.require_open()
@@ -196,7 +186,7 @@ class Exchange:
                 way = self._ways.look_again(way, left, error)
             except (OSError, EOFError, SharedNormError) as error:
                 raise self._ways.typed(error, left) from None
-        return self._connection.call(method, request, answer, max(left.left(), 1e-3))
+        return self._connection.call(method, request, answer, Attempts(left, away=False))
 
     def _once(self, call: _Call[R, T]) -> Answer[T]:
         self._connection.require_open()

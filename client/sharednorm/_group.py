@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import secrets
 import threading
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TypeVar, final
@@ -15,6 +13,7 @@ from google.protobuf.message import Message
 
 from sharednorm import _frames as frames
 from sharednorm import convert
+from sharednorm._attempts import Attempts
 from sharednorm._deadline import Deadline
 from sharednorm._exchange import Exchange
 from sharednorm.config import (
@@ -27,7 +26,6 @@ from sharednorm.errors import (
     GENERATION_GONE,
     STEP_OVER,
     InvalidConfiguration,
-    ServerUnavailable,
     SharedNormError,
     StaleGeneration,
 )
@@ -35,8 +33,6 @@ from sharednorm.normalization import Wide
 from sharednorm.state import Moments
 from sharednorm.v1 import layer_pb2, service_pb2
 
-# Pauses between two tries to reach a server that is not there, in seconds.
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 1.0
 # How long `Hub.close` may wait to say goodbye.
 _GOODBYE_SECONDS = 1.0
 
@@ -348,10 +344,8 @@ class Group:
                 timeout=self._timeout,
                 rank=self._wish,
             )
-            connection = home.exchange.connection
-            answer = _persist(
-                left, lambda: connection.call("JoinGroup", request, service_pb2.JoinGroupResponse, left.left())
-            )
+            attempts = Attempts(left)
+            answer = home.exchange.connection.call("JoinGroup", request, service_pb2.JoinGroupResponse, attempts)
             membership = _Membership(answer.ticket, answer.generation, answer.rank, answer.members)
             self._membership = membership
             return membership
@@ -366,7 +360,9 @@ class Group:
             membership, self._membership = self._membership, None
         if membership is not None:
             request = service_pb2.LeaveGroupRequest(ticket=membership.ticket)
-            self._where().exchange.connection.call("LeaveGroup", request, service_pb2.LeaveGroupResponse, timeout)
+            connection = self._where().exchange.connection
+            attempts = None if timeout is None else Attempts(Deadline(timeout), away=False)
+            connection.call("LeaveGroup", request, service_pb2.LeaveGroupResponse, attempts)
 
     def _synchronize(self, place: _Place, method: tuple[str, int], request: Request, answer: type[S]) -> S:
         home = self._where()
@@ -388,7 +384,7 @@ class Group:
         request.ticket = membership.ticket
         request.step = membership.steps.get(place, 0) + 1
         try:
-            found = _persist(left, lambda: home.exchange.plain(*method, request, answer, left))
+            found = home.exchange.plain(*method, request, answer, Attempts(left))
         except BaseException as error:
             # A step that is over for all has used up its number. After anything else it can't be known what this
             # member has brought to it, and the others must not be normalized by that.
@@ -400,19 +396,6 @@ class Group:
         membership.steps[place] = request.step
         membership.ranks, membership.waiting = tuple(found.ranks), found.waiting
         return found
-
-
-def _persist(left: Deadline, call: Callable[[], A]) -> A:
-    # A call that may be made again, for as long as the server is not there.
-    pause = _FIRST_PAUSE
-    while True:
-        try:
-            return call()
-        except ServerUnavailable:
-            if left.left() <= pause:
-                raise
-        time.sleep(pause)
-        pause = min(2 * pause, _LONGEST_PAUSE)
 
 
 def _again(name: str, size: int, min_members: int, timeout: float, rank: int | None, member: str | None) -> Group:

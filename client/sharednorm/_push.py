@@ -261,9 +261,7 @@ class Sender:
         request = service_pb2.PushManyRequest(pushes=[step.request for step in steps])
 
         def call() -> list[Parameters | _Refused]:
-            answer = self._exchange.plain(
-                "PushMany", frames.PUSH_MANY, request, service_pb2.PushManyResponse, attempts.left
-            )
+            answer = self._exchange.plain("PushMany", frames.PUSH_MANY, request, service_pb2.PushManyResponse, attempts)
             require_results("PushMany", len(answer.results), len(steps))
             results = [_result(step, result) for step, result in zip(steps, answer.results, strict=True)]
             for result in results:

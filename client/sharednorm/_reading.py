@@ -119,14 +119,12 @@ def read_many(
     """
     for indices in grouped(range(len(copies)), lambda index: copies[index][1]):
         readings = [copies[index][0].ask() for index in indices]
-        attempts = exchange.connection.patience()
         answer = exchange.plain(
             "GetManyStats",
             frames.GET_MANY_STATS,
             service_pb2.GetManyStatsRequest(reads=[reading.request for reading in readings]),
             service_pb2.GetManyStatsResponse,
-            attempts.left,
-            attempts,
+            exchange.connection.patience(),
         )
         require_results("GetManyStats", len(answer.results), len(indices))
         for index, reading, result in zip(indices, readings, answer.results, strict=True):

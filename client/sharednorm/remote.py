@@ -102,7 +102,7 @@ class RemoteBackend:
         """Return the names of the layer's domains, in their order."""
         request = service_pb2.ListDomainsRequest(ref=self._ref)
         with self._explained():
-            answer = self._read("ListDomains", request, service_pb2.ListDomainsResponse)
+            answer = self._idempotent("ListDomains", request, service_pb2.ListDomainsResponse)
         return tuple(domain.name for domain in answer.domains)
 
     def within(self, domain: str) -> RemoteBackend:
@@ -127,14 +127,16 @@ class RemoteBackend:
         """Return the layer's state of one moment, gradients included."""
         request = service_pb2.GetStatsRequest(ref=self._ref, include_gradients=True)
         with self._explained():
-            answer = self._read("GetStats", request, service_pb2.GetStatsResponse)
+            answer = self._idempotent("GetStats", request, service_pb2.GetStatsResponse)
         self.told(answer.layer.version)
         return convert.state_from_proto(answer.layer, answer.state)
 
     def default_train(self) -> bool:
         """Return whether calls that do not choose a mode train the layer."""
         with self._explained():
-            answer = self._read("GetLayer", service_pb2.GetLayerRequest(ref=self._ref), service_pb2.GetLayerResponse)
+            answer = self._idempotent(
+                "GetLayer", service_pb2.GetLayerRequest(ref=self._ref), service_pb2.GetLayerResponse
+            )
         return is_train(answer.layer.default_mode)
 
     def forward(self, x: Array, *, train: bool | None, release: str, out: Array | None) -> ForwardResult:
@@ -217,7 +219,7 @@ class RemoteBackend:
         )
         with self._explained():
             # The delta has a name of its own, by which it is known again.
-            answer = self._read("MergeStatistics", request, service_pb2.MergeStatisticsResponse)
+            answer = self._idempotent("MergeStatistics", request, service_pb2.MergeStatisticsResponse)
         return answer.merged
 
     def update_params(self, learn_rate: float) -> None:
@@ -251,9 +253,9 @@ class RemoteBackend:
             convert.vector_from_proto(answer.bias_grad, maps) if affine else None,
         )
 
-    def _read(self, method: str, request: Message, answer: type[A]) -> A:
-        """Make a call that may be made again, whatever has become of it."""
-        return self._connection.call(method, request, answer, attempts=self._connection.patience())
+    def _idempotent(self, method: str, request: Message, answer: type[A]) -> A:
+        """Make a call that changes nothing when it is made twice."""
+        return self._connection.call(method, request, answer, self._connection.patience())
 
     def _change(self, method: str, request: KeyedMessage, answer: type[A]) -> None:
         """Make a call that changes something, once."""

@@ -144,10 +144,7 @@ class Layer:
 
     def change(self, change: Callable[[LayerRecord], LayerRecord]) -> LayerRecord:
         """Replace the record by what a function makes of it; if that raises, nothing has changed."""
-        with self.exclusive() as record:
-            changed = change(record)
-            self.commit(changed)
-        return changed
+        return self.change_once(None, (), change)[0]
 
     def change_once(
         self,

@@ -62,11 +62,9 @@ class Ledger:
     """
 
     def __init__(self, most: int, numbers: SessionNumbers, known: Remembered | None = None) -> None:
-        known = known or Remembered()
         self._most = most
         self._numbers = numbers
-        self._changes = dict(known.changes)  # the least recent first
-        self._floor = known.floor
+        self._known = known or Remembered()
 
     def find(self, key: CallKey, content: bytes) -> LastChange | None:
         """Return the change that was made under a key; None: it is to be made now.
@@ -76,10 +74,10 @@ class Ledger:
             StepOutOfOrder: The session has made other changes since, or has left one out.
             SessionExpired: The session is not remembered any more.
         """
-        last = self._changes.get(key.session)
+        last = self._known.changes.get(key.session)
         if last is None:
             number = _number(key.session)
-            if key.seq > 1 or number <= self._floor or not self._numbers.given(number):
+            if key.seq > 1 or number <= self._known.floor or not self._numbers.given(number):
                 raise SessionExpired(
                     "the layer does not remember this session any more: whether the change was made before cannot be "
                     "said, and it was not made now (expected: a new session, for what has not been sent yet)"
@@ -99,23 +97,20 @@ class Ledger:
 
     def last(self, session: bytes) -> LastChange | None:
         """Return the last change of a session, if one is remembered."""
-        return self._changes.get(session)
+        return self._known.changes.get(session)
 
     def note(self, key: CallKey, change: LastChange) -> Note:
         """Return what has to be kept with a change that is made now; nothing is remembered yet."""
         forgotten: tuple[bytes, ...] = ()
-        floor = self._floor
-        if key.session not in self._changes and len(self._changes) >= self._most:
-            forgotten = tuple(list(self._changes)[: len(self._changes) - self._most + 1])
+        floor = self._known.floor
+        if key.session not in self._known.changes and len(self._known.changes) >= self._most:
+            forgotten = tuple(list(self._known.changes)[: len(self._known.changes) - self._most + 1])
             floor = max(floor, *map(_number, forgotten))
         return Note(key.session, change, forgotten, floor)
 
     def remember(self, note: Note) -> None:
         """Remember a change that was made."""
-        for session in (note.session, *note.forgotten):
-            self._changes.pop(session, None)
-        self._changes[note.session] = note.change
-        self._floor = note.floor
+        self._known.take(note)
 
 
 def same_step(change: LastChange, batch: Moments) -> TakenStep:

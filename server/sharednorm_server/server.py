@@ -157,8 +157,16 @@ def start(config: ServerConfig) -> RunningServer:
         placement = _open_devices(config)
         placement.warm_up()
         policy = SnapshotPolicy(config.snapshot_every, config.snapshot_count, config.snapshot_age)
-        limits = config.saved_input_bytes, config.in_flight_bytes, config.max_sessions
-        return serve(config, LayerService(store, placement, *limits, policy, config.max_layers))
+        service = LayerService(
+            store,
+            placement,
+            config.saved_input_bytes,
+            config.in_flight_bytes,
+            max_sessions=config.max_sessions,
+            policy=policy,
+            max_layers=config.max_layers,
+        )
+        return serve(config, service)
     except BaseException:
         store.close()
         raise

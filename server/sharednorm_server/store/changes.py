@@ -10,7 +10,6 @@ import numpy.typing as npt
 from sharednorm.config import Vector
 from sharednorm.state import Moments
 
-SESSION_BYTES = 16
 NUMBER_BYTES = 8
 """So many of a session's bytes are its number, big-endian: sessions that were opened later have higher ones."""
 
@@ -70,9 +69,25 @@ class Note:
     floor: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass
 class Remembered:
-    """What is known of the sessions that have changed a layer: their last changes, the least recent first."""
+    """What is known of the sessions that have changed a layer: their last changes, the least recent first.
+
+    Attributes:
+        changes: By session.
+        floor: The highest number of those that ever were forgotten.
+    """
 
     changes: dict[bytes, LastChange] = field(default_factory=dict)
     floor: int = 0
+
+    def take(self, note: Note) -> None:
+        """Remember a change, and forget what has to be forgotten for it."""
+        for session in (note.session, *note.forgotten):
+            self.changes.pop(session, None)
+        self.changes[note.session] = note.change
+        self.floor = note.floor
+
+    def copy(self) -> Remembered:
+        """Return the same, which changes by itself."""
+        return Remembered(dict(self.changes), self.floor)

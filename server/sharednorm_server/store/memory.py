@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sharednorm.errors import BackupFailed
 from sharednorm_server.store import Kept, LayerKey, LayerRecord, without_gradients
-from sharednorm_server.store.changes import LastChange, Note, Remembered
+from sharednorm_server.store.changes import Note, Remembered
 from sharednorm_server.store.snapshots import SnapshotInfo
 
 
@@ -21,18 +21,6 @@ class _AtOnce:
 _AT_ONCE = _AtOnce()
 
 
-class _Sessions:
-    def __init__(self) -> None:
-        self.changes: dict[bytes, LastChange] = {}
-        self.floor = 0
-
-    def take(self, note: Note) -> None:
-        for session in (note.session, *note.forgotten):
-            self.changes.pop(session, None)
-        self.changes[note.session] = note.change
-        self.floor = note.floor
-
-
 class MemoryStore:
     """Keeps records in this process. `kill` loses them; that is what `memory:` means."""
 
@@ -42,7 +30,7 @@ class MemoryStore:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._records: dict[LayerKey, LayerRecord] = {}
-        self._sessions: dict[LayerKey, _Sessions] = {}
+        self._sessions: dict[LayerKey, Remembered] = {}
         self._snapshots: dict[LayerKey, dict[int, tuple[float, LayerRecord]]] = {}
         self._names: dict[str, list[str]] = {}  # of each namespace, in the order of their code points
 
@@ -68,8 +56,7 @@ class MemoryStore:
     def remembered(self, key: LayerKey) -> Remembered:
         """Return what is kept of the sessions that have changed a layer that is there."""
         with self._lock:
-            sessions = self._sessions.get(key)
-            return Remembered() if sessions is None else Remembered(dict(sessions.changes), sessions.floor)
+            return self._sessions.get(key, Remembered()).copy()
 
     def put(self, record: LayerRecord, note: Note | None = None) -> Kept | None:
         """Replace an existing layer's record, and what is known of a session; return None if its key does not exist."""
@@ -78,7 +65,7 @@ class MemoryStore:
                 return None
             self._records[record.key] = record
             if note is not None:
-                self._sessions.setdefault(record.key, _Sessions()).take(note)
+                self._sessions.setdefault(record.key, Remembered()).take(note)
             return _AT_ONCE
 
     def take_snapshot(self, record: LayerRecord, taken: float, drop: Sequence[int]) -> None:
