@@ -24,12 +24,12 @@ from sharednorm.errors import (
     ServerUnavailable,
     Unauthenticated,
 )
-from sharednorm.v1 import service_pb2
+from sharednorm.v1 import layer_pb2, service_pb2
 from sharednorm_server import certificates
 from sharednorm_server.access import RIGHTS, Right, append, new_token
 from tests.support.oracle import random_tensor
 from tests.support.server import ServerProcess, run, server_process
-from tests.support.stock import SECONDS, SERVICE, code_of, config, detail_of, ref
+from tests.support.stock import SECONDS, SERVICE, code_of, config, detail_of, ref, spec
 
 SHAPE = (4, 3, 5, 2)
 METHODS = [method.name for method in service_pb2.DESCRIPTOR.services_by_name["BatchNormService"].methods]
@@ -205,6 +205,23 @@ def test_a_layer_is_used_over_tls_with_a_token(guarded: Guarded) -> None:
         assert hub.layer("mine").version == 4
         with pytest.raises(PermissionDenied), guarded.connect("train", namespace="other"):
             pass
+
+
+def test_a_token_to_evaluate_trains_nothing_whatever_the_call_leaves_out(guarded: Guarded) -> None:
+    with guarded.connect("train") as hub:
+        layer = hub.BatchNorm2D(3, name="kept", sscale=0.0)
+        x = random_tensor(1, SHAPE)
+        layer(x)
+        with guarded.channel() as channel:
+            for mode in (layer_pb2.MODE_TRAIN, layer_pb2.MODE_UNSPECIFIED, layer_pb2.MODE_EVAL):
+                request = service_pb2.ForwardRequest(ref=ref("kept"), mode=mode, input=spec(SHAPE), data=x.tobytes())
+                if mode == layer_pb2.MODE_EVAL:
+                    call(channel, "Forward", request.SerializeToString(), guarded.tokens["eval"])
+                    continue
+                with pytest.raises(grpc.RpcError) as caught:
+                    call(channel, "Forward", request.SerializeToString(), guarded.tokens["eval"])
+                assert detail_of(caught.value).reason == "PERMISSION_DENIED"
+        assert layer.version == 1
 
 
 @pytest.mark.parametrize("token", ["wrong", "expired", None])

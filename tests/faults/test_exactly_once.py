@@ -16,6 +16,7 @@ import pytest
 
 import sharednorm
 from sharednorm.errors import DeadlineExceeded, ServerUnavailable, SharedNormError
+from sharednorm.state import LayerState
 from tests.support.oracle import random_tensor
 from tests.support.proxy import Faults, network
 from tests.support.server import ServerProcess, server_process
@@ -210,6 +211,49 @@ def asked_again(
         both(lambda each: each(random_tensor(9, SHAPE)))
         again(lambda: same_state(layer, twin))
     return failed
+
+
+@pytest.mark.parametrize("first", ASKED_AGAIN)
+@pytest.mark.parametrize("way", ["grpc", "direct", "client, grpc", "client, direct"])
+def test_after_a_call_without_an_answer_another_one_is_another_change(
+    server: ServerProcess, direct_port: int, way: str, first: str
+) -> None:
+    """Whether the first was made, nobody knows; but what follows is made, once, behind it or instead of it."""
+    transport, options = WAYS[way]
+    faults = Silent(random.Random(), seconds=0.6)
+    with_it, without = (sharednorm.BatchNorm2D(5, sscale=0.0) for _ in range(2))
+    with (
+        network(server.address, direct_port, faults) as (address, cut),
+        sharednorm.connect(address, transport=transport, timeout=0.4) as hub,
+    ):
+        layer = hub.BatchNorm2D(5, name=f"another/{way}/{first}", sscale=0.0, **options)
+
+        def all_of(call: Callable[[sharednorm.Layer], object]) -> None:
+            again(lambda: call(layer))
+            for twin in (with_it, without):
+                call(twin)
+
+        all_of(lambda each: each.trainMode())
+        all_of(lambda each: each(random_tensor(1, SHAPE)))
+        all_of(lambda each: each.backward(random_tensor(5, SHAPE)))
+        faults.behind, faults.left = 50, 1000  # a direct connection is welcomed with 40 bytes: the call comes there
+        cut()
+        with pytest.raises((DeadlineExceeded, ServerUnavailable)):
+            ASKED_AGAIN[first](layer)
+        faults.left = 0
+        ASKED_AGAIN[first](with_it)
+        all_of(lambda each: each(random_tensor(8, SHAPE)))
+        all_of(lambda each: each(random_tensor(9, SHAPE)))
+        found: list[LayerState] = []
+        again(lambda: found.append(layer.snapshot()))
+        made, not_made = (difference(each.snapshot(), found[0]) for each in (with_it, without))
+        assert transport == "grpc" or made < not_made
+        again(lambda: same_state(layer, with_it if made < not_made else without))
+
+
+def difference(one: LayerState, other: LayerState) -> float:
+    names = ("scale", "bias", "mean", "var", "scale_grad", "bias_grad")
+    return sum(float(np.abs(getattr(one, name) - getattr(other, name)).max()) for name in names)
 
 
 class Silent(Faults):

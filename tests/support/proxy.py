@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import socket
 import struct
@@ -11,8 +12,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
-# Beside 127.0.0.1, where servers listen: there a proxy can have the very ports that a server has.
-HOST = "127.0.0.2"
+# Beside 127.0.0.1, where servers listen: there a proxy can have the very ports that a server has. Another one for each
+# process of tests, or one's proxy may have the port that another's needs.
+HOST = f"127.0.0.{2 + int(os.environ.get('PYTEST_XDIST_WORKER', 'gw0')[2:])}"
 
 _STEP = 1 << 16
 

@@ -23,8 +23,10 @@ from sharednorm.errors import (
 from sharednorm.state import Moments, StateUpdate
 from sharednorm_server.device.cpu import CpuDevice
 from sharednorm_server.placement import Placement
-from sharednorm_server.requests import BackwardCall, CallKey, ForwardAnswer, ForwardCall
+from sharednorm_server.requests import BackwardCall, CallKey, ForwardAnswer, ForwardCall, LayerRecord
 from sharednorm_server.service import LayerService
+from sharednorm_server.store import Kept
+from sharednorm_server.store.changes import Note
 from sharednorm_server.store.memory import MemoryStore
 from sharednorm_server.store.sqlite import SqliteStore
 from tests.support.oracle import random_tensor
@@ -312,6 +314,47 @@ def test_one_key_in_many_threads_is_one_change(store: str, tmp_path: Path) -> No
         assert {output_of(answer).tobytes() for answer in answers} == {output_of(answers[0]).tobytes()}
         assert service.get_layer(KEY).state.version == round_number + 1
     service.close()
+
+
+class LateStore(MemoryStore):
+    """A store whose changes are kept only when they are let."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.go_on = threading.Event()
+        self.go_on.set()
+
+    def put(self, record: LayerRecord, note: Note | None = None) -> Kept | None:
+        """Take a change, which is kept later."""
+        kept = super().put(record, note)
+        return None if kept is None else self
+
+    def wait(self) -> None:
+        """Wait until changes are kept."""
+        assert self.go_on.wait(20)
+
+
+@pytest.mark.parametrize("name", ["forward", "push", "update_params"])
+def test_a_repeat_is_answered_no_sooner_than_the_change_is_kept(name: str) -> None:
+    store = LateStore()
+    service = new_service(store=store)
+    create(service)
+    key, x = Client(service).next(), random_tensor(0, SHAPE)
+    calls: dict[str, Callable[[], object]] = {
+        "forward": lambda: service.forward(ForwardCall(KEY, True, call=key), x),
+        "push": lambda: service.push_moments(KEY, True, moments(0), call=key),
+        "update_params": lambda: service.update_params(KEY, 0.5, key),
+    }
+    store.go_on.clear()
+    threads = [threading.Thread(target=calls[name], daemon=True) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+        thread.join(0.3)
+    assert all(thread.is_alive() for thread in threads)  # the second one, too
+    store.go_on.set()
+    for thread in threads:
+        thread.join(10)
+    assert not any(thread.is_alive() for thread in threads)
 
 
 def test_a_repeat_that_comes_while_the_first_computes(tmp_path: Path) -> None:

@@ -206,7 +206,6 @@ class SqliteStore:
         try:
             path.parent.mkdir(mode=0o700, exist_ok=True)
             with self._committing:
-                self._commit_all()
                 if self._failed:
                     raise failed()
                 self._database.execute("VACUUM INTO ?", (str(path),))
