@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from sharednorm.errors import DataLoss, LayerNotFound, LimitExceeded
-from sharednorm_server.ledger import DEFAULT_MAX_SESSIONS, Content, Ledger, SessionNumbers, digest
+from sharednorm_server.ledger import DEFAULT_MAX_SESSIONS, Content, Ledger, SessionNumbers, digest, last_change
 from sharednorm_server.store import Kept, LayerKey, LayerRecord, Store
 from sharednorm_server.store.changes import CallKey, LastChange
 from sharednorm_server.store.snapshots import SnapshotInfo, SnapshotPolicy
@@ -164,7 +164,7 @@ class Layer:
             before = None if call is None else self.made(call, content)
             if before is None:
                 changed = change(record)
-                self.commit(changed, call, None if call is None else last_change(call, content, changed))
+                self.commit(changed, call, None if call is None else last_change(call, content, changed.state))
         return (changed, False) if before is None else (self.record, True)
 
     def bury(self) -> None:
@@ -326,11 +326,6 @@ class LayerRegistry:
                 taken = self._store.snapshots(key)
                 layer = self._layers[key] = Layer(record, self._store, ledger, self._policy, taken)
         return layer
-
-
-def last_change(call: CallKey, content: bytes, record: LayerRecord) -> LastChange:
-    """Return what is remembered of a change that has made a record."""
-    return LastChange(call.seq, content, record.state.version, record.state.num_of_props)
 
 
 def not_found(key: LayerKey) -> LayerNotFound:

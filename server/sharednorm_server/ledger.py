@@ -8,6 +8,7 @@ has forgotten, and up to that one it takes no first change.
 
 from __future__ import annotations
 
+import functools
 import struct
 import threading
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from hashlib import blake2b
 import numpy as np
 
 from sharednorm.errors import KeyReused, SessionExpired, StepOutOfOrder
-from sharednorm.state import Moments
+from sharednorm.state import LayerState, Moments
 from sharednorm_server.store.changes import NUMBER_BYTES, CallKey, LastChange, Note, Remembered, TakenStep
 
 DEFAULT_MAX_SESSIONS = 1024
@@ -111,6 +112,24 @@ class Ledger:
     def remember(self, note: Note) -> None:
         """Remember a change that was made."""
         self._known.take(note)
+
+
+def last_change(call: CallKey, content: bytes, state: LayerState) -> LastChange:
+    """Return what is remembered of a change that has made a state."""
+    return LastChange(call.seq, content, state.version, state.num_of_props)
+
+
+@functools.lru_cache(4096)
+def step_in(domain: str) -> bytes:
+    """Return the content of a step in a domain; its batch is known by the moments that are kept beside it."""
+    return digest("step", domain)
+
+
+def step_change(call: CallKey | None, domain: str, batch: Moments, state: LayerState) -> LastChange:
+    """Return what is remembered of a step that has made a state: enough to give its answer again."""
+    seq, content = (0, b"") if call is None else (call.seq, step_in(domain))
+    taken = TakenStep(batch, state.scale, state.bias)
+    return LastChange(seq, content, state.version, state.num_of_props, taken)
 
 
 def same_step(change: LastChange, batch: Moments) -> TakenStep:

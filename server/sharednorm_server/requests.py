@@ -156,6 +156,10 @@ class BackwardCall:
     call: CallKey | None = None
 
 
+Sums = npt.NDArray[np.float64]
+"""Of a backward: sums of `grad` and of `grad * (x - mean)`, of shape (2, C)."""
+
+
 @dataclass(frozen=True)
 class Together:
     """What is kept of a group's change of a layer, so that a member can ask another server for it.
@@ -165,12 +169,10 @@ class Together:
     Attributes:
         key: Under which it is kept.
         content: The step, and whose parts are in it.
-        sums: Of a backward: the sums over all members, float64 (2, C).
     """
 
     key: CallKey
     content: bytes
-    sums: npt.NDArray[np.float64] | None = None
 
 
 @dataclass(frozen=True)

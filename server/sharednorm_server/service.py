@@ -7,7 +7,6 @@ to take the batch into the statistics, and to have that kept.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -24,6 +23,7 @@ from sharednorm.errors import (
     InvalidConfiguration,
     MalformedMessage,
 )
+from sharednorm.normalization import parameter_gradients
 from sharednorm.state import (
     LayerState,
     Moments,
@@ -36,8 +36,8 @@ from sharednorm_server.budget import ByteBudget
 from sharednorm_server.catalog import LayerCatalog
 from sharednorm_server.checks import check_facts, require_same_tensor
 from sharednorm_server.device import Device, DeviceTensor, Incoming, Output, TrainedBatch
-from sharednorm_server.layers import DEFAULT_MAX_LAYERS, Layer, last_change
-from sharednorm_server.ledger import DEFAULT_MAX_SESSIONS, digest, same_step
+from sharednorm_server.layers import DEFAULT_MAX_LAYERS, Layer
+from sharednorm_server.ledger import DEFAULT_MAX_SESSIONS, last_change, same_step, step_change, step_in
 from sharednorm_server.placement import Placement
 from sharednorm_server.requests import (
     BackwardAnswer,
@@ -47,13 +47,14 @@ from sharednorm_server.requests import (
     ForwardCall,
     PushAnswer,
     ServiceInfo,
+    Sums,
     Together,
     Wanted,
     always,
 )
 from sharednorm_server.saved_inputs import SavedInput, SavedInputs
 from sharednorm_server.store import LayerKey, LayerRecord, Store
-from sharednorm_server.store.changes import LastChange, TakenStep
+from sharednorm_server.store.changes import LastChange
 from sharednorm_server.store.snapshots import SnapshotPolicy
 
 # A step whose layer got other parameters meanwhile computes its output again, outside the lock so often,
@@ -178,7 +179,7 @@ class LayerService(LayerCatalog):
         train = _trains(call, record)
         if not train and call.train is None and call.call is not None:
             with layer.exclusive() as record:  # the layer's default may have been another one when the step was taken
-                train = layer.made(call.call, _step_in(call.key.domain)) is not None
+                train = layer.made(call.call, step_in(call.key.domain)) is not None
         record.config.check_shape(shape, train=train)
         require_initialized(record.state, str(call.key))
         return layer, train
@@ -199,7 +200,7 @@ class LayerService(LayerCatalog):
         attempt = 0
         while True:
             with layer.exclusive() as record:
-                before = None if call.call is None else layer.made(call.call, _step_in(call.key.domain))
+                before = None if call.call is None else layer.made(call.call, step_in(call.key.domain))
                 if before is not None or not _trains(call, record):
                     break  # the default has become eval meanwhile, and whoever set it may have read the statistics
                 if not _same_statistics(first, record.state):
@@ -251,7 +252,7 @@ class LayerService(LayerCatalog):
         batch = trained.moments
         state = step(record.state, record.config, batch, trained.statistics)
         _require_wanted(wanted)
-        change = _step_change(call.call, call.key, batch, state)
+        change = step_change(call.call, call.key.domain, batch, state)
         layer.commit(record.with_state(state), call.call, change)
         return self._answered(layer, call, x, trained, change, state.scale, replayed=False)
 
@@ -294,14 +295,14 @@ class LayerService(LayerCatalog):
         layer = self._layers.find(key)
         with layer.exclusive() as record:
             require_initialized(record.state, str(key))
-            before = None if call is None else layer.made(call, _step_in(key.domain))
+            before = None if call is None else layer.made(call, step_in(key.domain))
             if before is None:
                 if not (record.train if train is None else train):
                     return _pushed(record, train=False)
                 require_two_values(batch)
                 stepped = record.with_state(step(record.state, record.config, batch))
                 _require_wanted(wanted)
-                layer.commit(stepped, call, _step_change(call, key, batch, stepped.state))
+                layer.commit(stepped, call, step_change(call, key.domain, batch, stepped.state))
                 return _pushed(stepped, train=True)
             taken = same_step(before, batch)
         version, steps = before.version, before.num_of_props
@@ -314,7 +315,7 @@ class LayerService(LayerCatalog):
             require_initialized(record.state, str(key))
             require_two_values(union)
             stepped = record.with_state(step(record.state, record.config, union))
-            change = replace(_step_change(together.key, key, union, stepped.state), content=together.content)
+            change = replace(step_change(together.key, key.domain, union, stepped.state), content=together.content)
             layer.commit(stepped, together.key, change)
         return stepped
 
@@ -401,18 +402,38 @@ class LayerService(LayerCatalog):
         scale_grad: Vector,
         bias_grad: Vector,
         wanted: Wanted = always,
-        together: Together | None = None,
     ) -> bool:
         """Add gradients of scale and bias that somebody else has computed; return whether that was done before.
 
-        To a layer that is not affine nothing is added. A group's are known again as `together` says.
+        To a layer that is not affine nothing is added.
 
         Raises:
             InvalidConfiguration: `scale` or `momentum` of the call is not finite.
             CallCancelled: Nobody waits for that any more.
         """
         layer = self._layers.find(call.key)
-        return layer.latest.config.affine and self._accumulate(layer, call, scale_grad, bias_grad, wanted, together)
+        return layer.latest.config.affine and self._accumulate(layer, call, scale_grad, bias_grad, wanted)
+
+    def backward_together(self, call: BackwardCall, sums: Sums, batch: Moments, together: Together) -> None:
+        """Keep the sums of a group's backward, and add the gradients that follow from them if the call says so.
+
+        Args:
+            call: What to do.
+            sums: Over all members.
+            batch: Moments of the union.
+            together: How they are known again.
+
+        Raises:
+            InvalidConfiguration: `scale` or `momentum` of the call is not finite.
+        """
+        with self._layers.find(call.key).exclusive() as record:
+            changed = record
+            if call.param_grads and record.config.affine:
+                gradients = parameter_gradients(batch, record.config.epsilon, sums[0], sums[1])
+                state = accumulate_gradients(record.state, *gradients, scale=call.scale, momentum=call.momentum)
+                changed = record.with_state(state)
+            noted = last_change(together.key, together.content, changed.state)
+            layer.commit(changed, together.key, replace(noted, sums=sums))
 
     def _check_backward(
         self, layer: Layer, call: BackwardCall, shape: tuple[int, ...], dtype_name: str
@@ -446,7 +467,6 @@ class LayerService(LayerCatalog):
         scale_grad: Vector,
         bias_grad: Vector,
         wanted: Wanted,
-        together: Together | None = None,
     ) -> bool:
         def change(record: LayerRecord) -> LayerRecord:
             state = accumulate_gradients(record.state, scale_grad, bias_grad, scale=call.scale, momentum=call.momentum)
@@ -454,25 +474,7 @@ class LayerService(LayerCatalog):
             return record.with_state(state)
 
         asked = ("gradients", scale_grad, bias_grad, call.scale, call.momentum)
-        if together is None:
-            return layer.change_once(call.call, asked, change)[1]
-        with layer.exclusive() as record:
-            changed = change(record)
-            noted = last_change(together.key, together.content, changed)
-            layer.commit(changed, together.key, replace(noted, sums=together.sums))
-        return False
-
-
-@functools.lru_cache(4096)
-def _step_in(domain: str) -> bytes:
-    # The batch is known by its moments.
-    return digest("step", domain)
-
-
-def _step_change(call: CallKey | None, key: LayerKey, batch: Moments, state: LayerState) -> LastChange:
-    seq, content = (0, b"") if call is None else (call.seq, _step_in(key.domain))
-    taken = TakenStep(batch, state.scale, state.bias)
-    return LastChange(seq, content, state.version, state.num_of_props, taken)
+        return layer.change_once(call.call, asked, change)[1]
 
 
 def _pushed(record: LayerRecord, *, train: bool) -> PushAnswer:

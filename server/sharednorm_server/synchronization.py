@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -30,11 +30,11 @@ from sharednorm.errors import (
     StaleGeneration,
     TooFewValues,
 )
-from sharednorm.normalization import merge, parameter_gradients
+from sharednorm.normalization import merge
 from sharednorm.state import Moments
 from sharednorm_server.groups import Commit, Deliver, Done, Event, Failed, Group, GroupSettings, Joined, Membership
 from sharednorm_server.ledger import digest
-from sharednorm_server.requests import BackwardCall, CallKey, LastChange, LayerKey, TakenStep, Together
+from sharednorm_server.requests import BackwardCall, CallKey, LastChange, LayerKey, Sums, TakenStep, Together
 from sharednorm_server.service import LayerService
 
 MAX_GROUPS = 1024
@@ -70,12 +70,9 @@ class GradientsPart:
     """One member's sums. Two are the same if their bytes are."""
 
     content: bytes
-    sums: np.ndarray[Any, np.dtype[np.float64]] | None = field(compare=False)
+    sums: Sums | None = field(compare=False)
     batch: Moments = field(compare=False)
     call: BackwardCall = field(compare=False)
-
-
-Sums = np.ndarray[Any, np.dtype[np.float64]]
 
 
 @dataclass(eq=False)
@@ -181,7 +178,7 @@ class Synchronizer:
             call: The layer, and what to do with the gradients of its parameters.
             ticket: The member's.
             number: Of the backward.
-            sums: Of `grad` and of `grad * (x - mean)`, float64 (2, C); None: the member's batch is empty.
+            sums: Of the member's part; None: its batch is empty.
             batch: Moments of the union.
         """
         options = repr((call.param_grads, call.scale, call.momentum)).encode()
@@ -336,10 +333,7 @@ class Synchronizer:
         for part in parts:
             if part.sums is not None:
                 total += part.sums
-        if first.call.param_grads:
-            scale_grad, bias_grad = parameter_gradients(first.batch, config.epsilon, total[0], total[1])
-            together = replace(together, sums=total)
-            self._service.push_gradients(first.call, scale_grad, bias_grad, together=together)
+        self._service.backward_together(first.call, total, first.batch, together)
         return Summed(total)
 
     # --- The clock ------------------------------------------------------------------------------------------

@@ -245,9 +245,10 @@ def test_an_old_state_that_is_put_in_place_is_noticed(tmp_path: Path) -> None:
 class Member(threading.Thread):
     """One of three members of a group, whose batches are normalized as one."""
 
-    def __init__(self, rank: int, address: str, steps: int) -> None:
+    def __init__(self, rank: int, address: str, steps: int, adds: bool) -> None:
         super().__init__(daemon=True)
         self._rank, self._address, self._steps = rank, address, steps
+        self._options = {"momentum": 1.0} if adds else {"updParamGrads": False}
         self.done = 0
         self.outputs: list[bytes] = []
         self.error: BaseException | None = None
@@ -263,7 +264,8 @@ class Member(threading.Thread):
                     for layer in layers:
                         x = layer(x)
                     for layer in reversed(layers):
-                        layer.backward(random_tensor(self.done, SHAPE), momentum=1.0)
+                        layer.backward(random_tensor(self.done + self._rank, SHAPE), **self._options)
+                        x = x + layer.grad
                     self.outputs.append(x.tobytes())
                     self.done += 1
                 self.participants = group.participants
@@ -271,12 +273,12 @@ class Member(threading.Thread):
             self.error = error
 
 
-def trained_together(directory: Path, kills: int, steps: int) -> tuple[list[list[bytes]], list[bytes]]:
+def trained_together(directory: Path, kills: int, steps: int, adds: bool) -> tuple[list[list[bytes]], list[bytes]]:
     """Train a group while its server is killed; return the outputs of each member, and what the layers are then."""
     listen, rng = f"unix:{directory}/socket", random.Random(7)
     with ExitStack() as stack:
         server = stack.enter_context(running(directory / "state", listen=listen))
-        members = [Member(rank, listen, steps) for rank in range(3)]
+        members = [Member(rank, listen, steps, adds) for rank in range(3)]
         for member in members:
             member.start()
         for number in range(kills):
@@ -301,9 +303,15 @@ def trained_together(directory: Path, kills: int, steps: int) -> tuple[list[list
         return [member.outputs for member in members], found
 
 
-def test_a_group_goes_on_when_its_server_is_killed(tmp_path: Path) -> None:
-    """Each step is taken for all or for none, and once: the bits are those of a group whose server lives on."""
+@pytest.mark.parametrize("adds", [True, False], ids=["gradients are added", "nothing is added"])
+def test_a_group_goes_on_when_its_server_is_killed(tmp_path: Path, adds: bool) -> None:
+    """Each step is taken for all or for none, and once: the bits are those of a group whose server lives on.
+
+    Args:
+        tmp_path: A directory.
+        adds: Whether a backward adds to the gradients of scale and bias, or is made for the sake of its sums alone.
+    """
     for name in ("calm", "killed"):
         (tmp_path / name).mkdir()
-    expected = trained_together(tmp_path / "calm", 0, 60)
-    assert trained_together(tmp_path / "killed", KILLS, 60) == expected
+    expected = trained_together(tmp_path / "calm", 0, 60, adds)
+    assert trained_together(tmp_path / "killed", KILLS, 60, adds) == expected

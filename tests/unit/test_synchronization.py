@@ -95,14 +95,15 @@ def test_a_step_that_was_not_taken_is_told_so(place: Place, number: int) -> None
     assert [each.generation for each in place.join()] == [1, 1]
 
 
-def test_the_sums_of_a_backward_are_answered_by_the_next_server(place: Place) -> None:
+@pytest.mark.parametrize("adds", [True, False])
+def test_the_sums_of_a_backward_are_answered_by_the_next_server(place: Place, adds: bool) -> None:
     members, union = place.join(), moments(5)
     sums = [np.arange(6.0).reshape(2, 3) + rank for rank in range(2)]
-    call = BackwardCall(KEY, scale=0.5)
+    call = BackwardCall(KEY, scale=0.5, param_grads=adds)
     parts = [place.groups.gradients(call, each.ticket, 1, sums[each.rank], union) for each in members]
     first = parts[0].result(5)
     before = place.service.get_layer(KEY).state
-    assert before.scale_grad.any()
+    assert before.scale_grad.any() == before.bias_grad.any() == adds
     place.restart()
     again = place.groups.gradients(call, members[1].ticket, 1, sums[1], union).result(5)
     assert (again.replayed, again.ranks) == (True, (0, 1))
