@@ -23,7 +23,6 @@ from sharednorm.errors import (
     InvalidConfiguration,
     MalformedMessage,
 )
-from sharednorm.normalization import parameter_gradients
 from sharednorm.state import (
     LayerState,
     Moments,
@@ -403,9 +402,7 @@ class LayerService(LayerCatalog):
         bias_grad: Vector,
         wanted: Wanted = always,
     ) -> bool:
-        """Add gradients of scale and bias that somebody else has computed; return whether that was done before.
-
-        To a layer that is not affine nothing is added.
+        """Add gradients that somebody else has computed, if the layer is affine; return whether that was done before.
 
         Raises:
             InvalidConfiguration: `scale` or `momentum` of the call is not finite.
@@ -414,22 +411,24 @@ class LayerService(LayerCatalog):
         layer = self._layers.find(call.key)
         return layer.latest.config.affine and self._accumulate(layer, call, scale_grad, bias_grad, wanted)
 
-    def backward_together(self, call: BackwardCall, sums: Sums, batch: Moments, together: Together) -> None:
-        """Keep the sums of a group's backward, and add the gradients that follow from them if the call says so.
+    def backward_together(
+        self, call: BackwardCall, sums: Sums, gradients: tuple[Vector, Vector] | None, together: Together
+    ) -> None:
+        """Keep the sums of a group's backward, and add gradients of scale and bias.
 
         Args:
             call: What to do.
             sums: Over all members.
-            batch: Moments of the union.
+            gradients: What is added, unless the layer is not affine; None: nothing.
             together: How they are known again.
 
         Raises:
             InvalidConfiguration: `scale` or `momentum` of the call is not finite.
         """
-        with self._layers.find(call.key).exclusive() as record:
+        layer = self._layers.find(call.key)
+        with layer.exclusive() as record:
             changed = record
-            if call.param_grads and record.config.affine:
-                gradients = parameter_gradients(batch, record.config.epsilon, sums[0], sums[1])
+            if gradients is not None and record.config.affine:
                 state = accumulate_gradients(record.state, *gradients, scale=call.scale, momentum=call.momentum)
                 changed = record.with_state(state)
             noted = last_change(together.key, together.content, changed.state)

@@ -30,7 +30,7 @@ from sharednorm.errors import (
     StaleGeneration,
     TooFewValues,
 )
-from sharednorm.normalization import merge
+from sharednorm.normalization import merge, parameter_gradients
 from sharednorm.state import Moments
 from sharednorm_server.groups import Commit, Deliver, Done, Event, Failed, Group, GroupSettings, Joined, Membership
 from sharednorm_server.ledger import digest
@@ -333,7 +333,9 @@ class Synchronizer:
         for part in parts:
             if part.sums is not None:
                 total += part.sums
-        self._service.backward_together(first.call, total, first.batch, together)
+        adds = first.call.param_grads
+        gradients = parameter_gradients(first.batch, config.epsilon, total[0], total[1]) if adds else None
+        self._service.backward_together(first.call, total, gradients, together)
         return Summed(total)
 
     # --- The clock ------------------------------------------------------------------------------------------
