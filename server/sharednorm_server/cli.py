@@ -17,16 +17,10 @@ from sharednorm._version import __version__
 from sharednorm.errors import SharedNormError
 from sharednorm_server.bench import add_bench
 from sharednorm_server.commands import FAILED, add_backup, add_ls, add_rollback, add_snapshots, add_stats, shown
-from sharednorm_server.config import (
-    DEFAULT_LISTEN,
-    ServerConfig,
-    StartError,
-    default_state,
-    parse_port,
-    parse_size,
-)
+from sharednorm_server.config import ServerConfig, StartError
 from sharednorm_server.doctor.command import add_doctor
 from sharednorm_server.keys import add_certs, add_token
+from sharednorm_server.settings import add_options, settle
 
 if TYPE_CHECKING:
     from sharednorm_server.server import RunningServer
@@ -74,38 +68,13 @@ def _fail(error: Exception, code: int) -> int:
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    config = ServerConfig(
-        listen=arguments.listen,
-        device=arguments.device,
-        state=default_state() if arguments.state is None else arguments.state,
-        durability=arguments.durability,
-        snapshot_every=arguments.snapshot_every,
-        snapshot_count=arguments.snapshot_count,
-        snapshot_age=arguments.snapshot_age,
-        max_sessions=arguments.max_sessions,
-        max_layers=arguments.max_layers,
-        max_calls=arguments.max_calls,
-        max_connections=arguments.max_connections,
-        threads=arguments.threads,
-        workers=arguments.workers,
-        max_tensor_bytes=parse_size(arguments.max_tensor_bytes),
-        saved_input_bytes=parse_size(arguments.saved_input_bytes),
-        device_memory_bytes=None
-        if arguments.device_memory_bytes is None
-        else parse_size(arguments.device_memory_bytes),
-        in_flight_bytes=parse_size(arguments.in_flight_bytes),
-        shared_memory_bytes=parse_size(arguments.shared_memory_bytes),
-        session_memory_bytes=parse_size(arguments.session_memory_bytes),
-        direct_port=parse_port(arguments.direct_port),
-        grace=arguments.grace,
-        insecure=arguments.insecure,
-        tokens=arguments.tokens,
-        tls_cert=arguments.tls_cert,
-        tls_key=arguments.tls_key,
-        tls_client_ca=arguments.tls_client_ca,
-    )
+    settings = settle(vars(arguments), os.environ, arguments.config)
+    if arguments.print_config:
+        print(settings.toml(), end="")
+        return 0
+    config = settings.config
     logging.basicConfig(
-        stream=sys.stderr, level=arguments.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+        stream=sys.stderr, level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
     stop = Stop()
     _allow_many_files()
@@ -199,66 +168,18 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    defaults = ServerConfig()
     parser = commands.add_parser(
         "serve",
         help="run a server",
-        description="Run a server until it gets SIGTERM or SIGINT; then running calls end, and no new ones begin.",
+        description="Run a server until it gets SIGTERM or SIGINT; then running calls end, and no new ones begin. What "
+        "no option says, the variable SHAREDNORM_ and its name says, then the file, then the default.",
         epilog="example: sharednorm serve --listen unix:/run/sharednorm.sock --workers 64 --saved-input-bytes 4GiB",
     )
     parser.set_defaults(run=_serve, failure=UNUSABLE)
-    add = parser.add_argument
-    add("--listen", metavar="ADDRESS", default=DEFAULT_LISTEN,
-        help="HOST:PORT (port 0: any that is free) or unix:PATH; default %(default)s")  # fmt: skip
-    add(
-        "--device",
-        default=defaults.device,
-        help="what computes: cpu, cuda, cuda:1, or cuda:0,cuda:1 for layers spread over several; default %(default)s",
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="a TOML file with options; default: the one of $SHAREDNORM_CONFIG"
     )
-    add("--state", help="what remembers: sqlite:///DIRECTORY, or memory: (until the server ends); default: a directory "
-        "of $STATE_DIRECTORY or $XDG_STATE_HOME, or ~/.local/state/sharednorm")  # fmt: skip
-    add("--durability", choices=("os", "fsync"), default=defaults.durability,
-        help="what an answered change survives: os, the end of the process, kill -9 included; fsync, loss of power; "
-        "default %(default)s")  # fmt: skip
-    add("--snapshot-every", type=float, metavar="SECONDS", default=defaults.snapshot_every,
-        help="time between two snapshots of a layer that changes; 0: none; default %(default)g")  # fmt: skip
-    add("--snapshot-count", type=int, metavar="N", default=defaults.snapshot_count,
-        help="snapshots of a layer that are kept; default %(default)s")  # fmt: skip
-    add("--snapshot-age", type=float, metavar="SECONDS", default=defaults.snapshot_age,
-        help="how old one gets; the newest always stays; default %(default)g")  # fmt: skip
-    add("--max-sessions", type=int, metavar="N", default=defaults.max_sessions,
-        help="clients whose last changes each layer remembers, so that what is sent twice is done once; "
-        "default %(default)s")  # fmt: skip
-    add("--max-layers", type=int, metavar="N", default=defaults.max_layers,
-        help="layers of a namespace; default %(default)s")  # fmt: skip
-    add("--max-calls", type=int, metavar="N", default=defaults.max_calls,
-        help="calls by gRPC that run or wait at a time; others are told to try again; default %(default)s")  # fmt: skip
-    add("--max-connections", type=int, metavar="N", default=defaults.max_connections,
-        help="direct connections at a time; who gets none uses gRPC; default %(default)s")  # fmt: skip
-    add("--threads", type=int, metavar="N", help="threads of one computation; default: one a CPU")
-    add("--workers", type=int, metavar="N", default=defaults.workers,
-        help="calls that run at a time by gRPC, and as many on direct connections; default %(default)s")  # fmt: skip
-    add("--max-tensor-bytes", metavar="SIZE", default="8GiB", help="largest tensor; default %(default)s")
-    add("--saved-input-bytes", metavar="SIZE", default="1GiB",
-        help="inputs kept for backwards, in all; default %(default)s")  # fmt: skip
-    add("--device-memory-bytes", metavar="SIZE",
-        help="most of a GPU's memory to use; default: nine tenths of what is free at the start")  # fmt: skip
-    add("--in-flight-bytes", metavar="SIZE", default="8GiB",
-        help="large tensors on their way at a time, in all; default %(default)s")  # fmt: skip
-    add("--direct-port", metavar="PORT", default="0",
-        help="TCP port for tensors, beside gRPC's; 0: any that is free, off: none; default %(default)s")  # fmt: skip
-    add("--shared-memory-bytes", metavar="SIZE", default="8GiB",
-        help="memory shared with clients on this machine, over a unix socket, in all; default %(default)s")  # fmt: skip
-    add("--session-memory-bytes", metavar="SIZE", default="4GiB",
-        help="most of that for one client; default %(default)s")  # fmt: skip
-    add("--grace", type=float, metavar="SECONDS", default=defaults.grace,
-        help="time that running calls are given at the end; default %(default)s")  # fmt: skip
-    add("--log-level", choices=("debug", "info", "warning", "error"), default="info", help="default %(default)s")
-    add("--tokens", type=Path, metavar="FILE",
-        help="tokens that clients have to show, as `sharednorm token create` writes them; default: none")  # fmt: skip
-    add("--tls-cert", type=Path, metavar="FILE", help="the server's certificate, PEM; default: nothing is encrypted")
-    add("--tls-key", type=Path, metavar="FILE", help="its private key, PEM")
-    add("--tls-client-ca", type=Path, metavar="FILE",
-        help="authorities of certificates that clients have to show, PEM; default: they need none")  # fmt: skip
-    add("--insecure", action="store_true",
-        help="listen without encryption where other machines can reach it")  # fmt: skip
+    parser.add_argument(
+        "--print-config", action="store_true", help="print what the server would be started with, and end"
+    )
+    add_options(parser)

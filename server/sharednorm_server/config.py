@@ -1,11 +1,20 @@
-"""How a server is configured, and what its words mean. Imports nothing that has to be installed."""
+"""How a server is configured: every option once, with its default, its range, its help, and how text means it.
+
+The command line, the environment, the file and the documentation are made from `ServerConfig`; see `settings`. Imports
+nothing that has to be installed.
+"""
+
+# ruff: noqa: RUF009 - functions describe the fields
 
 from __future__ import annotations
 
+import math
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote, unquote
 
 from sharednorm.config import MAX_SECONDS
@@ -16,110 +25,11 @@ MAX_WORKERS = 1024
 
 _UNITS = {"": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
 _SIZE = re.compile(r"([0-9]{1,18})\s*([a-z]*)", re.IGNORECASE | re.ASCII)
-
-
 _CUDA = re.compile(r"cuda(?::([0-9]{1,4}))?", re.ASCII)
 
 
 class StartError(Exception):
     """The server cannot start. The message, one line, says why and what to do."""
-
-
-@dataclass(frozen=True)
-class ServerConfig:
-    """What a server is started with.
-
-    Attributes:
-        listen: "HOST:PORT", where port 0 picks a free one, or "unix:PATH".
-        device: What computes: "cpu", "cuda" for the first GPU, "cuda:1", or "cuda:0,cuda:1" for layers spread over
-            several by their names.
-        state: What remembers: "memory:", or "sqlite:///DIRECTORY", which other processes do not use meanwhile.
-        durability: What an answered change survives in a file: "os", the end of the process, whichever way; "fsync",
-            that of the machine.
-        snapshot_every: Seconds between two snapshots of a layer that changes; 0: none are taken.
-        snapshot_count: How many of a layer are kept, at least 1.
-        snapshot_age: Seconds for which one is kept at the longest; but the newest always is.
-        max_sessions: Sessions whose last changes each layer remembers, at least 1, so that a call that comes twice is
-            one change.
-        max_layers: Layers of a namespace, at least 1.
-        max_calls: Calls by gRPC that run or wait at a time, at least 1; others are told to try again.
-        max_connections: Direct connections at a time, at least 1; who gets none uses gRPC.
-        threads: Threads of one computation; None for one a CPU that the process may use.
-        workers: Most calls that run at a time by gRPC, and as many on direct connections; others wait. 1 to 1024.
-        max_tensor_bytes: Largest tensor that is accepted, at least 1.
-        saved_input_bytes: Most bytes of inputs that are kept for backwards; 0 keeps none.
-        device_memory_bytes: Most bytes of a GPU's memory that are used, at least 1; None for nine tenths of what is
-            free on each when the server starts.
-        in_flight_bytes: Most bytes of large tensors that are on their way at a time, at least 1; calls beyond are told
-            to try again.
-        direct_port: TCP port for direct connections, 0 for any that is free; None: none are taken, not on a unix
-            socket either.
-        shared_memory_bytes: Most bytes of memory that are shared with clients on this machine; 0 shares none.
-        session_memory_bytes: Most bytes of it that one client gets, at least 0.
-        grace: Seconds that running calls are given to end when the server stops, 0 to 1e8.
-        insecure: Whether it may listen without encryption where other machines can reach it.
-        tokens: The file of the tokens that clients have to show; None: they need none.
-        tls_cert: File of the server's certificate, PEM; None: nothing is encrypted.
-        tls_key: File of its private key, PEM; there if the certificate is.
-        tls_client_ca: File of the authorities of certificates that clients have to show, PEM; None: they need none.
-
-    Raises:
-        InvalidConfiguration: A number is out of its range.
-    """
-
-    listen: str = DEFAULT_LISTEN
-    device: str = "cpu"
-    state: str = "memory:"
-    durability: str = "os"
-    snapshot_every: float = 600.0
-    snapshot_count: int = 48
-    snapshot_age: float = 30 * 86400.0
-    max_sessions: int = 1024
-    max_layers: int = 10_000
-    max_calls: int = 4096
-    max_connections: int = 1024
-    threads: int | None = None
-    workers: int = 32
-    max_tensor_bytes: int = 8 << 30
-    saved_input_bytes: int = 1 << 30
-    device_memory_bytes: int | None = None
-    in_flight_bytes: int = 8 << 30
-    direct_port: int | None = 0
-    shared_memory_bytes: int = 8 << 30
-    session_memory_bytes: int = 4 << 30
-    grace: float = 60.0
-    insecure: bool = False
-    tokens: Path | None = None
-    tls_cert: Path | None = None
-    tls_key: Path | None = None
-    tls_client_ca: Path | None = None
-
-    def __post_init__(self) -> None:
-        """Check every range once, where the object is made."""
-        _check(self.threads is None or self.threads >= 1, "threads", self.threads, "at least 1")
-        _check(self.durability in {"os", "fsync"}, "durability", self.durability, "os or fsync")
-        for name in ("snapshot_every", "snapshot_age"):
-            seconds = getattr(self, name)
-            words = f"a number of seconds, 0 to {MAX_SECONDS:g}"
-            _check(0 <= seconds <= MAX_SECONDS, name.replace("_", "-"), seconds, words)
-        _check(self.snapshot_count >= 1, "snapshot-count", self.snapshot_count, "at least 1")
-        for name in ("max_sessions", "max_layers", "max_calls", "max_connections"):
-            _check(getattr(self, name) >= 1, name.replace("_", "-"), getattr(self, name), "at least 1")
-        _check(1 <= self.workers <= MAX_WORKERS, "workers", self.workers, f"1 to {MAX_WORKERS}")
-        _check(self.max_tensor_bytes >= 1, "max-tensor-bytes", self.max_tensor_bytes, "at least 1")
-        _check(self.saved_input_bytes >= 0, "saved-input-bytes", self.saved_input_bytes, "at least 0")
-        room = self.device_memory_bytes
-        _check(room is None or room >= 1, "device-memory-bytes", room, "at least 1")
-        _check(self.in_flight_bytes >= 1, "in-flight-bytes", self.in_flight_bytes, "at least 1")
-        port = self.direct_port
-        _check(port is None or 0 <= port <= 65535, "direct-port", port, "0 to 65535")
-        _check(self.shared_memory_bytes >= 0, "shared-memory-bytes", self.shared_memory_bytes, "at least 0")
-        _check(self.session_memory_bytes >= 0, "session-memory-bytes", self.session_memory_bytes, "at least 0")
-        both = (self.tls_cert is None) == (self.tls_key is None)
-        _check(both, "tls-cert or tls-key", "missing", "both, or none")
-        asks = self.tls_client_ca is None or self.tls_cert is not None
-        _check(asks, "tls-client-ca", self.tls_client_ca, "tls-cert and tls-key beside it")
-        _check(0 <= self.grace <= MAX_SECONDS, "grace", self.grace, f"a number of seconds, 0 to {MAX_SECONDS:g}")
 
 
 def parse_size(text: str) -> int:
@@ -190,6 +100,203 @@ def parse_port(text: str) -> int | None:
     return int(text)
 
 
-def _check(fine: bool, name: str, value: object, expected: str) -> None:
-    if not fine:
-        raise InvalidConfiguration(f"{name} is {value} (expected: {expected})")
+def format_size(size: int) -> str:
+    """Return the text of a number of bytes that `parse_size` means: "1GiB", "1000"."""
+    for unit, of in (("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if size and size % of == 0:
+            return f"{size // of}{unit}"
+    return str(size)
+
+
+@dataclass(frozen=True)
+class Option:
+    """What is known of an option beside its default.
+
+    Attributes:
+        help: What it is, for people.
+        metavar: What stands for its value; empty: it is one of `choices`, or a flag.
+        parse: Makes its value of a text.
+        show: Makes a text of its value.
+        fine: Whether a value that is not None is in range.
+        expected: The range, in words.
+        choices: All values there are, where they are few.
+        unset: What None means, if it may be None.
+    """
+
+    help: str
+    metavar: str
+    parse: Callable[[str], Any]
+    show: Callable[[Any], str]
+    fine: Callable[[Any], bool]
+    expected: str
+    choices: tuple[str, ...] = ()
+    unset: str = ""
+
+    @property
+    def flag(self) -> bool:
+        """Whether it is on or off, and needs no value."""
+        return not (self.metavar or self.choices)
+
+    def read(self, name: str, text: str) -> Any:
+        """Return the value that a text means.
+
+        Raises:
+            InvalidConfiguration: It means none, or one that is out of range.
+        """
+        try:
+            value = self.parse(text)
+        except InvalidConfiguration:
+            raise
+        except ValueError:
+            self._refuse(name, ascii(text)[:60])
+        self.check(name, value)
+        return value
+
+    def check(self, name: str, value: Any) -> None:
+        """Check that a value is in range.
+
+        Raises:
+            InvalidConfiguration: It is not.
+        """
+        if not (value is None and self.unset) and not self.fine(value):
+            self._refuse(name, value)
+
+    def _refuse(self, name: str, value: object) -> None:
+        raise InvalidConfiguration(f"{name.replace('_', '-')} is {value} (expected: {self.expected})")
+
+
+def _option(default: Any, help_: str, metavar: str, parse: Callable[[str], Any] = str, **about: Any) -> Any:
+    known = {"show": str, "fine": lambda _: True, "expected": "a text", **about}
+    return field(default=default, metadata={"option": Option(help_, metavar, parse, **known)})
+
+
+def _number(default: int | None, help_: str, least: int = 1, most: int | None = None, unset: str = "") -> Any:
+    words = f"a whole number, at least {least}" if most is None else f"a whole number, {least} to {most}"
+
+    def fine(value: int) -> bool:
+        return least <= value and (most is None or value <= most)
+
+    return _option(default, help_, "N", int, fine=fine, expected=words, unset=unset)
+
+
+def _seconds(default: float, help_: str, least: float = 0.0) -> Any:
+    words = f"a number of seconds, {least:g} to {MAX_SECONDS:g}"
+
+    def fine(value: float) -> bool:
+        return math.isfinite(value) and least <= value <= MAX_SECONDS
+
+    return _option(default, help_, "SECONDS", float, show="{:.15g}".format, fine=fine, expected=words)
+
+
+def _size(default: int | None, help_: str, least: int = 0, unset: str = "") -> Any:
+    about = {"fine": lambda value: value >= least, "expected": f"a size, at least {least}", "unset": unset}
+    return _option(default, help_, "SIZE", parse_size, show=format_size, **about)
+
+
+def _file(help_: str, unset: str) -> Any:
+    return _option(None, help_, "FILE", _path, unset=unset)
+
+
+def _one_of(default: str, choices: tuple[str, ...], help_: str) -> Any:
+    words = ", ".join(choices[:-1]) + f" or {choices[-1]}"
+    return _option(default, help_, "", fine=lambda value: value in choices, expected=words, choices=choices)
+
+
+def _flag(help_: str) -> Any:
+    show: Callable[[Any], str] = lambda value: str(value).lower()  # noqa: E731 - as the functions beside it are
+    fine: Callable[[Any], bool] = lambda value: isinstance(value, bool)  # noqa: E731
+    return _option(False, help_, "", _truth, show=show, fine=fine, expected="true, false, 1 or 0")
+
+
+def _truth(text: str) -> bool:
+    known = {"true": True, "1": True, "false": False, "0": False}
+    if text.lower() not in known:
+        raise ValueError(text)
+    return known[text.lower()]
+
+
+def _path(text: str) -> Path:
+    return Path(text).expanduser()
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """What a server is started with. What each option is stands with it, in `Option.help`; so does its range.
+
+    Raises:
+        InvalidConfiguration: A value is out of its range, or contradicts another.
+    """
+
+    listen: str = _option(
+        DEFAULT_LISTEN, "where clients reach it: HOST:PORT (port 0: any that is free) or unix:PATH", "ADDRESS"
+    )
+    device: str = _option(
+        "cpu", "what computes: cpu, cuda, cuda:1, or cuda:0,cuda:1 for layers spread over several", "DEVICE"
+    )
+    state: str = _option("memory:", "what remembers: sqlite:///DIRECTORY, or memory: (until the server ends)", "STATE")
+    durability: str = _one_of(
+        "os",
+        ("os", "fsync"),
+        "what an answered change survives: os, the end of the process, kill -9 included; fsync, loss of power",
+    )
+    snapshot_every: float = _seconds(600.0, "time between two snapshots of a layer that changes; 0: none are taken")
+    snapshot_count: int = _number(48, "snapshots of a layer that are kept")
+    snapshot_age: float = _seconds(30 * 86400.0, "how old a snapshot gets; the newest of a layer always stays")
+    max_sessions: int = _number(
+        1024, "clients whose last changes each layer remembers, so that what is sent twice is done once"
+    )
+    max_layers: int = _number(10_000, "layers of a namespace")
+    max_calls: int = _number(4096, "calls by gRPC that run or wait at a time; others are told to try again")
+    max_connections: int = _number(4096, "connections by gRPC at a time, one a client; those beyond are closed at once")
+    max_direct_connections: int = _number(1024, "direct connections at a time; who gets none uses gRPC")
+    handshake: float = _seconds(20.0, "time that a new connection has to say what it is", 0.1)
+    threads: int | None = _number(None, "threads of one computation", unset="one a CPU that the process may use")
+    workers: int = _number(
+        32, "calls that run at a time by gRPC, and as many on direct connections; others wait", most=MAX_WORKERS
+    )
+    max_tensor_bytes: int = _size(8 << 30, "largest tensor", 1)
+    saved_input_bytes: int = _size(1 << 30, "inputs kept for backwards, in all; 0 keeps none")
+    device_memory_bytes: int | None = _size(
+        None, "most of a GPU's memory to use", 1, "nine tenths of what is free at the start"
+    )
+    in_flight_bytes: int = _size(
+        8 << 30, "large tensors on their way at a time, in all; calls beyond are told to try again", 1
+    )
+    direct_port: int | None = _option(
+        0,
+        "TCP port for tensors, beside gRPC's; 0: any that is free, off: none",
+        "PORT",
+        parse_port,
+        show=lambda port: "off" if port is None else str(port),
+        fine=lambda port: port is None or 0 <= port <= 65535,
+        expected="0 to 65535, or off",
+    )
+    shared_memory_bytes: int = _size(
+        8 << 30, "memory shared with clients on this machine, over a unix socket, in all; 0 shares none"
+    )
+    session_memory_bytes: int = _size(4 << 30, "most of that for one client")
+    grace: float = _seconds(60.0, "time that running calls are given at the end")
+    insecure: bool = _flag("listen without encryption where other machines can reach it")
+    tokens: Path | None = _file("tokens that clients have to show, as `sharednorm token create` writes them", "none")
+    tls_cert: Path | None = _file("the server's certificate, PEM", "nothing is encrypted")
+    tls_key: Path | None = _file("the private key of the certificate, PEM", "none")
+    tls_client_ca: Path | None = _file("authorities of certificates that clients have to show, PEM", "they need none")
+    log_level: str = _one_of("info", ("debug", "info", "warning", "error"), "what the log tells, and what is above it")
+
+    def __post_init__(self) -> None:
+        """Check every range once, where the object is made."""
+        for name, option in OPTIONS.items():
+            option.check(name, getattr(self, name))
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise InvalidConfiguration("tls-cert or tls-key is missing (expected: both, or none)")
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            raise InvalidConfiguration(
+                "tls-client-ca needs an own certificate (expected: tls-cert and tls-key beside it)"
+            )
+
+
+OPTIONS: dict[str, Option] = {each.name: each.metadata["option"] for each in fields(ServerConfig)}
+"""Every option of a server, by the name of its attribute."""
+
+DEFAULTS: dict[str, Any] = {each.name: each.default for each in fields(ServerConfig)}
+"""What each is if nobody says anything; but a server that is started by the command line keeps its state in a file."""

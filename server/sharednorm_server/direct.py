@@ -25,8 +25,6 @@ from sharednorm_server.lane import STALL_SECONDS, Lane, Turns
 from sharednorm_server.regions import Session, SharedMemory
 from sharednorm_server.servicer import Servicer
 
-DEFAULT_MAX_CONNECTIONS = 1024
-_HANDSHAKE_SECONDS = 20.0
 _BACKLOG = 128
 
 _log = logging.getLogger(__name__)
@@ -41,6 +39,7 @@ class DirectServer:
         workers: Most calls that run at a time; others wait.
         memory: What clients on a unix socket may share; None: nothing.
         most: Connections at a time.
+        handshake: Seconds that a new one has to say what it is.
     """
 
     def __init__(
@@ -48,9 +47,11 @@ class DirectServer:
         servicer: Servicer,
         pool: CallPool,
         workers: int,
-        memory: SharedMemory | None = None,
-        most: int = DEFAULT_MAX_CONNECTIONS,
+        memory: SharedMemory | None,
+        most: int,
+        handshake: float,
     ) -> None:
+        self._handshake = handshake
         self._most = most
         self.memory = memory
         self.turns = Turns(pool, workers)
@@ -149,7 +150,7 @@ class DirectServer:
                     self._connections.add(connection)
             try:
                 frames.tune(connection)
-                frames.set_timeout(connection, socket.SO_RCVTIMEO, _HANDSHAKE_SECONDS)
+                frames.set_timeout(connection, socket.SO_RCVTIMEO, self._handshake)
                 frames.set_timeout(connection, socket.SO_SNDTIMEO, STALL_SECONDS)
                 reader = frames.Reader(connection)
                 self._greet(connection, reader, full)

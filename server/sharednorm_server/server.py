@@ -186,7 +186,7 @@ def serve(config: ServerConfig, service: LayerService) -> RunningServer:
     grpc_server = grpc.server(
         ThreadPoolExecutor(_SIDE_WORKERS, thread_name_prefix="side"),
         interceptors=[Doorkeeper(SERVICE_NAME, tokens, pool, config.max_calls)],
-        options=_options(),
+        options=_options(config),
     )
     servicer = Servicer(service, GroupCalls(service, groups), Limits(config.max_tensor_bytes))
     grpc_server.add_generic_rpc_handlers([servicer.handlers(pool, waiting, tokens)])
@@ -197,7 +197,7 @@ def serve(config: ServerConfig, service: LayerService) -> RunningServer:
     memory = None
     if AVAILABLE and config.shared_memory_bytes:
         memory = SharedMemory(config.session_memory_bytes, config.shared_memory_bytes, service.forget_keeper)
-    direct = DirectServer(servicer, pool, config.workers, memory, config.max_connections)
+    direct = DirectServer(servicer, pool, config.workers, memory, config.max_direct_connections, config.handshake)
     if tokens is not None or config.tls_cert is not None:
         _log.info("no direct connections, which ask for no token and are not encrypted: tensors come by gRPC")
     elif config.direct_port is not None:
@@ -263,14 +263,15 @@ def _open_store(config: ServerConfig) -> Store:
     return MemoryStore() if directory is None else SqliteStore(directory, config.durability)
 
 
-def _options() -> Sequence[tuple[str, int]]:
+def _options(config: ServerConfig) -> Sequence[tuple[str, int]]:
     return (
         ("grpc.so_reuseport", 0),  # two servers on one port would share its calls, silently
         ("grpc.max_receive_message_length", wire.MAX_UNARY_BYTES + _HEADER_ROOM),
         ("grpc.max_send_message_length", -1),
         # Only "identity": a small compressed message can be a huge one.
         ("grpc.compression_enabled_algorithms_bitset", 1),
-        ("grpc.server_handshake_timeout_ms", 20_000),
+        ("grpc.server_handshake_timeout_ms", round(1000 * config.handshake)),
+        ("grpc.max_allowed_incoming_connections", config.max_connections),
         # A client that has vanished is found out within 80 seconds, and its call ended.
         ("grpc.keepalive_time_ms", 60_000),
         ("grpc.keepalive_timeout_ms", 20_000),

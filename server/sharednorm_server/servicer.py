@@ -255,7 +255,8 @@ class Servicer:
         self, request: service_pb2.ForwardRequest, tensors: Here | Arriving, wanted: Wanted
     ) -> Answer[service_pb2.ForwardResponse]:
         """Do a forward: the request without its data, and the tensor that belongs to it."""
-        layout = wire.layout_of(request.input, self._most(tensors), limit=_limit(tensors))
+        most, limit = self._most(tensors)
+        layout = wire.layout_of(request.input, most, limit=limit)
         call = forward_call(request, tensors.keeper)
         if call.train is not False:
             require(Right.TRAIN)
@@ -276,7 +277,7 @@ class Servicer:
         self, request: service_pb2.BackwardRequest, tensors: Here | Arriving, wanted: Wanted
     ) -> Answer[service_pb2.BackwardResponse]:
         """Do a backward: the request without its data, and the tensors that belong to it."""
-        plan = self._backward_plan(request, self._most(tensors), _limit(tensors))
+        plan = self._backward_plan(request, *self._most(tensors))
         call, shape, dtype_name = plan.call, plan.grad.shape, plan.grad.dtype_name
         self._service.check_backward(call, shape, dtype_name)
         if isinstance(tensors, Arriving):
@@ -350,8 +351,12 @@ class Servicer:
         request = wire.parse(service_pb2.PushGradientsRequest, buffer)
         return self.push_gradients(request, wanted).response.SerializeToString()
 
-    def _most(self, tensors: Here | Arriving) -> int:
-        return self._limits.max_unary_bytes if isinstance(tensors, InMessage) else self._limits.max_tensor_bytes
+    def _most(self, tensors: Here | Arriving) -> tuple[int, str]:
+        # Of a tensor, and that limit's name; in one message also the other one counts.
+        limits = self._limits
+        if isinstance(tensors, InMessage) and limits.max_unary_bytes < limits.max_tensor_bytes:
+            return limits.max_unary_bytes, "max_unary_bytes"
+        return limits.max_tensor_bytes, "max_tensor_bytes"
 
     def _forward_message(self, buffer: bytes, wanted: Wanted) -> bytes:
         request, data = wire.decode(service_pb2.ForwardRequest, buffer)
@@ -436,10 +441,6 @@ def _header(cls: type[S], messages: Iterator[bytes]) -> S:
     if not message.HasField("header") or message.offset or chunk.nbytes or message.header.data:
         raise MalformedMessage("the first message of a stream is not a header without data")
     return message
-
-
-def _limit(tensors: Here | Arriving) -> str:
-    return "max_unary_bytes" if isinstance(tensors, InMessage) else "max_tensor_bytes"
 
 
 def _whole(answer: Answer[T]) -> bytes:

@@ -154,7 +154,7 @@ def test_a_client_that_is_wrong_here_is_told_so(
 
 
 def test_more_connections_than_a_server_takes() -> None:
-    with server.in_process(ServerConfig(max_connections=2)) as running, channel_to(running.address) as channel:
+    with server.in_process(ServerConfig(max_direct_connections=2)) as running, channel_to(running.address) as channel:
         client = StockClient.on(channel)
         client.create(NAME)
         refused_beyond_two(client)
@@ -175,11 +175,12 @@ def refused_beyond_two(client: StockClient) -> None:
         assert time.monotonic() < end
 
 
-def test_one_who_says_nothing_is_not_waited_for_long(client: StockClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sharednorm_server.direct._HANDSHAKE_SECONDS", 0.2)
-    with connected(offer(client).port) as sock:
-        sock.sendall(b"sharednorm")
-        assert RawLane(sock).ended()
+def test_one_who_says_nothing_is_not_waited_for_long() -> None:
+    with server.in_process(ServerConfig(handshake=0.2)) as running, channel_to(running.address) as channel:
+        where = offer(StockClient.on(channel))
+        with connected(where.port) as sock:
+            sock.sendall(b"sharednorm")
+            assert RawLane(sock).ended()
 
 
 @pytest.mark.parametrize(
@@ -324,7 +325,7 @@ def test_a_client_for_whom_there_is_no_connection_more_harms_none_of_its_calls()
             assert go_on.wait(30)
 
     x, small = oracle.random_tensor(1, LARGE), oracle.random_tensor(1, SHAPE)
-    few_connections = server.in_process(ServerConfig(max_connections=2))
+    few_connections = server.in_process(ServerConfig(max_direct_connections=2))
     with few_connections as few, sharednorm.connect(few.address, progress=tell) as hub:
         slow, quick = hub.BatchNorm2D(MAPS, name="slow"), hub.BatchNorm2D(MAPS, name="quick")
         future = slow.forward_async(x)

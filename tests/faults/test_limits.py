@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import grpc
 import numpy as np
@@ -125,7 +126,31 @@ def test_many_calls_at_a_time_are_all_answered() -> None:
         assert np.isfinite(layer.mean).all()
 
 
-@pytest.mark.parametrize("option", ["--max-layers", "--max-calls", "--max-connections", "--max-sessions"])
+@pytest.mark.parametrize("path", ["", "unix"])
+def test_connections(path: str, tmp_path: Path) -> None:
+    """One beyond the limit is closed at once; those that there are go on, and when one ends there is room again."""
+    listen = f"unix:{tmp_path}/socket" if path else "127.0.0.1:0"
+    config = ServerConfig(listen=listen, max_connections=2, direct_port=None)
+    with in_process(config) as server, sharednorm.connect(server.address) as first:
+        layer = first.BatchNorm2D(3, name="bn")
+        with sharednorm.connect(server.address) as second:
+            with pytest.raises(sharednorm.ServerUnavailable):
+                sharednorm.connect(server.address, timeout=2)
+            second.layer("bn")(random_tensor(1, SHAPE))
+            layer(random_tensor(2, SHAPE))
+        end = time.monotonic() + 10
+        while True:  # until the server has noticed
+            try:
+                sharednorm.connect(server.address, timeout=1).close()
+                break
+            except sharednorm.ServerUnavailable:
+                assert time.monotonic() < end
+        assert layer.numOfProps == 2
+
+
+@pytest.mark.parametrize(
+    "option", ["max_layers", "max_calls", "max_sessions", "max_connections", "max_direct_connections"]
+)
 def test_no_limit_is_below_one(option: str) -> None:
-    with pytest.raises(sharednorm.InvalidConfiguration, match="expected: at least 1"):
-        ServerConfig(**{option[2:].replace("-", "_"): 0})  # type: ignore[arg-type]
+    with pytest.raises(sharednorm.InvalidConfiguration, match="expected: a whole number, at least 1"):
+        ServerConfig(**{option: 0})  # type: ignore[arg-type]

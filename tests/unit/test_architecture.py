@@ -180,7 +180,8 @@ def test_every_room_is_there() -> None:
 
 
 def test_every_module_of_the_server_has_its_room() -> None:
-    rooms = (*EDGE, *MEANING, *GROUPS, *DEVICE, *STORE, *DOCTOR, *_server("config", "tensors"), "sharednorm_server")
+    others = _server("config", "settings", "tensors")
+    rooms = (*EDGE, *MEANING, *GROUPS, *DEVICE, *STORE, *DOCTOR, *others, "sharednorm_server")
     assert [m for m in MODULES if _within(m, ("sharednorm_server.",)) and not _within(m, rooms)] == []
 
 
@@ -214,6 +215,7 @@ def test_optional_packages_are_those_of_the_extras() -> None:
         "torch",
         "tqdm",
         "cryptography",
+        "tomli",
     }
     assert {_root(found) for found in IMPORTS} - known <= extras
 

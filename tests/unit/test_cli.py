@@ -10,9 +10,13 @@ import time
 from pathlib import Path
 
 import grpc
+import numpy as np
 import pytest
 
+import sharednorm
 from sharednorm import __version__
+from sharednorm.errors import LimitExceeded
+from sharednorm_server.config import OPTIONS
 from tests.support import server
 from tests.support.stock import StockClient, channel_to
 
@@ -37,13 +41,14 @@ def test_help_names_the_commands_and_gives_an_example() -> None:
 
 def test_help_of_serve_explains_every_option() -> None:
     text = run("serve", "--help").stdout
-    for option in ("--listen", "--device", "--state", "--threads", "--workers", "--max-tensor-bytes",
-                   "--saved-input-bytes", "--device-memory-bytes", "--grace", "--log-level", "--insecure"):  # fmt: skip
-        assert re.search(rf"^  {option}\b", text, re.MULTILINE), option
+    for name in OPTIONS:
+        assert re.search(rf"^  --{name.replace('_', '-')}\b", text, re.MULTILINE), name
     assert "example: sharednorm serve" in text
 
 
-@pytest.mark.parametrize("arguments", [(), ("frobnicate",), ("serve", "--workers", "many"), ("serve", "--frobnicate")])
+@pytest.mark.parametrize(
+    "arguments", [(), ("frobnicate",), ("serve", "--durability", "perhaps"), ("serve", "--frobnicate")]
+)
 def test_a_wrong_use_is_explained(arguments: tuple[str, ...]) -> None:
     result = run(*arguments)
     assert (result.returncode, result.stdout) == (2, "")
@@ -56,14 +61,15 @@ def test_a_wrong_use_is_explained(arguments: tuple[str, ...]) -> None:
         (("--listen", "nonsense"), "'nonsense' is not an address to listen on"),
         (("--listen", "0.0.0.0:0"), "pass --insecure if the network is trusted"),
         (("--device", "gpu"), "'gpu' is no device (expected: cpu, cuda, cuda:1, or several GPUs as cuda:0,cuda:1)"),
-        (("--device-memory-bytes", "0"), "device-memory-bytes is 0 (expected: at least 1)"),
+        (("--device-memory-bytes", "0"), "device-memory-bytes is 0 (expected: a size, at least 1)"),
         (
             ("--state", "redis://x"),
             "'redis://x' is no state (expected: memory:, sqlite:///DIRECTORY, or sqlite:DIRECTORY",
         ),
         (("--state", "sqlite:///proc/x"), "the state cannot be kept in /proc/x: "),
-        (("--workers", "0"), "workers is 0 (expected: 1 to 1024)"),
-        (("--threads", "0"), "threads is 0 (expected: at least 1)"),
+        (("--workers", "0"), "--workers: workers is 0 (expected: a whole number, 1 to 1024)"),
+        (("--workers", "many"), "--workers: workers is 'many' (expected: a whole number, 1 to 1024)"),
+        (("--threads", "0"), "threads is 0 (expected: a whole number, at least 1)"),
         (("--grace", "-1"), "grace is -1.0"),
         (("--max-tensor-bytes", "much"), "'much' is not a size"),
         (("--saved-input-bytes", "1GB"), "'1GB' is not a size"),
@@ -75,6 +81,29 @@ def test_a_server_that_cannot_start_says_why_in_one_line(arguments: tuple[str, .
     assert result.stderr.startswith("sharednorm: ")
     assert message in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+def test_the_configuration_is_printed_and_nothing_is_started() -> None:
+    result = run("serve", "--print-config", "--listen", "0.0.0.0:1", "--max-calls", "7")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert 'listen = "0.0.0.0:1"  # --listen\n' in result.stdout
+    assert "max_calls = 7  # --max-calls\n" in result.stdout
+
+
+def test_a_server_that_is_configured_by_a_file_and_the_environment(tmp_path: Path) -> None:
+    file = tmp_path / "server.toml"
+    file.write_text('state = "memory:"\nmax_layers = 1\n')
+    environment = {"SHAREDNORM_MAX_TENSOR_BYTES": "1KiB"}
+    with server.server_process("--config", str(file), env=environment) as process:
+        for transport in ("grpc", "direct"):
+            with sharednorm.connect(process.address, transport=transport) as hub:
+                layer = hub.BatchNorm2D(3, name="a")
+                with pytest.raises(LimitExceeded, match="max_layers = 1"):
+                    hub.BatchNorm2D(3, name="b")
+                for shape in ((10, 3, 10, 10), (10, 3, 400, 400)):
+                    with pytest.raises(LimitExceeded) as caught:
+                        layer(np.zeros(shape, np.float32))
+                    assert caught.value.metadata == {"limit": "max_tensor_bytes", "value": "1024"}
 
 
 def test_the_start_up_line() -> None:
