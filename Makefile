@@ -46,9 +46,10 @@ demo-torch: $(READY)-demo $(READY)-torch  ## Workers with tiny batches train a n
 test: $(READY)-test $(if $(TORCH),$(READY)-torch) $(if $(CUDA),$(READY)-cuda)  ## Run every test that this machine can run; TORCH=1 adds PyTorch, CUDA=1 PyCUDA
 	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
-soak: $(READY)-test  ## Hours of faults: 1,000 networks that break, 200 servers that are killed; SEEDS= and KILLS= for fewer
-	SHAREDNORM_SEEDS=$(or $(SEEDS),167) SHAREDNORM_KILLS=$(or $(KILLS),200) \
-	    $(BIN)/python -m pytest -n auto -o timeout=36000 tests/faults/test_exactly_once.py tests/faults/test_server_killed.py $(ARGS)
+soak: $(READY)-test  ## Hours of faults: 1,000 networks that break, 200 servers that are killed, a million damaged messages; SEEDS=, KILLS= and MESSAGES= for fewer
+	SHAREDNORM_SEEDS=$(or $(SEEDS),167) SHAREDNORM_KILLS=$(or $(KILLS),200) SHAREDNORM_MESSAGES=$(or $(MESSAGES),125000) \
+	    $(BIN)/python -m pytest -n auto -o timeout=36000 tests/faults/test_exactly_once.py \
+	    tests/faults/test_server_killed.py tests/unit/test_wire_agreement.py $(ARGS)
 
 serve: $(READY)-server $(if $(findstring cuda,$(DEVICE)),$(READY)-gpu $(FATBIN))  ## Run a server in the foreground; LISTEN=, DEVICE= and STATE= are its options
 	exec $(BIN)/sharednorm serve --listen '$(LISTEN)' --device '$(DEVICE)' $(if $(STATE),--state '$(STATE)')

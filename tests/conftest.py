@@ -1,8 +1,8 @@
 """What every suite shares: tests that a machine cannot run are left out, listed at the end, and refused where asked.
 
 The environment variable SHAREDNORM_LEFT_OUT says what may be left out: "anything" (the default), "nothing", or, with a
-comma between them, "torch" (comparisons with PyTorch) and "cuda" (what runs on PyCUDA); what is left out against it
-fails the run.
+comma between them, "torch" (comparisons with PyTorch), "cuda" (what runs on PyCUDA) and "programs" (what needs
+Prometheus or Chromium); what is left out against it fails the run.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ settings.load_profile("sharednorm")
 
 LEFT_OUT = "SHAREDNORM_LEFT_OUT"
 NEEDS_TORCH = "compares with PyTorch, which is not installed"
+NEEDS_PROGRAM = "needs a program that is not installed"
 _MANY = {"test": ("test", "tests"), "file of tests": ("file", "files")}
 KINDS = {"torch": ("that compare{s} with PyTorch", "make test TORCH=1"),
-         "cuda": ("that run{s} on PyCUDA", "make test CUDA=1")}  # fmt: skip
+         "cuda": ("that run{s} on PyCUDA", "make test CUDA=1"),
+         "programs": ("that need{s} other programs", "apt-get install prometheus chromium")}  # fmt: skip
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -82,6 +84,8 @@ def _left_out(reporter: pytest.TerminalReporter) -> Counter[tuple[str, str]]:
 def _kind(reason: str) -> str:
     if reason == NEEDS_TORCH or "'torch'" in reason:
         return "torch"
+    if reason.startswith(NEEDS_PROGRAM):
+        return "programs"
     return "cuda" if "PyCUDA" in reason else ""
 
 
@@ -90,6 +94,6 @@ def _refused(left_out: Counter[tuple[str, str]]) -> bool:
     words = set(allowed.split(","))
     if words not in ({"anything"}, {"nothing"}) and not words <= KINDS.keys():
         raise pytest.UsageError(
-            f"{LEFT_OUT} is {allowed!r} (expected: anything, nothing, or torch,cuda or one of them)"
+            f"{LEFT_OUT} is {allowed!r} (expected: anything, nothing, or torch,cuda,programs or some of them)"
         )
     return any(_kind(reason) not in words for _, reason in left_out) and words != {"anything"}

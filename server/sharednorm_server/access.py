@@ -199,14 +199,34 @@ class TokenFile:
         """
         token = self._find(metadata.get(AUTHORIZATION))
         namespace = _namespace(metadata.get(NAMESPACE))
+        return self._admitted(token, namespace, RIGHTS[method], everywhere=method in _EVERYWHERE)
+
+    def admit_reader(self, authorization: str | None, namespace: str) -> None:
+        """Check that somebody may read what a namespace has; raises what `admit` raises.
+
+        Args:
+            authorization: What they show: "Bearer " and a token.
+            namespace: The namespace.
+        """
+        self._admitted(self._find(authorization), namespace, Right.READ, everywhere=False)
+
+    def require_known(self, authorization: str | None) -> None:
+        """Check that somebody has a token, for whatever.
+
+        Raises:
+            Unauthenticated: They have none, an unknown one, or one that has expired.
+        """
+        self._find(authorization)
+
+    def _admitted(self, token: Token, namespace: str, needed: Right, *, everywhere: bool) -> Caller:
         caller = Caller(token, namespace)
-        needed = RIGHTS[method]
-        everywhere = method not in _EVERYWHERE or "*" in token.namespaces
-        if not (everywhere and any(fnmatchcase(namespace, pattern) for pattern in token.namespaces)):
+        if (everywhere and "*" not in token.namespaces) or not any(
+            fnmatchcase(namespace, pattern) for pattern in token.namespaces
+        ):
             # As if it had no right there: what there is, and whether, is nobody else's business.
             raise PermissionDenied(
                 f"this token is not for that here (expected: one with the right {needed.name.lower()} in "
-                f"{'every namespace' if method in _EVERYWHERE else 'this namespace'})",
+                f"{'every namespace' if everywhere else 'this namespace'})",
                 {"right": needed.name.lower()},
             )
         caller.require(needed)

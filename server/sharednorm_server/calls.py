@@ -6,6 +6,7 @@ import itertools
 import logging
 import secrets
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -24,6 +25,7 @@ from sharednorm.errors import (
 )
 from sharednorm_server.access import TokenFile
 from sharednorm_server.requests import Wanted
+from sharednorm_server.watching import NOBODY, Seen, Watcher
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -33,6 +35,11 @@ Unary = Callable[[bytes, Wanted], bytes]
 
 Stream = Callable[[Iterator[bytes], Wanted], Iterator[bytes]]
 """Makes answers of requests."""
+
+WAY = "grpc"
+"""What calls by gRPC are called, among the ways that calls come."""
+
+_GIVEN_UP = grpc.StatusCode.CANCELLED.name
 
 _STOPPING = "the server is stopping: try again when it, or another one, has been started"
 
@@ -56,10 +63,10 @@ class CallPool(ThreadPoolExecutor):
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """Run a function on one of the threads, and count it until it has returned."""
-        late = self._closed
+        late, arrived = self._closed, time.perf_counter()
 
         def run() -> T:
-            self._late.value = late
+            self._late.value, self._late.arrived = late, arrived
             return fn(*args, **kwargs)
 
         self._count(1, calls=1)
@@ -106,6 +113,17 @@ class CallPool(ThreadPoolExecutor):
             raise CallCancelled("the call was given up before it began")
 
     @property
+    def closed(self) -> bool:
+        """Whether calls are refused."""
+        return self._closed
+
+    @property
+    def arrived(self) -> float:
+        """When the call that runs on this thread came, by `time.perf_counter`."""
+        arrived: float = self._late.arrived
+        return arrived
+
+    @property
     def calls(self) -> int:
         """How many calls run on these threads or wait for one."""
         return self._calls
@@ -125,48 +143,71 @@ class CallPool(ThreadPoolExecutor):
 class UnaryCall:
     """A method with one request and one answer, as gRPC calls it."""
 
-    def __init__(self, name: str, behaviour: Unary, pool: CallPool, tokens: TokenFile | None = None) -> None:
+    def __init__(
+        self, name: str, behaviour: Unary, pool: CallPool, watcher: Watcher = NOBODY, tokens: TokenFile | None = None
+    ) -> None:
         self.name = name
+        self._watcher = watcher
         self._tokens = tokens
         self._behaviour = behaviour
         self.experimental_thread_pool = pool  # where gRPC runs this, instead of the server's own pool
 
     def __call__(self, request: bytes, context: grpc.ServicerContext) -> bytes:
         """Answer a request, or end the call with a typed error."""
+        pool = self.experimental_thread_pool
+        seen = self._watcher.begin(self.name, WAY, pool.arrived)
+        seen.started()
+        seen.moved(len(request), 0)
         try:
-            self.experimental_thread_pool.begin(context)
+            pool.begin(context)
             with _caller(self._tokens, self.name, context):
-                return self._behaviour(request, context.is_active)
+                answer = self._behaviour(request, context.is_active)
+            seen.moved(0, len(answer))
         except Exception as error:  # noqa: BLE001 - the edge: everything becomes a status
-            _refuse(self.name, error, context)
+            _refuse(self.name, error, context, seen)
+        else:
+            return answer
+        finally:
+            seen.ended()
 
 
 class StreamCall:
     """A method with any number of requests and answers, as gRPC calls it."""
 
-    def __init__(self, name: str, behaviour: Stream, pool: CallPool, tokens: TokenFile | None = None) -> None:
+    def __init__(
+        self, name: str, behaviour: Stream, pool: CallPool, watcher: Watcher = NOBODY, tokens: TokenFile | None = None
+    ) -> None:
         self.name = name
+        self._watcher = watcher
         self._tokens = tokens
         self._behaviour = behaviour
         self.experimental_thread_pool = pool  # where gRPC runs this, instead of the server's own pool
 
     def __call__(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         """Answer requests, or end the call with a typed error."""
+        pool = self.experimental_thread_pool
+        seen = self._watcher.begin(self.name, WAY, pool.arrived)
+        seen.started()
         try:
-            self.experimental_thread_pool.begin(context)
+            pool.begin(context)
             with _caller(self._tokens, self.name, context):
-                answers = self._behaviour(requests, context.is_active)
+                answers = self._behaviour(_counted(requests, seen), context.is_active)
                 first = next(answers, None)  # all that asks who calls comes before it
             if first is None:
                 return
             for answer in itertools.chain((first,), answers):
                 if not context.is_active():
+                    seen.failed(_GIVEN_UP)
                     return
+                seen.moved(0, len(answer))
                 yield answer
         except grpc.RpcError:
+            seen.failed(_GIVEN_UP)
             raise  # the client has gone while it was being listened to; gRPC raised this and knows it
         except Exception as error:  # noqa: BLE001 - the edge: everything becomes a status
-            _refuse(self.name, error, context)
+            _refuse(self.name, error, context, seen)
+        finally:
+            seen.ended()
 
 
 class Doorkeeper(grpc.ServerInterceptor):
@@ -177,9 +218,11 @@ class Doorkeeper(grpc.ServerInterceptor):
         tokens: Who may call; None: everybody.
         pool: Knows how many calls there are.
         most: Most at a time, those that wait included; but a group's members wait for each other, and are not counted.
+        watcher: Is told of those that are refused.
     """
 
-    def __init__(self, service: str, tokens: TokenFile | None, pool: CallPool, most: int) -> None:
+    def __init__(self, service: str, tokens: TokenFile | None, pool: CallPool, most: int, watcher: Watcher) -> None:
+        self._watcher = watcher
         self._tokens = tokens
         self._prefix = f"/{service}/"
         self._pool = pool
@@ -199,7 +242,11 @@ class Doorkeeper(grpc.ServerInterceptor):
             refused = error
 
             def refuse(_: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
-                _refuse(name, refused, context)
+                seen = self._watcher.begin(name, WAY)
+                try:
+                    _refuse(name, refused, context, seen)
+                finally:
+                    seen.ended()
 
             return grpc.stream_stream_rpc_method_handler(refuse)
         return handler
@@ -218,10 +265,17 @@ def _caller(tokens: TokenFile | None, name: str, context: grpc.ServicerContext) 
     return tokens.as_caller(name, dict(context.invocation_metadata()))
 
 
-def _refuse(name: str, error: Exception, context: grpc.ServicerContext) -> NoReturn:
+def _counted(requests: Iterator[bytes], seen: Seen) -> Iterator[bytes]:
+    for request in requests:
+        seen.moved(len(request), 0)
+        yield request
+
+
+def _refuse(name: str, error: Exception, context: grpc.ServicerContext, seen: Seen) -> NoReturn:
     known = known_error(name, error)
     _log.debug("%s refused: %s: %s", name, known.reason, known.message)
     code, text, metadata = error_to_status(known)
+    seen.failed(code.name)
     context.set_trailing_metadata(metadata)
     context.abort(code, text)
 

@@ -104,6 +104,14 @@ class LayerCatalog:
         page = records[:most]
         return page, token_of_name(namespace, page[-1].key.name) if len(records) > most else ""
 
+    def list_namespaces(self) -> list[tuple[str, int]]:
+        """Return the namespaces that have layers, and how many, in the order of their names."""
+        return [(namespace, self._store.count(namespace)) for namespace in self._store.namespaces()]
+
+    def alive(self) -> list[Layer]:
+        """Return the layers that somebody has asked for since the server was started, in no order."""
+        return self._layers.alive()
+
     def delete_layer(self, key: LayerKey) -> Layer:
         """Forget a layer with all its domains; return what it was.
 

@@ -7,6 +7,7 @@ import math
 
 from sharednorm.config import LayerConfig, LayerKind, check_dtype, dtype_of
 from sharednorm.errors import ConfigurationMismatch, InvalidShape, MalformedMessage
+from sharednorm.state import LayerState
 from sharednorm_server.requests import ForwardFacts
 from sharednorm_server.store import LayerKey
 
@@ -63,3 +64,14 @@ def _shown(value: object) -> str:
     if isinstance(value, LayerKind):
         return value.label
     return str(value.value if isinstance(value, enum.Enum) else value)
+
+
+def same_parameters(one: LayerState, other: LayerState) -> bool:
+    """Return whether nobody has changed scale and bias from one state of a layer to another."""
+    # States are immutable, and one that follows from another shares what did not change.
+    return one.scale is other.scale and one.bias is other.bias
+
+
+def same_statistics(one: LayerState, other: LayerState) -> bool:
+    """Return whether nobody has changed the statistics from one state of a layer to another."""
+    return one.mean is other.mean and one.var is other.var and one.num_of_props == other.num_of_props

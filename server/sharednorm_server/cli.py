@@ -103,7 +103,7 @@ def _start(config: ServerConfig) -> RunningServer:
         from sharednorm_server import server  # noqa: PLC0415 - needs the extra
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
-        if package not in {"grpc_health", "grpc_reflection"}:
+        if package not in {"grpc_health", "grpc_reflection", "jinja2", "matplotlib", "prometheus_client"}:
             raise
         raise StartError(f"the server needs {package}: pip install 'sharednorm[server]'") from error
     return server.start(config)

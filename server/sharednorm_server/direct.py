@@ -24,6 +24,7 @@ from sharednorm_server.config import StartError
 from sharednorm_server.lane import STALL_SECONDS, Lane, Turns
 from sharednorm_server.regions import Session, SharedMemory
 from sharednorm_server.servicer import Servicer
+from sharednorm_server.watching import Watcher
 
 _BACKLOG = 128
 
@@ -40,6 +41,7 @@ class DirectServer:
         memory: What clients on a unix socket may share; None: nothing.
         most: Connections at a time.
         handshake: Seconds that a new one has to say what it is.
+        watcher: Is told of the calls.
     """
 
     def __init__(
@@ -50,7 +52,9 @@ class DirectServer:
         memory: SharedMemory | None,
         most: int,
         handshake: float,
+        watcher: Watcher,
     ) -> None:
+        self._watcher = watcher
         self._handshake = handshake
         self._most = most
         self.memory = memory
@@ -99,6 +103,11 @@ class DirectServer:
         self._path = path
         self._start(listener)
         self._servicer.offer_direct(0, path.name, self.instance, shared_memory=self.memory is not None)
+
+    @property
+    def connections(self) -> int:
+        """How many connections there are."""
+        return len(self._connections)
 
     def close(self) -> None:
         """Take no more connections, and end those that there are. Again: nothing."""
@@ -182,7 +191,7 @@ class DirectServer:
         elif purpose == frames.CALLS:
             connection.sendall(frames.WELCOME.pack(frames.MAGIC, session_id, status, 0, 0))
             frames.set_timeout(connection, socket.SO_RCVTIMEO, 0)
-            Lane(self._servicer, self.turns, connection, reader, session).serve()
+            Lane(self._servicer, self.turns, connection, reader, session, self._watcher).serve()
         elif memory is not None:
             _share(connection, reader, memory)
 

@@ -196,8 +196,7 @@ class Group(Generic[Part, Result]):
         new_ticket: Callable[[int], Ticket],
         most_places: int = 10_000,
     ) -> None:
-        self.name = name
-        self.settings = settings
+        self.name, self.settings = name, settings
         self._clock = clock
         self._new_ticket = new_ticket
         self._most_places = most_places
@@ -218,12 +217,13 @@ class Group(Generic[Part, Result]):
 
     @property
     def ranks(self) -> tuple[int, ...]:
-        """The ranks of the generation's members."""
+        """The ranks of the members."""
         return tuple(sorted(each.rank for each in self._live.values()))
 
-    def has(self, ticket: Ticket) -> bool:
-        """Return whether a ticket is of this generation."""
-        return ticket in self._live
+    @property
+    def joining(self) -> int:
+        """How many wait to be in the next generation."""
+        return len(self._joining)
 
     def next_deadline(self) -> float | None:
         """Return when `expire` is to be called at the latest; None while nobody waits."""

@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager, suppress
 
 from sharednorm import _frames as frames
 from sharednorm import wire
-from sharednorm.convert import error_to_detail
+from sharednorm.convert import error_to_detail, error_to_status
 from sharednorm.errors import DeadlineExceeded, MalformedMessage, SharedNormError
 from sharednorm.v1 import service_pb2
 from sharednorm_server.calls import CallPool, known_error
@@ -23,10 +23,14 @@ from sharednorm_server.regions import InRegions, Session, SessionEnded
 from sharednorm_server.servicer import Answer, Servicer
 from sharednorm_server.tensors import Incoming
 from sharednorm_server.transfers import Arriving, Here, InMessage
+from sharednorm_server.watching import Seen, Watcher
 
 # A reply that fits the socket's buffer leaves at once. For one that does not, and for a tensor on its way, a client is
 # given up that neither sends nor takes anything for so long, or sooner at its call's deadline.
 STALL_SECONDS = 30.0
+DIRECT, SHARED = "direct", "shm"
+"""What calls on direct connections are called, by where their tensors are."""
+_GIVEN_UP = "CANCELLED"
 _LONGEST_SECONDS = 24 * 3600.0
 
 
@@ -83,6 +87,7 @@ class Lane:
         connection: The socket.
         reader: What reads from it.
         session: Whose memory the calls may name; None: nobody's.
+        watcher: Is told of the calls.
     """
 
     def __init__(
@@ -92,7 +97,9 @@ class Lane:
         connection: socket.socket,
         reader: frames.Reader,
         session: Session | None,
+        watcher: Watcher,
     ) -> None:
+        self._watcher = watcher
         self._servicer = servicer
         self._turns = turns
         self._session = session
@@ -136,47 +143,62 @@ class Lane:
             self._call(method, message, shared or (None if small is None else InMessage(memoryview(small))), data_bytes)
 
     def _call(self, method: int, message: bytes, here: Here | None, data_bytes: int) -> None:
+        seen = self._watcher.begin(_NAMES.get(method, _NO_METHOD), SHARED if isinstance(here, InRegions) else DIRECT)
+        seen.moved(frames.REQUEST.size + len(message) + data_bytes, 0)
+        if method in _TOGETHER:
+            self._meet(method, message, seen)
+            return
         data = _Data(self, data_bytes)
         try:
-            patience = max(0.0, self._end - time.monotonic())
-            if method in _TOGETHER:
-                self._meet(method, message)
-                return
-            with self._turns.one(patience):
+            with self._turns.one(max(0.0, self._end - time.monotonic())):
+                seen.started()
                 if here is not None:
-                    self._send(self._answer(method, message, here), shared=isinstance(here, InRegions))
+                    self._send(self._answer(method, message, here), seen, shared=isinstance(here, InRegions))
                     return
                 with ExitStack() as until_sent:
                     answer = self._answer(method, message, Arriving(data.begin, data.fill, until_sent))
-                    self._send(answer, shared=False)
+                    self._send(answer, seen, shared=False)
         except SessionEnded:
+            seen.failed(_GIVEN_UP)
             self._connection.sendall(frames.REPLY.pack(frames.NO_SESSION, 0, 0, 0))
         except Exception as error:
             if self._answering or (isinstance(error, (OSError, EOFError)) and not isinstance(error, SharedNormError)):
+                seen.failed(_GIVEN_UP)
                 raise  # on the connection nobody can be told anything any more
             data.skip()
-            self._connection.sendall(_refusal(method, error))
+            self._connection.sendall(_refusal(method, error, seen))
+        finally:
+            seen.ended()
 
-    def _meet(self, method: int, message: bytes) -> None:
+    def _meet(self, method: int, message: bytes, seen: Seen) -> None:
         groups = self._servicer.groups
-        self._turns.begin_none()
         try:
-            meeting = groups.moments(message) if method == frames.SYNCHRONIZE_MOMENTS else groups.gradients(message)
-        except BaseException:
-            self._turns.end_none()
-            raise
+            self._turns.begin_none()
+            try:
+                meeting = groups.moments(message) if method == frames.SYNCHRONIZE_MOMENTS else groups.gradients(message)
+            except BaseException:
+                self._turns.end_none()
+                raise
+        except Exception as error:  # noqa: BLE001 - the member gets it
+            refusal = _refusal(method, error, seen)
+            seen.ended()
+            self._connection.sendall(refusal)
+            return
+        seen.started()
         self._meeting = meeting
         self._answering = True
-        meeting.future.add_done_callback(lambda _: self._tell(method, meeting))
+        meeting.future.add_done_callback(lambda _: self._tell(method, meeting, seen))
 
-    def _tell(self, method: int, meeting: Meeting) -> None:
+    def _tell(self, method: int, meeting: Meeting, seen: Seen) -> None:
         """Answer a meeting, in whichever thread, which must not wait for this client."""
         try:
             try:
                 answer = meeting.answer()
                 frame = frames.REPLY.pack(frames.OK, 0, len(answer), 0) + answer
             except Exception as error:  # noqa: BLE001 - the member gets it
-                frame = _refusal(method, error)
+                frame = _refusal(method, error, seen)
+            seen.moved(0, len(frame))
+            seen.ended()
             rest = self._send_now(frame)
             if rest:
                 threading.Thread(target=self._send_later, args=(rest,), name="direct-answer", daemon=True).start()
@@ -223,7 +245,7 @@ class Lane:
             return Answer(servicer.get_many_stats(wire.parse(service_pb2.GetManyStatsRequest, message)), None)
         raise MalformedMessage(f"there is no method {method} (expected: one of {', '.join(map(str, _NAMES))})")
 
-    def _send(self, answer: AnyAnswer, *, shared: bool) -> None:
+    def _send(self, answer: AnyAnswer, seen: Seen, *, shared: bool) -> None:
         message, output = answer.response.SerializeToString(), answer.output
         self._answering = True  # what goes wrong from here on goes wrong behind the change
         if shared:
@@ -236,6 +258,7 @@ class Lane:
                     self._session.close()  # what this call has kept in its memory has to go, too
         data_bytes = 0 if output is None else output.nbytes
         head = frames.REPLY.pack(frames.OK, 0, len(message), data_bytes)
+        seen.moved(0, len(head) + len(message) + data_bytes)
         if output is None:
             frames.send(self._connection, head, message)
         elif data_bytes <= frames.WAIT_BYTES:
@@ -354,9 +377,12 @@ _NAMES = {
     frames.PUSH_MANY: "PushMany",
     frames.GET_MANY_STATS: "GetManyStats",
 }
+_NO_METHOD = "unknown"
 _TOGETHER = {frames.SYNCHRONIZE_MOMENTS, frames.SYNCHRONIZE_GRADIENTS}
 
 
-def _refusal(method: int, error: Exception) -> bytes:
-    detail = error_to_detail(known_error(_NAMES.get(method, str(method)), error)).SerializeToString()
+def _refusal(method: int, error: Exception, seen: Seen) -> bytes:
+    known = known_error(_NAMES.get(method, str(method)), error)
+    seen.failed(error_to_status(known)[0].name)
+    detail = error_to_detail(known).SerializeToString()
     return frames.REPLY.pack(frames.ERROR, 0, len(detail), 0) + detail

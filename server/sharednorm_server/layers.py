@@ -30,8 +30,10 @@ class Layer:
         ledger: Ledger,
         policy: SnapshotPolicy,
         taken: Sequence[SnapshotInfo] = (),
+        on_steps: Callable[[int], None] = lambda _: None,
     ) -> None:
         self.key = record.key
+        self._on_steps = on_steps
         self._ledger = ledger
         self._policy = policy
         self._taken = list(taken)  # the snapshots that there are
@@ -122,12 +124,14 @@ class Layer:
             StoreFailed: It keeps nothing any more.
         """
         note = None if call is None or change is None else self._ledger.note(call, change)
+        before, _ = self._now
         kept = self._store.put(record, note)
-        if kept is None:
+        if kept is None or before is None:
             raise not_found(self.key)
         if note is not None:
             self._ledger.remember(note)
         self._now = record, kept
+        self._on_steps(record.state.version - before.state.version)
         policy = self._policy
         if policy.every and (not self._taken or policy.clock() >= self._taken[-1].taken + policy.every):
             self.take_snapshot(record)
@@ -245,6 +249,23 @@ class LayerRegistry:
         self._numbers = SessionNumbers(store.run)
         self._lock = threading.Lock()
         self._layers: dict[LayerKey, Layer] = {}
+        self._counting = threading.Lock()
+        self._steps = 0
+
+    @property
+    def steps(self) -> int:
+        """How many steps have been taken, of all layers, since the server was started."""
+        return self._steps
+
+    def alive(self) -> list[Layer]:
+        """Return the layers that somebody has asked for since the server was started, in no order."""
+        with self._lock:
+            return list(self._layers.values())
+
+    def _count_steps(self, count: int) -> None:
+        if count:
+            with self._counting:
+                self._steps += count
 
     def open_session(self) -> bytes:
         """Return the number of a new session, the first half of what its changes are known by."""
@@ -296,7 +317,8 @@ class LayerRegistry:
                 )
             record = make()
             self._store.create(record)
-            self._layers[key] = Layer(record, self._store, Ledger(self._max_sessions, self._numbers), self._policy)
+            ledger = Ledger(self._max_sessions, self._numbers)
+            self._layers[key] = Layer(record, self._store, ledger, self._policy, on_steps=self._count_steps)
             return record, True
 
     def delete(self, key: LayerKey) -> Layer:
@@ -324,7 +346,7 @@ class LayerRegistry:
             if record is not None:
                 ledger = Ledger(self._max_sessions, self._numbers, self._store.remembered(key))
                 taken = self._store.snapshots(key)
-                layer = self._layers[key] = Layer(record, self._store, ledger, self._policy, taken)
+                layer = self._layers[key] = Layer(record, self._store, ledger, self._policy, taken, self._count_steps)
         return layer
 
 

@@ -26,6 +26,11 @@ class Placement:
         """For people: all devices."""
         return ", ".join(device.description for device in self._devices)
 
+    @property
+    def used_bytes(self) -> int:
+        """Bytes that are held of all devices' memory."""
+        return sum(device.used_bytes for device in self._devices)
+
     def of(self, key: LayerKey) -> Device:
         """Return the device of a layer."""
         if len(self._devices) == 1:

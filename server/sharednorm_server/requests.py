@@ -44,6 +44,33 @@ def always() -> bool:
 
 
 @dataclass(frozen=True)
+class ServiceFigures:
+    """What a service holds, and what it has done since it was made.
+
+    Attributes:
+        steps: Taken, of all layers.
+        layers: That somebody has asked for.
+        saved_input_bytes: Of inputs that are kept for backwards.
+        saved_input_evictions: Of those that had to leave for others.
+        in_flight_bytes: Of large tensors on their way.
+        device_bytes: Of the memory of the devices that are held.
+        store_commits: Transactions of the store.
+        store_changes: What was in them.
+        store_seconds: That they took together.
+    """
+
+    steps: int
+    layers: int
+    saved_input_bytes: int
+    saved_input_evictions: int
+    in_flight_bytes: int
+    device_bytes: int
+    store_commits: int
+    store_changes: int
+    store_seconds: float
+
+
+@dataclass(frozen=True)
 class ServiceInfo:
     """What the service is made of, for people: its release, and descriptions of its device and store."""
 

@@ -46,6 +46,7 @@ class SavedInputs:
         self._lock = threading.Lock()
         self._entries: OrderedDict[str, SavedInput] = OrderedDict()
         self._nbytes = 0
+        self.evictions = 0  # inputs that had to leave for others
 
     @property
     def nbytes(self) -> int:
@@ -66,6 +67,7 @@ class SavedInputs:
             self._nbytes += entry.x.nbytes
             while self._nbytes > self._budget:
                 self._drop(next(iter(self._entries)))
+                self.evictions += 1
         return token
 
     def get(self, token: str, layer: Layer) -> SavedInput:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import ssl
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -32,6 +34,10 @@ from sharednorm_server.store.snapshots import SnapshotPolicy
 from sharednorm_server.store.sqlite import SqliteStore
 from sharednorm_server.synchronization import Synchronizer
 from sharednorm_server.tls import CertificateFiles
+from sharednorm_server.watching import NOBODY, Watcher
+
+if TYPE_CHECKING:
+    from sharednorm_server.page import Pages
 
 # A message beside its tensor: names and shapes, and 20 bytes a map of moments and scale, or 24 of a whole state.
 _HEADER_ROOM = 4 << 20
@@ -57,6 +63,7 @@ class RunningServer:
     Attributes:
         address: Where: "HOST:PORT" with the real port, or "unix:PATH" with an absolute path.
         banner: One line that says release, address, device and state.
+        http: Where its page is, "HOST:PORT"; None: nowhere.
     """
 
     def __init__(
@@ -68,6 +75,7 @@ class RunningServer:
         groups: Synchronizer,
         status: health.HealthServicer,
         direct: DirectServer,
+        web: Pages | None,
     ) -> None:
         info = service.info
         self.address = address
@@ -78,6 +86,10 @@ class RunningServer:
         self._groups = groups
         self._status = status
         self._direct = direct
+        self._web = web
+        self.http = None if web is None else web.address
+        if self.http is not None:
+            self.banner += f", http {self.http}"
         self._stopping = threading.Lock()
         self._result: bool | None = None
 
@@ -136,6 +148,8 @@ class RunningServer:
             _log.warning("calls were still running after %g s and have been cut off", grace)
         self._grpc_server.stop(min(_WATCHERS_GRACE, max(0.0, end - time.monotonic()))).wait()
         self._direct.close()
+        if self._web is not None:
+            self._web.close()
         for pool in self._pools:
             pool.shutdown(wait=False)
         if ended:  # a call that was cut off may still compute
@@ -182,14 +196,21 @@ def serve(config: ServerConfig, service: LayerService) -> RunningServer:
     _require_private(config)
     pool, waiting = CallPool(config.workers), CallPool(MAX_GROUP_MEMBERS)
     groups = Synchronizer(service)
+    if config.tls_cert is not None and config.tokens is None and config.tls_client_ca is None:
+        _log.warning("whoever reaches %s may use all layers: there are no --tokens, nor --tls-client-ca", config.listen)
     tokens = None if config.tokens is None else TokenFile(config.tokens)
+    watcher: Watcher = NOBODY
+    if config.http is not None:
+        from sharednorm_server.metrics import Metrics  # noqa: PLC0415 - most servers tell nobody
+
+        watcher = metrics = Metrics()
     grpc_server = grpc.server(
         ThreadPoolExecutor(_SIDE_WORKERS, thread_name_prefix="side"),
-        interceptors=[Doorkeeper(SERVICE_NAME, tokens, pool, config.max_calls)],
+        interceptors=[Doorkeeper(SERVICE_NAME, tokens, pool, config.max_calls, watcher)],
         options=_options(config),
     )
     servicer = Servicer(service, GroupCalls(service, groups), Limits(config.max_tensor_bytes))
-    grpc_server.add_generic_rpc_handlers([servicer.handlers(pool, waiting, tokens)])
+    grpc_server.add_generic_rpc_handlers([servicer.handlers(pool, waiting, watcher, tokens)])
     status = health.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(status, grpc_server)
     reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), grpc_server)
@@ -197,26 +218,50 @@ def serve(config: ServerConfig, service: LayerService) -> RunningServer:
     memory = None
     if AVAILABLE and config.shared_memory_bytes:
         memory = SharedMemory(config.session_memory_bytes, config.shared_memory_bytes, service.forget_keeper)
-    direct = DirectServer(servicer, pool, config.workers, memory, config.max_direct_connections, config.handshake)
+    direct = DirectServer(
+        servicer, pool, config.workers, memory, config.max_direct_connections, config.handshake, watcher
+    )
     if tokens is not None or config.tls_cert is not None:
         _log.info("no direct connections, which ask for no token and are not encrypted: tensors come by gRPC")
     elif config.direct_port is not None:
         _listen_directly(direct, config.listen, config.direct_port)
+    web = None
+    if config.http is not None:
+        from sharednorm_server.figures import register  # noqa: PLC0415 - as above
+        from sharednorm_server.page import Pages  # noqa: PLC0415
+
+        register(metrics, service, groups, direct)
+        pages = Pages(
+            service,
+            groups,
+            metrics,
+            lambda: direct.connections,
+            lambda: "the server is stopping" if pool.closed else "",
+        )
+        web = pages
+        pages.serve(config.http, tokens, _context(config))
     grpc_server.start()
     for name in ("", SERVICE_NAME):
         status.set(name, health_pb2.HealthCheckResponse.SERVING)
-    return RunningServer(address, service, grpc_server, (pool, waiting), groups, status, direct)
+    return RunningServer(address, service, grpc_server, (pool, waiting), groups, status, direct, web)
+
+
+def _context(config: ServerConfig) -> Callable[[], ssl.SSLContext] | None:
+    if config.tls_cert is None or config.tls_key is None:
+        return None
+    return CertificateFiles(config.tls_cert, config.tls_key, config.tls_client_ca).context
 
 
 def _require_private(config: ServerConfig) -> None:
-    if not (config.insecure or config.tls_cert is not None or parse_endpoint(config.listen).private):
-        raise StartError(
-            f"{config.listen} can be reached by other machines, and nothing would be encrypted: pass --tls-cert and "
-            "--tls-key (`sharednorm certs create` makes them), listen on 127.0.0.1 or a unix socket, or pass "
-            "--insecure if the network is trusted"
-        )
-    if config.tls_cert is not None and config.tokens is None and config.tls_client_ca is None:
-        _log.warning("whoever reaches %s may use all layers: there are no --tokens, nor --tls-client-ca", config.listen)
+    for listen in (config.listen, config.http):
+        if listen is not None and not (
+            config.insecure or config.tls_cert is not None or parse_endpoint(listen).private
+        ):
+            raise StartError(
+                f"{listen} can be reached by other machines, and nothing would be encrypted: pass --tls-cert and "
+                "--tls-key (`sharednorm certs create` makes them), listen on 127.0.0.1 or a unix socket, or pass "
+                "--insecure if the network is trusted"
+            )
 
 
 def _bind(config: ServerConfig, grpc_server: grpc.Server) -> str:

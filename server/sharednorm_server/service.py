@@ -24,7 +24,6 @@ from sharednorm.errors import (
     MalformedMessage,
 )
 from sharednorm.state import (
-    LayerState,
     Moments,
     accumulate_gradients,
     require_initialized,
@@ -33,7 +32,7 @@ from sharednorm.state import (
 )
 from sharednorm_server.budget import ByteBudget
 from sharednorm_server.catalog import LayerCatalog
-from sharednorm_server.checks import check_facts, require_same_tensor
+from sharednorm_server.checks import check_facts, require_same_tensor, same_parameters, same_statistics
 from sharednorm_server.device import Device, DeviceTensor, Incoming, Output, TrainedBatch
 from sharednorm_server.layers import DEFAULT_MAX_LAYERS, Layer
 from sharednorm_server.ledger import DEFAULT_MAX_SESSIONS, last_change, same_step, step_change, step_in
@@ -45,6 +44,7 @@ from sharednorm_server.requests import (
     ForwardAnswer,
     ForwardCall,
     PushAnswer,
+    ServiceFigures,
     ServiceInfo,
     Sums,
     Together,
@@ -97,6 +97,15 @@ class LayerService(LayerCatalog):
     def info(self) -> ServiceInfo:
         """What the service is made of."""
         return ServiceInfo(__version__, self._placement.description, self._store.description)
+
+    @property
+    def figures(self) -> ServiceFigures:
+        """What it holds and has done, now."""
+        saved, store = self._saved, self._store.counts
+        return ServiceFigures(
+            self._layers.steps, len(self._layers.alive()), saved.nbytes, saved.evictions, self._in_flight.used,
+            self._placement.used_bytes, store.commits, store.changes, store.seconds,
+        )  # fmt: skip
 
     def on_device_lost(self, callback: Callable[[str], None]) -> None:
         """Have a function called once a device has failed for good, and with it the service; it gets the reason."""
@@ -202,11 +211,11 @@ class LayerService(LayerCatalog):
                 before = None if call.call is None else layer.made(call.call, step_in(call.key.domain))
                 if before is not None or not _trains(call, record):
                     break  # the default has become eval meanwhile, and whoever set it may have read the statistics
-                if not _same_statistics(first, record.state):
+                if not same_statistics(first, record.state):
                     trained = replace(trained, statistics=None)  # another step came first
-                if not _same_parameters(used, record.state) and attempt >= _PATIENCE:
+                if not same_parameters(used, record.state) and attempt >= _PATIENCE:
                     used, trained = record.state, self._with_parameters(layer, record, x, trained, out)
-                if _same_parameters(used, record.state):
+                if same_parameters(used, record.state):
                     return self._commit_step(layer, record, call, x, trained, wanted)
             used, trained = record.state, self._with_parameters(layer, record, x, trained, out)
             attempt += 1
@@ -483,15 +492,6 @@ def _pushed(record: LayerRecord, *, train: bool) -> PushAnswer:
 
 def _trains(call: ForwardCall, record: LayerRecord) -> bool:
     return record.train if call.train is None else call.train
-
-
-def _same_parameters(one: LayerState, other: LayerState) -> bool:
-    # States are immutable, and one that follows from another shares what did not change.
-    return one.scale is other.scale and one.bias is other.bias
-
-
-def _same_statistics(one: LayerState, other: LayerState) -> bool:
-    return one.mean is other.mean and one.var is other.var and one.num_of_props == other.num_of_props
 
 
 def _require_wanted(wanted: Wanted) -> None:

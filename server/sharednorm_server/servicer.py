@@ -40,6 +40,7 @@ from sharednorm_server.requests import (
 from sharednorm_server.service import LayerService
 from sharednorm_server.tensors import Output
 from sharednorm_server.transfers import Arriving, Here, InChunks, InMessage
+from sharednorm_server.watching import Watcher
 
 SERVICE_NAME = service_pb2.DESCRIPTOR.services_by_name["BatchNormService"].full_name
 
@@ -109,7 +110,9 @@ class Servicer:
             port=port, socket=socket, instance=instance, shared_memory=shared_memory
         )
 
-    def handlers(self, pool: CallPool, waiting: CallPool, tokens: TokenFile | None = None) -> grpc.GenericRpcHandler:
+    def handlers(
+        self, pool: CallPool, waiting: CallPool, watcher: Watcher, tokens: TokenFile | None = None
+    ) -> grpc.GenericRpcHandler:
         """Return the methods for a gRPC server; they run on the threads of a pool, those of groups on another's.
 
         For the members of a group wait for each other, and would else wait for a thread that one of them has.
@@ -141,9 +144,9 @@ class Servicer:
         }
         streams: dict[str, Stream] = {"ForwardStream": self._forward_stream, "BackwardStream": self._backward_stream}
         calls: list[UnaryCall | StreamCall] = [
-            *(UnaryCall(name, behaviour, pool, tokens) for name, behaviour in unary.items()),
-            *(UnaryCall(name, behaviour, waiting, tokens) for name, behaviour in self.groups.unary().items()),
-            *(StreamCall(name, behaviour, pool, tokens) for name, behaviour in streams.items()),
+            *(UnaryCall(name, behaviour, pool, watcher, tokens) for name, behaviour in unary.items()),
+            *(UnaryCall(name, behaviour, waiting, watcher, tokens) for name, behaviour in self.groups.unary().items()),
+            *(StreamCall(name, behaviour, pool, watcher, tokens) for name, behaviour in streams.items()),
         ]
         handlers = {call.name: method_handler(call) for call in calls}
         return grpc.method_handlers_generic_handler(SERVICE_NAME, handlers)

@@ -22,6 +22,7 @@ import numpy as np
 from sharednorm.config import Vector
 from sharednorm.errors import (
     GENERATION_GONE,
+    GroupAborted,
     InternalError,
     InvalidConfiguration,
     LimitExceeded,
@@ -55,6 +56,25 @@ class GroupKey:
 
     namespace: str
     name: str
+
+
+@dataclass(frozen=True)
+class GroupFacts:
+    """What there is to know of a group.
+
+    Attributes:
+        key: Its name.
+        size: Members that it is made for.
+        ranks: Of those that are in.
+        joining: How many wait to be.
+        generation: How often it was formed.
+    """
+
+    key: GroupKey
+    size: int
+    ranks: tuple[int, ...]
+    joining: int
+    generation: int
 
 
 @dataclass(frozen=True)
@@ -143,9 +163,26 @@ class Synchronizer:
         self._by_prefix: dict[bytes, _Entry] = {}
         self._open: set[Future[Any]] = set()
         self._closed = False
+        self.aborted = 0  # calls of members that ended so
         self._alarm = threading.Condition()
         self._due: float | None = None
         self._timer: threading.Thread | None = None
+
+    def groups(self) -> list[GroupFacts]:
+        """Return what is known of the groups, in the order of their names."""
+        with self._lock:
+            entries = list(self._by_name.items())
+        facts = []
+        for key, entry in entries:
+            with entry.lock:
+                group = entry.group
+                facts.append(GroupFacts(key, group.settings.size, group.ranks, group.joining, group.generation))
+        return sorted(facts, key=lambda each: (each.key.namespace, each.key.name))
+
+    @property
+    def waiting(self) -> int:
+        """How many calls of members wait for others."""
+        return len(self._open)
 
     def join(self, key: GroupKey, member: str, rank: int | None, settings: GroupSettings) -> Future[Membership]:
         """Join a group's next generation; it is made when its first member joins.
@@ -276,6 +313,7 @@ class Synchronizer:
             commits = []
             for event in events:
                 if isinstance(event, Deliver):
+                    self.aborted += isinstance(event.outcome, Failed) and isinstance(event.outcome.error, GroupAborted)
                     _deliver(event)
                 else:
                     commits.append(event)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import ssl
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -59,6 +60,23 @@ class CertificateFiles:
         # The types of grpc do not say that the function may return None, its documentation does.
         latest_or_none: Callable[[], Any] = latest
         return grpc.dynamic_ssl_server_credentials(first[1], latest_or_none, require_client_authentication=asks)
+
+    def context(self) -> ssl.SSLContext:
+        """Return what Python's sockets take, as the files are now.
+
+        Raises:
+            StartError: They cannot be read, or are no certificate and its key.
+        """
+        try:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.minimum_version = ssl.TLSVersion.TLSv1_2
+            context.load_cert_chain(self.cert, self.key)
+            if self.client_ca is not None:
+                context.load_verify_locations(self.client_ca)
+                context.verify_mode = ssl.CERT_REQUIRED
+        except (OSError, ssl.SSLError) as error:
+            raise StartError(f"the certificates cannot be read: {error}") from error
+        return context
 
     def _read(self) -> grpc.ServerCertificateConfiguration:
         authorities = None if self.client_ca is None else self.client_ca.read_bytes()

@@ -42,7 +42,7 @@ def small() -> Iterator[Device]:
 def settled(device: Device) -> int:
     """Return what is used once everything that is to be given back has been."""
     gc.collect()
-    return int(device.used_bytes)  # type: ignore[attr-defined]  # handed in behind every release
+    return device.used_bytes  # handed in behind every release
 
 
 def service_on(device: Device, saved_input_bytes: int = 1 << 30) -> LayerService:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 
 import grpc
 import pytest
@@ -18,6 +20,7 @@ from sharednorm.v1 import layer_pb2, service_pb2
 from sharednorm_server.config import ServerConfig
 from sharednorm_server.device import DeviceTensor, TrainedBatch
 from sharednorm_server.device.cpu import CpuDevice
+from sharednorm_server.server import RunningServer
 from tests.support import oracle, server
 from tests.support.service import KEY, InterruptedDevice, new_service
 from tests.support.stock import MAPS, SECONDS, SlowForward, StockClient, channel_to, code_of, detail_of, ref, spec
@@ -27,9 +30,16 @@ NAME = "bn"
 
 
 @pytest.fixture
-def client() -> Iterator[StockClient]:
-    """Give a client of a server that runs one call at a time."""
-    with server.in_process(ServerConfig(workers=1)) as running, channel_to(running.address) as channel:
+def running() -> Iterator[RunningServer]:
+    """Give a server that runs one call at a time."""
+    with server.in_process(ServerConfig(workers=1)) as started:
+        yield started
+
+
+@pytest.fixture
+def client(running: RunningServer) -> Iterator[StockClient]:
+    """Give a client of that server."""
+    with channel_to(running.address) as channel:
         made = StockClient.on(channel)
         made.create(NAME)
         yield made
@@ -199,3 +209,91 @@ def test_too_little_memory_is_a_limit(caplog: pytest.LogCaptureFixture) -> None:
             unary(client)
         assert code_of(caught.value) is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert detail_of(caught.value).reason == "LIMIT_EXCEEDED"
+
+
+# --- HTTP/2 beneath gRPC ----------------------------------------------------------------------------------
+
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+SETTINGS, PING, GOAWAY = 4, 6, 7
+
+
+def frame(kind: int, payload: bytes = b"") -> bytes:
+    """Return a frame of HTTP/2, of no stream: RFC 9113, section 4.1."""
+    return len(payload).to_bytes(3, "big") + bytes([kind, 0, 0, 0, 0, 0]) + payload
+
+
+def frames_of(sock: socket.socket) -> list[tuple[int, bytes]]:
+    """Return the frames that come until the other side closes."""
+    found = bytearray()
+    with suppress(ConnectionResetError):
+        while part := sock.recv(1 << 16):
+            found += part
+    frames = []
+    while len(found) >= 9:
+        size = int.from_bytes(found[:3], "big")
+        frames.append((found[3], bytes(found[9 : 9 + size])))
+        del found[: 9 + size]
+    return frames
+
+
+def flood(sock: socket.socket, part: bytes) -> None:
+    """Send the same again and again, until the other side takes no more of it."""
+    with suppress(ConnectionError):
+        for _ in range(10_000):
+            sock.sendall(part)
+
+
+def to(running: RunningServer) -> socket.socket:
+    host, _, port = running.address.rpartition(":")
+    return socket.create_connection((host, int(port)), timeout=SECONDS)
+
+
+def test_a_flood_of_pings_ends_its_connection_and_no_other(running: RunningServer, client: StockClient) -> None:
+    with to(running) as sock:
+        sock.sendall(PREFACE + frame(SETTINGS))
+        flood(sock, frame(PING, bytes(8)) * 10)
+        ends = [payload for kind, payload in frames_of(sock) if kind == GOAWAY]
+    # ENHANCE_YOUR_CALM, RFC 9113, section 7; the answer may be lost with a connection that is reset.
+    assert all(int.from_bytes(payload[4:8], "big") == 11 and b"too_many_pings" in payload for payload in ends)
+    assert client.forward(NAME, oracle.random_tensor(1, SHAPE)).version == 1
+
+
+def test_a_connection_that_never_says_what_it_is_ends() -> None:
+    with server.in_process(ServerConfig(handshake=0.5)) as running, channel_to(running.address) as channel:
+        began = time.monotonic()
+        with to(running) as sock:
+            sock.sendall(PREFACE[:10])
+            frames_of(sock)
+        assert 0.4 < time.monotonic() - began < 10
+        StockClient.on(channel).create(NAME)
+
+
+def test_bytes_that_trickle_in_keep_nobody_waiting(running: RunningServer, client: StockClient) -> None:
+    """Twenty connections that say a byte now and then, as a slow attack does; others are served meanwhile."""
+    socks = [to(running) for _ in range(20)]
+    try:
+        for at in range(len(PREFACE)):
+            for sock in socks:
+                sock.sendall(PREFACE[at : at + 1])
+            if at % 6 == 0:
+                client.forward(NAME, oracle.random_tensor(at, SHAPE))
+        assert version(client) == 4
+    finally:
+        for sock in socks:
+            sock.close()
+
+
+def test_a_client_that_reads_nothing_of_its_answers_harms_nobody() -> None:
+    """Its answers fill its window, and its worker waits until its deadline; the others are answered by the rest."""
+    with server.in_process(ServerConfig(workers=2)) as running, channel_to(running.address) as channel:
+        client = StockClient.on(channel)
+        client.create(NAME)
+        slow = SlowForward(client, NAME, seconds=2.0)
+        slow.go_on()  # the answer is larger than a window, and nobody takes it
+        for step in range(20):
+            assert client.forward(NAME, oracle.random_tensor(step, SHAPE)).version
+        end = time.monotonic() + 20
+        while running._pools[0].calls:
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        assert version(client) == 21

@@ -36,7 +36,8 @@ CONNECTION = _client("hub", "remote", "_async_compute", "_attempts", "_calls", "
 COMPILED = _client("_numba_arithmetic", "_numba_backward", "_numba_common", "_numba_forward", "_numba_half",
                    "_numba_moments", "_numba_plan", "_numba_vector")  # fmt: skip
 EDGE = _server("__main__", "cli", "commands", "server", "servicer", "messages", "calls", "group_calls", "batches",
-               "listen", "tls", "keys", "certificates", "direct", "lane", "regions", "transfers", "bench")  # fmt: skip
+               "listen", "tls", "keys", "certificates", "direct", "lane", "regions", "transfers", "bench",
+               "web", "page.")  # fmt: skip
 MEANING = _server("service", "access", "catalog", "budget", "placement", "requests", "layers", "ledger",
                   "saved_inputs", "checks", "paging")  # fmt: skip
 GROUPS = _server("groups", "synchronization")
@@ -135,6 +136,11 @@ LOCAL = tuple(m for m in MODULES if _within(m, ("sharednorm.",)) and m != "share
         pytest.param(KERNELS, ("sharednorm.", "sharednorm_server.", "numpy."), id="the kernels know nobody"),
         pytest.param(("sharednorm.", *EDGE, *MEANING, *STORE), KERNELS, id="only a device knows the kernels"),
         pytest.param((*MEANING, *DEVICE, *STORE), DOCTOR, id="nobody leans on the doctor"),
+        pytest.param(
+            (*MEANING, *GROUPS, *DEVICE, *STORE, *_server("servicer", "calls", "direct", "lane")),
+            _server("web", "page.", "metrics", "figures"),
+            id="who is watched knows no watcher",
+        ),
     ],
 )  # fmt: skip
 def test_arrows_point_one_way(importers: tuple[str, ...], forbidden: tuple[str, ...]) -> None:
@@ -180,7 +186,7 @@ def test_every_room_is_there() -> None:
 
 
 def test_every_module_of_the_server_has_its_room() -> None:
-    others = _server("config", "settings", "tensors")
+    others = _server("config", "settings", "tensors", "watching", "metrics", "figures")
     rooms = (*EDGE, *MEANING, *GROUPS, *DEVICE, *STORE, *DOCTOR, *others, "sharednorm_server")
     assert [m for m in MODULES if _within(m, ("sharednorm_server.",)) and not _within(m, rooms)] == []
 
@@ -216,6 +222,9 @@ def test_optional_packages_are_those_of_the_extras() -> None:
         "tqdm",
         "cryptography",
         "tomli",
+        "prometheus_client",
+        "jinja2",
+        "matplotlib",
     }
     assert {_root(found) for found in IMPORTS} - known <= extras
 

@@ -42,6 +42,7 @@ OTHERS: dict[str, tuple[str, Any]] = {
     "tls_cert": ("~/cert.pem", Path("~/cert.pem").expanduser()),
     "tls_key": ("key.pem", Path("key.pem")),
     "tls_client_ca": ("ca.pem", Path("ca.pem")),
+    "http": ("127.0.0.1:9090", "127.0.0.1:9090"),
     "log_level": ("debug", "debug"),
 }
 # Options that no server has without others.

@@ -35,8 +35,8 @@ STREAMED: tuple[MessageClass, ...] = (
 )
 every_class = pytest.mark.parametrize("cls", SINGLE + STREAMED, ids=lambda cls: cls.__name__)
 
-RANDOM_CASES = 5000
-"""Mutated messages for each class, 40,000 in all; they take a second or two."""
+RANDOM_CASES = int(os.environ.get("SHAREDNORM_MESSAGES", "5000"))
+"""Mutated messages for each class; of 5000, 40,000 in all, which take a second or two."""
 
 
 def data_name(cls: MessageClass) -> str:

@@ -61,6 +61,11 @@ class Device(Protocol):
         """For people: what it is, for example "cpu (numba, 8 threads)"."""
         ...
 
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of its own memory that are held now; 0 if it has none of its own."""
+        ...
+
     def warm_up(self) -> None:
         """Get ready, so that the first call does not wait; called once, before the server listens."""
         ...

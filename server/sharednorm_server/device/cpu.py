@@ -62,6 +62,7 @@ class CpuDevice:
             set_num_threads(threads)
         self._arithmetic = arithmetic() if implementation is None else implementation
         count = num_threads()
+        self.used_bytes = 0  # its memory is the process's
         self.description = f"cpu ({self._arithmetic.name}, {count} thread{'' if count == 1 else 's'})"
 
     def warm_up(self) -> None:

@@ -112,8 +112,28 @@ class Kept(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class StoreCounts:
+    """What a store has written since it was opened.
+
+    Attributes:
+        commits: Transactions.
+        changes: What they had in them.
+        seconds: That they took together.
+    """
+
+    commits: int = 0
+    changes: int = 0
+    seconds: float = 0.0
+
+
 class Store(Protocol):
     """What remembers layers. Every method may be called from many threads at once."""
+
+    @property
+    def counts(self) -> StoreCounts:
+        """What has been written."""
+        ...
 
     @property
     def description(self) -> str:
@@ -131,6 +151,10 @@ class Store(Protocol):
 
     def create(self, record: LayerRecord) -> bool:
         """Keep a new layer's record; return False, and change nothing, if its key exists."""
+        ...
+
+    def namespaces(self) -> list[str]:
+        """Return the namespaces that have layers, in the order of their names."""
         ...
 
     def count(self, namespace: str) -> int:

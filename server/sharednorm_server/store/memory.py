@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sharednorm.errors import BackupFailed
-from sharednorm_server.store import Kept, LayerKey, LayerRecord, without_gradients
+from sharednorm_server.store import Kept, LayerKey, LayerRecord, StoreCounts, without_gradients
 from sharednorm_server.store.changes import Note, Remembered
 from sharednorm_server.store.snapshots import SnapshotInfo
 
@@ -25,6 +25,7 @@ class MemoryStore:
     """Keeps records in this process. `kill` loses them; that is what `memory:` means."""
 
     description = "memory:"
+    counts = StoreCounts()
     run = 1  # layers of another one do not exist any more
 
     def __init__(self) -> None:
@@ -47,6 +48,11 @@ class MemoryStore:
             self._records[record.key] = record
             bisect.insort(self._names.setdefault(record.key.namespace, []), record.key.name)
             return True
+
+    def namespaces(self) -> list[str]:
+        """Return the namespaces that have layers, in the order of their names."""
+        with self._lock:
+            return sorted(namespace for namespace, names in self._names.items() if names)
 
     def count(self, namespace: str) -> int:
         """Return how many layers a namespace has."""

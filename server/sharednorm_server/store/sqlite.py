@@ -26,7 +26,7 @@ from urllib.parse import quote
 
 from sharednorm.errors import BackupFailed, StoreFailed
 from sharednorm_server.config import StartError
-from sharednorm_server.store import Kept, LayerKey, LayerRecord
+from sharednorm_server.store import Kept, LayerKey, LayerRecord, StoreCounts
 from sharednorm_server.store._sqlite_file import Rows, hold, prepare
 from sharednorm_server.store.changes import Note, Remembered
 from sharednorm_server.store.snapshots import SnapshotInfo
@@ -96,6 +96,7 @@ class SqliteStore:
         self._counts: Counter[str] = Counter()  # of each namespace
         self._next_row = 1
         self._failed = False
+        self.counts = StoreCounts()
         self._callbacks: list[Callable[[str], None]] = []
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -149,6 +150,11 @@ class SqliteStore:
             change = self._begin(record.key, lambda: self._rows.insert(row, record), put=False)
         change.wait()
         return True
+
+    def namespaces(self) -> list[str]:
+        """Return the namespaces that have layers, in the order of their names."""
+        with self._lock:
+            return sorted(namespace for namespace, count in self._counts.items() if count)
 
     def count(self, namespace: str) -> int:
         """Return how many layers a namespace has."""
@@ -278,7 +284,10 @@ class SqliteStore:
         if not batch:
             return
         try:
+            begin = time.perf_counter()
             self._guarded(lambda: self._transact(_needed(batch)))
+            took, before = time.perf_counter() - begin, self.counts
+            self.counts = StoreCounts(before.commits + 1, before.changes + len(batch), before.seconds + took)
         except StoreFailed:
             for change in batch:
                 change.failed = True

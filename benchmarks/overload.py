@@ -1,0 +1,103 @@
+"""What a server gets done when more is asked of it than it may hold: bytes a second of 64 clients against those of few.
+
+`python -m benchmarks.overload` measures it, prints the figure beside its goal, and writes
+benchmarks/results/overload.json. Clients are threads of this process, each with a hub of its own, that send one
+training forward of 64 MiB after the other; the server may have 1 GiB on its way, and tells the others to come again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import threading
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+import sharednorm
+from benchmarks.datapath import Goal
+from benchmarks.remote import machine, server
+from sharednorm.config import Array
+
+SHAPE = (64, 16, 128, 128)
+NBYTES = 64 << 20
+CLIENTS = (1, 2, 4, 8, 16, 64)
+WARM_UP, SECONDS, ROUNDS = 4.0, 8.0, 2
+RESULTS = Path(__file__).parent / "results" / "overload.json"
+
+GOAL = Goal("bytes a second of 64 clients / the most of any number of clients, budget 1 GiB", least=0.8)
+
+
+def rate(address: str, transport: str, clients: int, x: Array) -> float:
+    """Return how many bytes of tensors a second so many clients get normalized."""
+    done, begun = [0] * clients, threading.Barrier(clients + 1)
+    stopping = threading.Event()
+    errors: list[BaseException] = []
+
+    def work(number: int) -> None:
+        try:
+            with sharednorm.connect(address, transport=transport, timeout=300) as hub:
+                layer, out = hub.BatchNorm2D(16, name=f"bn/{number}"), x.copy()
+                layer.trainMode()
+                begun.wait()
+                while not stopping.is_set():
+                    layer(x, out=out)
+                    done[number] += 1
+        except BaseException as error:
+            errors.append(error)
+            begun.abort()
+            raise
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(clients)]
+    for thread in threads:
+        thread.start()
+    begun.wait()
+    time.sleep(WARM_UP)
+    before, begin = sum(done), time.perf_counter()
+    time.sleep(SECONDS)
+    after, end = sum(done), time.perf_counter()
+    stopping.set()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+    return (after - before) * NBYTES / (end - begin)
+
+
+def rates() -> dict[str, dict[str, float]]:
+    """Measure each way with each number of clients, in turn."""
+    x = np.random.default_rng(0).normal(size=SHAPE).astype(np.float32)
+    found: dict[str, dict[str, float]] = {}
+    arguments = ("--in-flight-bytes", "1GiB", "--saved-input-bytes", "256MiB")
+    for transport in ("direct", "grpc"):
+        with server("127.0.0.1:0", *arguments) as running:
+            rounds = [{n: rate(running.address, transport, n, x) for n in CLIENTS} for _ in range(ROUNDS)]
+        found[transport] = {str(n): median(each[n] for each in rounds) for n in CLIENTS}
+    return found
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description="Measure what an overloaded server gets done.")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="where to write; default %(default)s")
+    output: Path = parser.parse_args().output
+    report: dict[str, Any] = {"machine": machine(), "bytes a second": rates(), "goals": []}
+    for transport, row in report["bytes a second"].items():
+        print(f"{transport:8}" + "".join(f"  {n} clients: {each / 1e9:.2f} GB/s" for n, each in row.items()))
+        ratio = row[str(CLIENTS[-1])] / max(row.values())
+        goal = {
+            "what": f"{GOAL.what}, {transport}",
+            "ratio": round(ratio, 3),
+            "goal": GOAL.words(),
+            "met": GOAL.met(ratio),
+        }
+        report["goals"].append(goal)
+        print(f"{goal['what']:98} {ratio:7.3f}  (goal {goal['goal']}{'' if goal['met'] else ': not met'})")
+    output.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""What a server tells about itself, in the words of Prometheus.
+
+The edges report calls; everything else is asked for when somebody looks, of functions that whoever starts the server
+registers. Labels have few values: methods, codes, ways. No label has a name that a client chooses.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Info,
+    PlatformCollector,
+    ProcessCollector,
+    disable_created_metrics,
+)
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.metrics_core import CounterMetricFamily, Metric
+
+from sharednorm_server.watching import Seen
+
+# When each series began, which nobody asks of these.
+disable_created_metrics()  # type: ignore[no-untyped-call]
+
+CONTENT_TYPE = CONTENT_TYPE_LATEST
+
+# Seconds, from a small call on a fast machine to a large one on a slow network.
+_BUCKETS = (
+    0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0,
+)  # fmt: skip
+
+
+class Metrics:
+    """The metrics of one server. Any number of threads may use them."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        ProcessCollector(registry=self._registry)
+        PlatformCollector(registry=self._registry)
+        labels = ("method", "way")
+        registry = self._registry
+        self.calls = Counter("sharednorm_calls", "Calls that are over.", (*labels, "code"), registry=registry)
+        self.seconds = Histogram(
+            "sharednorm_call_seconds", "From the first byte of a call to the last of its answer.", labels,
+            registry=registry, buckets=_BUCKETS,
+        )  # fmt: skip
+        self.queued = Histogram(
+            "sharednorm_queue_seconds", "Of that, until a worker was free for it.", labels,
+            registry=registry, buckets=_BUCKETS,
+        )  # fmt: skip
+        self.received = Counter("sharednorm_received_bytes", "Bytes of calls.", labels, registry=registry)
+        self.sent = Counter("sharednorm_sent_bytes", "Bytes of answers.", labels, registry=registry)
+        self.running = Gauge("sharednorm_calls_in_progress", "Calls that are not over.", labels, registry=registry)
+        self._asked = _Asked()
+        self._registry.register(self._asked)
+
+    def info(self, **values: str) -> None:
+        """Have texts told that stay as they are."""
+        Info("sharednorm", "Which server this is.", registry=self._registry).info(values)
+
+    def gauge(self, name: str, meaning: str, value: Callable[[], float]) -> None:
+        """Have a figure told that goes up and down."""
+        Gauge(name, meaning, registry=self._registry).set_function(value)
+
+    def counter(self, name: str, meaning: str, value: Callable[[], float]) -> None:
+        """Have a figure told that only grows; the name is without "_total"."""
+        self._asked.counters.append((name, meaning, value))
+
+    def begin(self, method: str, way: str, arrived: float | None = None) -> Seen:
+        """Watch a call."""
+        return _Seen(self, method, way, time.perf_counter() if arrived is None else arrived)
+
+    @property
+    def in_progress(self) -> int:
+        """How many calls are not over."""
+        return int(sum(sample.value for metric in self.running.collect() for sample in metric.samples))
+
+    def text(self) -> bytes:
+        """Return all of it, as Prometheus reads it."""
+        return generate_latest(self._registry)
+
+
+class _Asked:
+    # Counters that others keep.
+    def __init__(self) -> None:
+        self.counters: list[tuple[str, str, Callable[[], float]]] = []
+
+    def collect(self) -> Iterable[Metric]:
+        for name, meaning, value in self.counters:
+            yield CounterMetricFamily(name, meaning, value())
+
+
+class _Seen:
+    __slots__ = ("_began", "_code", "_labels", "_metrics", "_received", "_sent", "_started")
+
+    def __init__(self, metrics: Metrics, method: str, way: str, arrived: float) -> None:
+        self._metrics, self._labels = metrics, (method, way)
+        self._began, self._started = arrived, 0.0
+        self._code, self._received, self._sent = "OK", 0, 0
+        metrics.running.labels(method, way).inc()
+
+    def started(self) -> None:
+        self._started = time.perf_counter()
+
+    def moved(self, received: int, sent: int) -> None:
+        self._received += received
+        self._sent += sent
+
+    def failed(self, code: str) -> None:
+        self._code = code
+
+    def ended(self) -> None:
+        metrics, labels, now = self._metrics, self._labels, time.perf_counter()
+        metrics.running.labels(*labels).dec()
+        metrics.calls.labels(*labels, self._code).inc()
+        metrics.seconds.labels(*labels).observe(now - self._began)
+        metrics.queued.labels(*labels).observe((self._started or now) - self._began)
+        metrics.received.labels(*labels).inc(self._received)
+        metrics.sent.labels(*labels).inc(self._sent)
