@@ -58,8 +58,8 @@ check: $(READY)-check $(READY)-test $(READY)-demo  ## Lint, types, the contract,
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/hadolint docker/cpu.Dockerfile docker/cuda.Dockerfile
-	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker/compose.yaml
+	$(BIN)/hadolint docker/cpu.Dockerfile docker/cuda.Dockerfile docker/client.Dockerfile
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker/compose.yaml docker/compose.secure.yaml
 	$(BIN)/buf lint
 	$(BIN)/buf format --diff --exit-code
 	$(call generate,$(VENV)/generated)
@@ -72,6 +72,7 @@ bench: $(READY)-bench $(READY)-server $(READY)-torch  ## Compare with PyTorch, g
 	$(BIN)/python -m benchmarks.remote
 	$(BIN)/python -m benchmarks.groups
 	$(BIN)/python -m benchmarks.durability
+	$(BIN)/python -m benchmarks.overload
 	$(BIN)/python -m benchmarks.plot
 	$(BIN)/python -m benchmarks.tables
 
@@ -89,11 +90,12 @@ proto: $(READY)-check  ## Generate the Python code of proto/ anew
 	find client/sharednorm/v1 -name '*_pb2*' -delete
 	cp $(VENV)/generated/sharednorm/v1/* client/sharednorm/v1/
 
-images:  ## Build the images of the servers with Docker: sharednorm:cuda and sharednorm:cpu
+images:  ## Build the images with Docker: sharednorm:cuda, sharednorm:cpu and sharednorm:client
 	$(call need,docker,install Docker Engine)
 	docker build --build-arg CUDA_TOOLKIT --build-arg CUDA_BASE --build-arg PIP_INDEX_URL \
 	    --file docker/cuda.Dockerfile --tag sharednorm:cuda .
 	docker build --build-arg CPU_BASE --build-arg PIP_INDEX_URL --file docker/cpu.Dockerfile --tag sharednorm:cpu .
+	docker build --build-arg CPU_BASE --build-arg PIP_INDEX_URL --file docker/client.Dockerfile --tag sharednorm:client .
 
 up:  ## Build and start the server with Docker Compose: on a GPU, or with PROFILE=cpu without one
 	$(call need,docker,install Docker Engine)
@@ -103,7 +105,7 @@ down:  ## Stop the server that `make up` has started; the volume with its state 
 	$(call need,docker,install Docker Engine)
 	docker compose --file docker/compose.yaml --profile '*' down
 
-image-check: $(READY)-test $(READY)-cuda  ## Build both images with podman and use the servers in them; Debian, as root, no Docker and no GPU
+image-check: $(READY)-test $(READY)-cuda  ## Build all images with podman and use what is in them; Debian, as root, no Docker and no GPU
 	$(BIN)/python -m docker.image_check
 
 clean:  ## Remove what the targets made, virtual environments included

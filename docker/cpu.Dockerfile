@@ -34,16 +34,17 @@ COPY --from=build /opt/sharednorm /opt/sharednorm
 ENV PATH=/opt/sharednorm/bin:$PATH \
     HOME=/var/lib/sharednorm \
     STATE_DIRECTORY=/var/lib/sharednorm \
-    NUMBA_CACHE_DIR=/var/lib/sharednorm/numba
+    NUMBA_CACHE_DIR=/var/lib/sharednorm/numba \
+    MPLCONFIGDIR=/tmp/matplotlib
 
 USER 10001:10001
 WORKDIR /var/lib/sharednorm
 
 # The build fails here, and not the first start, if something that the server imports is missing.
-RUN ["/opt/sharednorm/bin/python", "-c", "import sharednorm_server.server, numba, ml_dtypes"]
+RUN ["/opt/sharednorm/bin/python", "-c", "import sharednorm_server.server, sharednorm_server.page, numba, ml_dtypes"]
 
-# gRPC, and the port that tensors travel by.
-EXPOSE 50051 50052
+# gRPC, the port that tensors travel by, and the page with the metrics.
+EXPOSE 50051 50052 50080
 
 # The first start compiles, which takes a minute on a small machine.
 HEALTHCHECK --interval=15s --timeout=10s --start-period=120s --retries=3 \
@@ -52,4 +53,4 @@ HEALTHCHECK --interval=15s --timeout=10s --start-period=120s --retries=3 \
 # The server is process 1 and gets SIGTERM itself. Plain text is right inside the container; who may reach the port is
 # decided where it is published.
 ENTRYPOINT ["sharednorm"]
-CMD ["serve", "--listen", "0.0.0.0:50051", "--direct-port", "50052", "--insecure", "--device", "cpu"]
+CMD ["serve", "--listen", "0.0.0.0:50051", "--direct-port", "50052", "--http", "0.0.0.0:50080", "--insecure", "--device", "cpu"]

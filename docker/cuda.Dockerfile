@@ -69,6 +69,7 @@ ENV PATH=/opt/sharednorm/bin:$PATH \
     HOME=/var/lib/sharednorm \
     STATE_DIRECTORY=/var/lib/sharednorm \
     NUMBA_CACHE_DIR=/var/lib/sharednorm/numba \
+    MPLCONFIGDIR=/tmp/matplotlib \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility \
     NVIDIA_REQUIRE_CUDA=cuda>=13.0
@@ -78,10 +79,10 @@ WORKDIR /var/lib/sharednorm
 
 # The build fails here, and not the first start, if this stage's Python is not the one that everything was built for.
 # PyCUDA itself can be imported only where the driver is.
-RUN ["/opt/sharednorm/bin/python", "-c", "import sharednorm_server.server, sharednorm_kernels.files as f, importlib.util as u; f.fatbin(); assert u.find_spec('pycuda._driver')"]
+RUN ["/opt/sharednorm/bin/python", "-c", "import sharednorm_server.server, sharednorm_server.page, sharednorm_kernels.files as f, importlib.util as u; f.fatbin(); assert u.find_spec('pycuda._driver')"]
 
-# gRPC, and the port that tensors travel by.
-EXPOSE 50051 50052
+# gRPC, the port that tensors travel by, and the page with the metrics.
+EXPOSE 50051 50052 50080
 
 HEALTHCHECK --interval=15s --timeout=10s --start-period=120s --retries=3 \
     CMD ["sharednorm", "doctor", "--server", "127.0.0.1:50051"]
@@ -89,4 +90,4 @@ HEALTHCHECK --interval=15s --timeout=10s --start-period=120s --retries=3 \
 # The server is process 1 and gets SIGTERM itself. Plain text is right inside the container; who may reach the port is
 # decided where it is published.
 ENTRYPOINT ["sharednorm"]
-CMD ["serve", "--listen", "0.0.0.0:50051", "--direct-port", "50052", "--insecure", "--device", "cuda"]
+CMD ["serve", "--listen", "0.0.0.0:50051", "--direct-port", "50052", "--http", "0.0.0.0:50080", "--insecure", "--device", "cuda"]

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ class CheckFailed(Exception):
 
 
 def main() -> int:
-    """Check both images; return 0, or 1 with the reason on stderr."""
+    """Check all images; return 0, or 1 with the reason on stderr."""
     began = time.monotonic()
 
     def say(text: str) -> None:
@@ -66,6 +67,9 @@ def main() -> int:
                     _use(address, transport)
                 _check_health(cpu, address)
                 _leave(address)
+                say("workers in their containers share a layer of it")
+                worker = _build("client", f"CPU_BASE={BASE}")
+                _check_workers(worker, address)
             with _served(cpu, volumes=volumes, socket_directory=Path(shared)) as address:
                 say(f"a client shares memory with the CPU server, and nothing else but a directory, {address}")
                 _use(address, "shm")
@@ -81,7 +85,7 @@ def main() -> int:
                 say(f"a client uses the CUDA server over the emulated driver, {address}")
                 _use(address, "direct")
                 _check_health(gpu, address)
-        say("both images are right")
+        say("all images are right: " + ", ".join(f"{image} {_size(image)}" for image in (cpu, gpu, worker)))
     except CheckFailed as error:
         print(f"image check: {error}", file=sys.stderr)
         return 1
@@ -142,6 +146,40 @@ def _check_image(image: str) -> None:
         who = _output(_inside(container, ["id", "-u"]))
         if who != str(USER):
             raise CheckFailed(f"{image} runs as user {who}")
+
+
+def _check_workers(image: str, address: str) -> None:
+    """Have two containers train the layer of their example at once, and see that they have trained one."""
+    config = _config(image)
+    if config["User"] != f"{USER}:{USER}":
+        raise CheckFailed(f"{image} runs as {config['User']!r} (expected: {USER}:{USER})")
+    with _container(image) as one, _container(image) as other:
+        words = [*config["Entrypoint"], address, "5"]
+        running = [
+            subprocess.Popen(_inside(each, words), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            for each in (one, other)
+        ]
+        for each in running:
+            said, _ = each.communicate(timeout=_START_SECONDS)
+            if each.returncode or said.count("steps of all") != 5:
+                raise CheckFailed(f"a worker of {image} ended with {each.returncode}: {said}")
+    with sharednorm.connect(address) as hub:
+        version = hub.layer("example/bn").version
+    if version != 10:
+        raise CheckFailed(f"two workers of 5 steps each have taken {version} (expected: 10)")
+
+
+def _check_page(address: str) -> None:
+    """See that the page and the metrics are there."""
+    for path, words in (("/", b"Layers of default"), ("/metrics", b"sharednorm_steps_total"), ("/readyz", b"ok")):
+        with urllib.request.urlopen(f"http://{address}{path}", timeout=_START_SECONDS) as answer:
+            if words not in answer.read():
+                raise CheckFailed(f"http://{address}{path} does not say {words!r}")
+
+
+def _size(image: str) -> str:
+    (found,) = json.loads(_output(["podman", "image", "inspect", image]))
+    return f"{found['Size'] / 1e6:.0f} MB"
 
 
 def _check_refusal(image: str) -> None:
@@ -213,7 +251,7 @@ def _served(
         address, outside = "unix:/shared/server.sock", f"unix:{socket_directory}/server.sock"
         volumes = [*volumes, f"{socket_directory}:/shared"]
     with _container(image) as container, tempfile.TemporaryFile("w+") as log:
-        words = [*_config(image)["Entrypoint"], "serve", "--listen", address, *options]
+        words = [*_config(image)["Entrypoint"], "serve", "--listen", address, "--http", "127.0.0.1:0", *options]
         command = _inside(container, words, environment, volumes)
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
         try:
@@ -222,6 +260,7 @@ def _served(
                 log.seek(0)
                 raise CheckFailed(f"the server of {image} did not start: {line}{log.read()}")
             yield outside
+            _check_page(line.rpartition(", http ")[2].strip())
             os.kill(_server_of(process.pid), signal.SIGTERM)
             code = process.wait(_STOP_SECONDS)
             if code:

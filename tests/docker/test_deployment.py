@@ -14,6 +14,7 @@ from sharednorm_server.config import ServerConfig
 from tests.support.make import make
 from tests.support.server import run
 
+WORKERS = "sharednorm: --workers: workers is 0 (expected: a whole number, 1 to 1024)\n"
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"
 COMPOSE: dict[str, Any] = yaml.safe_load((DOCKER / "compose.yaml").read_text(encoding="utf-8"))
@@ -49,6 +50,7 @@ def test_nothing_is_published_beyond_this_machine_unless_asked_for(name: str) ->
     assert [defaults(port) for port in SERVICES[name]["ports"]] == [
         "127.0.0.1:50051:50051",
         "127.0.0.1:50052:50052",
+        "127.0.0.1:50080:50080",
     ]
 
 
@@ -60,8 +62,63 @@ def test_the_gpu_service_reserves_gpus() -> None:
     assert "deploy" not in SERVICES["cpu"]
 
 
-def test_each_service_has_a_profile_of_its_name() -> None:
-    assert {name: service["profiles"] for name, service in SERVICES.items()} == {"cuda": ["cuda"], "cpu": ["cpu"]}
+def test_each_service_has_its_profile() -> None:
+    assert {name: service["profiles"] for name, service in SERVICES.items()} == {
+        "cuda": ["cuda"], "cpu": ["cpu"], "prometheus": ["monitoring"], "grafana": ["monitoring"],
+        "worker": ["example"], "neighbour-server": ["example"], "neighbour": ["example"],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_every_container_is_confined(name: str) -> None:
+    service = SERVICES[name]
+    assert service["read_only"] is True
+    assert service["cap_drop"] == ["ALL"]
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert service["tmpfs"] == ["/tmp:size=64m,mode=1777"]
+    assert service["mem_limit"]
+    assert "privileged" not in service
+    assert service.get("network_mode") is None
+    for port in service.get("ports", ()):
+        assert defaults(port).startswith("127.0.0.1:")
+    assert service["image"].rpartition(":")[2] not in {"", "latest"}
+
+
+def test_what_is_mounted_is_there() -> None:
+    named = set(COMPOSE["volumes"])
+    for service in SERVICES.values():
+        for volume in service.get("volumes", ()):
+            source, *_ = volume.split(":")
+            assert source in named or (DOCKER / source).is_file(), volume
+
+
+def test_the_workers_find_their_servers() -> None:
+    assert SERVICES["worker"]["command"] == ["server:50051", "200"]
+    assert SERVICES["cpu"]["networks"]["default"]["aliases"] == ["server"]
+    assert SERVICES["cuda"]["networks"]["default"]["aliases"] == ["server"]
+    listen = next(word for word in SERVICES["neighbour-server"]["command"] if word.startswith("--listen="))
+    assert SERVICES["neighbour"]["command"][0] == listen.removeprefix("--listen=")
+    assert SERVICES["neighbour"]["volumes"] == SERVICES["neighbour-server"]["volumes"]
+    assert SERVICES["neighbour"]["depends_on"]["neighbour-server"]["condition"] == "service_healthy"
+
+
+def test_with_secrets_nothing_is_insecure(monkeypatch: pytest.MonkeyPatch) -> None:
+    secure = yaml.safe_load((DOCKER / "compose.secure.yaml").read_text(encoding="utf-8"))
+    assert secure["services"].keys() == {"cpu", "cuda"}
+    for name, service in secure["services"].items():
+        words = [defaults(word) for word in service["command"]]
+        assert "--insecure" not in words
+        plain = [defaults(word) for word in SERVICES[name]["command"]]
+        assert {*plain} - {*words} == {"--insecure", "--direct-port=50052"}  # tensors come by gRPC then
+        for variable, value in service["environment"].items():
+            monkeypatch.setenv(variable, value)
+            if value.startswith("/run/secrets/"):
+                assert value.rpartition("/")[2] in service["secrets"]
+        assert secure["secrets"].keys() == set(service["secrets"])
+        done = run([*words, "--print-config"])
+        assert done.returncode == 0, done.stderr
+        assert 'tls_cert = "/run/secrets/server.pem"' in done.stdout
+        assert "insecure = false" in done.stdout
 
 
 @pytest.mark.parametrize("name", ["cuda", "cpu"])
@@ -72,11 +129,11 @@ def test_the_servers_understand_their_commands(name: str) -> None:
         assert words[0] == "serve"
         # `--workers 0` is refused when everything else has been understood.
         done = run([*words, "--workers", "0"])
-        assert (done.returncode, done.stderr) == (2, "sharednorm: workers is 0 (expected: 1 to 1024)\n")
+        assert (done.returncode, done.stderr) == (2, WORKERS)
         assert any("cuda" in word for word in words) == (name == "cuda")
 
 
-@pytest.mark.parametrize("name", ["cuda", "cpu"])
+@pytest.mark.parametrize("name", ["cuda", "cpu", "client"])
 def test_an_image_is_two_stages_not_root_and_asks_for_its_health(name: str) -> None:
     found = instructions(name)
     stages = [rest.split() for word, rest in found if word == "FROM"]
@@ -85,13 +142,16 @@ def test_an_image_is_two_stages_not_root_and_asks_for_its_health(name: str) -> N
     assert all(stage[0].strip("${}") in arguments for stage in stages)  # base images are build arguments
     assert [rest for word, rest in found if word == "USER"] == ["10001:10001"]
     health = next(rest for word, rest in found if word == "HEALTHCHECK")
+    if name == "client":
+        assert health == "NONE"
+        return
     assert 'CMD ["sharednorm", "doctor", "--server", "127.0.0.1:50051"]' in health
 
 
-@pytest.mark.parametrize("name", ["cuda", "cpu"])
+@pytest.mark.parametrize("name", ["cuda", "cpu", "client"])
 def test_make_and_compose_pass_every_build_argument_on(name: str) -> None:
     arguments = {rest.partition("=")[0] for word, rest in instructions(name) if word == "ARG"}
-    assert set(SERVICES[name]["build"]["args"]) == arguments
+    assert set(SERVICES["worker" if name == "client" else name]["build"]["args"]) == arguments
     planned = make("--dry-run", "images").stdout.replace("\\\n", " ")
     (line,) = [line for line in planned.splitlines() if f"docker/{name}.Dockerfile" in line]
     assert set(re.findall(r"--build-arg (\w+)", line)) == arguments
