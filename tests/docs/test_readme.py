@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import re
 import shlex
 import subprocess
@@ -20,10 +21,12 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+import yaml
 
 import sharednorm
 from benchmarks.tables import updated
 from sharednorm.errors import error_classes
+from sharednorm_server.settings import settle
 from tests.emulation.build import SANITIZERS
 from tests.support.make import make
 from tests.support.server import server_process
@@ -118,10 +121,20 @@ def _check_pip(command: str) -> None:
 
 
 def _check_serve(command: str) -> None:
-    arguments = shlex.split(command)[2:]
-    if "--listen" in arguments:
-        place = arguments.index("--listen")
-        del arguments[place : place + 2]
+    arguments = shlex.split(command, comments=True)[2:]
+    for option in ("--listen", "--http"):
+        if option in arguments:
+            place = arguments.index(option)
+            del arguments[place : place + 2]
+            if option == "--http":
+                arguments += [option, "127.0.0.1:0"]
+    if "--config" in arguments:
+        with TemporaryDirectory() as made:
+            file = Path(made) / arguments[arguments.index("--config") + 1]
+            file.write_text(_toml_of("docs/configuration.md").replace("/run/sharednorm", made))
+            words = ["-m", "sharednorm_server", "serve", "--config", str(file), "--print-config"]
+            assert f"max_layers = 500  # {file}" in run_python(*words)
+        return
     if "--help" in arguments:
         help_text = run_python("-m", "sharednorm_server", *shlex.split(command)[1:])
         assert "--listen" in help_text
@@ -137,9 +150,40 @@ def _check_serve(command: str) -> None:
         assert server.stop() == 0
 
 
+def _toml_of(document: str) -> str:
+    """Return the first file of TOML in a document."""
+    return next(text for _, text in _blocks(Path(document), "toml"))
+
+
+def _check_variable(command: str) -> None:
+    setting, _, rest = shlex.join(shlex.split(command, comments=True)).partition(" ")
+    name, _, value = setting.partition("=")
+    assert rest == "sharednorm serve"
+    found = settle({}, {name: value}, None)
+    assert found.sources == {name.removeprefix("SHAREDNORM_").lower(): name}
+
+
+def _check_compose(command: str) -> None:
+    words = shlex.split(command)
+    after = dict(itertools.pairwise(words))
+    files = [words[place + 1] for place, word in enumerate(words) if word in {"-f", "--file"}]
+    assert files
+    profiles: set[str] = set()
+    for file in files:
+        composed = yaml.safe_load((ROOT / file).read_text(encoding="utf-8"))
+        profiles |= {name for service in composed["services"].values() for name in service.get("profiles", ())}
+    assert "--profile" not in after or after["--profile"] in profiles
+
+
+def _check_owner(command: str) -> None:
+    owner = shlex.split(command)[2]
+    assert f"USER {owner}:{owner}" in (ROOT / "docker" / "cpu.Dockerfile").read_text(encoding="utf-8")
+
+
 def _check_keys(command: str) -> None:
     with TemporaryDirectory() as place:
         make_keys(Path(place))
+        (Path(place) / "docker" / "secrets").mkdir(parents=True)
         words = [*shlex.split(command)[1:], *(["--directory", "other"] if "certs" in command else [])]
         assert run_python("-m", "sharednorm_server", *words, cwd=place)
 
@@ -197,6 +241,9 @@ CHECKS: dict[str, Callable[[str], None]] = {
     ".venv/bin/python -m tests.emulation.process ": _check_sanitizer,
     "pip install ": _check_pip,
     "sharednorm serve": _check_serve,
+    "SHAREDNORM_MAX_LAYERS=": _check_variable,
+    "docker compose ": _check_compose,
+    "chown ": _check_owner,
     "sharednorm certs create": _check_keys,
     "sharednorm token create": _check_keys,
     "sharednorm snapshots": _check_upkeep,

@@ -66,7 +66,7 @@ def channels_chart(
         words += "; marked: " + ", ".join(map(str, marked[:10])) + (" and more" if len(marked) > 10 else "")
 
     def draw(axes: Axes) -> None:
-        size = float(np.clip(600 / values.size, 2, 16))
+        size = float(np.clip(1500 / values.size, 4, 16))
         high = _as_drawn(axes, values, logarithmic=logarithmic)
         axes.scatter(at[plain], high[plain], s=size, c=_LINE, linewidths=0)
         shown = np.array([each for each in marked if finite[each]], np.int64)
