@@ -24,7 +24,8 @@ START_SECONDS = 60.0
 STOP_SECONDS = 30.0
 
 _BANNER = re.compile(
-    r"sharednorm (?P<version>\S+) listening on (?P<address>\S.*), device (?P<device>.+), state (?P<state>\S+)"
+    r"sharednorm (?P<version>\S+) listening on (?P<address>\S.*), device (?P<device>.+), state (?P<state>[^\s,]+)"
+    r"(, http (?P<http>\S+))?"
 )
 
 
