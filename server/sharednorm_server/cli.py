@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING
 
 from sharednorm._version import __version__
 from sharednorm.errors import SharedNormError
+from sharednorm_server.archive import add_export, add_import
 from sharednorm_server.bench import add_bench
 from sharednorm_server.commands import FAILED, add_backup, add_ls, add_rollback, add_snapshots, add_stats, shown
 from sharednorm_server.config import ServerConfig, StartError
 from sharednorm_server.doctor.command import add_doctor
 from sharednorm_server.keys import add_certs, add_token
 from sharednorm_server.settings import add_options, settle
+from sharednorm_server.tending import add_completion, add_delete, add_watch
 
 if TYPE_CHECKING:
     from sharednorm_server.server import RunningServer
@@ -157,6 +159,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_serve(commands)
     add_ls(commands)
     add_stats(commands)
+    add_watch(commands)
+    add_export(commands)
+    add_import(commands)
+    add_delete(commands)
     add_snapshots(commands)
     add_rollback(commands)
     add_backup(commands)
@@ -164,6 +170,7 @@ def _parser() -> argparse.ArgumentParser:
     add_certs(commands)
     add_bench(commands)
     add_doctor(commands)
+    add_completion(commands, _parser)
     return parser
 
 

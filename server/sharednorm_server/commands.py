@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import sharednorm
+from sharednorm.errors import InvalidConfiguration, InvalidFile, SharedNormError
 from sharednorm_server.config import DEFAULT_LISTEN
 
 if TYPE_CHECKING:
-    from sharednorm import Hub, Layer
+    from sharednorm import Hub, Layer, LayerInfo
     from sharednorm.state import LayerState
 
 FAILED = 1
@@ -30,6 +35,7 @@ def add_ls(commands: Commands[argparse.ArgumentParser]) -> None:
         epilog="example: sharednorm ls --server gpu-box:50051 --namespace experiment-7",
     )
     parser.set_defaults(run=_ls, failure=FAILED)
+    add_json(parser)
     add_server(parser)
 
 
@@ -47,6 +53,8 @@ def add_stats(commands: Commands[argparse.ArgumentParser]) -> None:
         "--domain", default="", help="whose running statistics; default: the layer's own, which are of no domain"
     )
     parser.add_argument("--maps", type=int, default=8, metavar="N", help="maps to show one by one; default %(default)s")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw them, to a .png, .svg or .pdf")
+    add_json(parser)
     add_server(parser)
 
 
@@ -60,6 +68,7 @@ def add_snapshots(commands: Commands[argparse.ArgumentParser]) -> None:
     )
     parser.set_defaults(run=_snapshots, failure=FAILED)
     parser.add_argument("name", metavar="NAME", help="the layer's name")
+    add_json(parser)
     add_server(parser)
 
 
@@ -75,6 +84,7 @@ def add_rollback(commands: Commands[argparse.ArgumentParser]) -> None:
     parser.set_defaults(run=_rollback, failure=FAILED)
     parser.add_argument("name", metavar="NAME", help="the layer's name")
     parser.add_argument("--to-version", type=int, required=True, metavar="V", help="version of the snapshot")
+    add_json(parser)
     add_server(parser)
 
 
@@ -88,6 +98,7 @@ def add_backup(commands: Commands[argparse.ArgumentParser]) -> None:
         epilog="example: sharednorm backup --server unix:/run/sharednorm.sock",
     )
     parser.set_defaults(run=_backup, failure=FAILED)
+    add_json(parser)
     add_server(parser)
 
 
@@ -115,15 +126,59 @@ def add_server(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _connect(arguments: argparse.Namespace) -> Hub:
+def connect(arguments: argparse.Namespace) -> Hub:
+    """Return the hub that a command line asks for."""
     return sharednorm.connect(
         arguments.server, namespace=arguments.namespace, timeout=arguments.timeout, tls=arguments.tls_ca
     )
 
 
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """Add the option that says how to print."""
+    parser.add_argument("--json", action="store_true", help="print JSON, for programs")
+
+
+@contextmanager
+def telling_of_files() -> Iterator[None]:
+    """Have files that cannot be read or written told in one line, like everything else.
+
+    Raises:
+        InvalidFile: One cannot be.
+    """
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, SharedNormError):  # some of ours are such, too
+            raise
+        raise InvalidFile(f"{error.filename or 'a file'}: {error.strerror or error}") from error
+
+
+def say(arguments: argparse.Namespace, text: str, found: object) -> None:
+    """Print what has been done: a line for people, or JSON."""
+    print(json.dumps(found, indent=1) if arguments.json else text)
+
+
 def _ls(arguments: argparse.Namespace) -> int:
-    with _connect(arguments) as hub:
+    with connect(arguments) as hub:
         layers = hub.layers()
+    if arguments.json:
+        say(arguments, "", [layer_to_json(layer) for layer in layers])
+    else:
+        print_table(table_of(layers))
+    return 0
+
+
+def layer_to_json(layer: LayerInfo) -> dict[str, object]:
+    """Return what is known of a layer, as JSON has it."""
+    return {
+        "name": layer.name, "kind": layer.config.kind.label, "maps": layer.config.maps, "train": layer.train,
+        "initialized": layer.initialized, "frozen": layer.stats_frozen, "version": layer.version,
+        "numOfProps": layer.num_of_props, "domains": layer.domains,
+    }  # fmt: skip
+
+
+def table_of(layers: Sequence[LayerInfo]) -> list[tuple[str, ...]]:
+    """Return layers as a table, its head first."""
     head = ("NAME", "KIND", "MAPS", "MODE", "STEPS", "NUMOFPROPS", "DOMAINS")
     rows = [
         (
@@ -137,14 +192,18 @@ def _ls(arguments: argparse.Namespace) -> int:
         )
         for layer in layers
     ]
-    print_table([head, *rows])
-    return 0
+    return [head, *rows]
 
 
 def _stats(arguments: argparse.Namespace) -> int:
-    with _connect(arguments) as hub:
+    with connect(arguments) as hub:
         layer = hub.layer(arguments.name, domain=arguments.domain)
         state = layer.snapshot()
+        if arguments.plot is not None:
+            _plot(arguments.plot, layer, state)
+        if arguments.json:
+            say(arguments, "", _stats_to_json(layer, state))
+            return 0
         print_table(_facts(layer, hub, state))
     vectors = [getattr(state, name) for name in _VECTORS]
     print()
@@ -163,25 +222,58 @@ def _stats(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _stats_to_json(layer: Layer, state: LayerState) -> dict[str, object]:
+    return {
+        "name": layer.name, "domain": layer.domain, "domains": list(layer.domains), "maps": layer.maps,
+        "epsilon": layer.epsilon, "affine": layer.affine, "averaging": layer.averaging, "nonfinite": layer.nonfinite,
+        "initFactor": layer.initFactor, "minFactor": layer.minFactor, "train": layer.train,
+        "initialized": state.initialized, "frozen": state.stats_frozen, "version": state.version,
+        "numOfProps": state.num_of_props,
+        **{name: [_json_number(value) for value in getattr(state, name).tolist()] for name in _VECTORS},
+    }  # fmt: skip
+
+
+def _json_number(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)  # JSON has no such number
+
+
+def _plot(path: Path, layer: Layer, state: LayerState) -> None:
+    try:
+        from sharednorm_server.page.charts import save_plot  # noqa: PLC0415 - needs the extra
+    except ModuleNotFoundError as error:
+        raise InvalidConfiguration(f"--plot needs {error.name}: pip install 'sharednorm[server]'") from error
+    with telling_of_files():
+        save_plot(path, {name: getattr(state, name) for name in _VECTORS}, f"{layer.name}, version {state.version}")
+
+
 def _snapshots(arguments: argparse.Namespace) -> int:
-    with _connect(arguments) as hub:
+    with connect(arguments) as hub:
         found = hub.snapshots(arguments.name)
+    if arguments.json:
+        every = [
+            {"version": each.version, "numOfProps": each.num_of_props, "taken": each.taken.isoformat()}
+            for each in found
+        ]
+        say(arguments, "", every)
+        return 0
     rows = [(str(each.version), str(each.num_of_props), f"{each.taken:%Y-%m-%d %H:%M:%S} UTC") for each in found]
     print_table([("VERSION", "NUMOFPROPS", "TAKEN"), *rows])
     return 0
 
 
 def _rollback(arguments: argparse.Namespace) -> int:
-    with _connect(arguments) as hub:
+    with connect(arguments) as hub:
         before = hub.layer(arguments.name).version
         hub.rollback(arguments.name, arguments.to_version)
-    print(f"{shown(arguments.name)} is as it was at version {arguments.to_version}; what it was is version {before}")
+    text = f"{shown(arguments.name)} is as it was at version {arguments.to_version}; what it was is version {before}"
+    say(arguments, text, {"name": arguments.name, "version": arguments.to_version, "before": before})
     return 0
 
 
 def _backup(arguments: argparse.Namespace) -> int:
-    with _connect(arguments) as hub:
-        print(hub.backup())
+    with connect(arguments) as hub:
+        path = hub.backup()
+    say(arguments, path, {"path": path})
     return 0
 
 

@@ -202,6 +202,32 @@ def _check_upkeep(command: str) -> None:
         assert run_python("-m", "sharednorm_server", *words, "--server", server.address)
 
 
+def _check_tending(command: str) -> None:
+    with TemporaryDirectory() as place, server_process() as server:
+        with sharednorm.connect(server.address) as hub:
+            hub.BatchNorm2D(2, name="stem/bn")(np.arange(8, dtype=np.float32).reshape(2, 2, 2, 1))
+        words = [*shlex.split(command)[1:], "--server", server.address]
+        if "import" in words:
+            run_python("-m", "sharednorm_server", "export", "layers", "--server", server.address, cwd=place)
+        assert run_python("-m", "sharednorm_server", *words, cwd=place)
+
+
+def _check_completion(command: str) -> None:
+    assert run_python("-m", "sharednorm_server", *shlex.split(command)[1:])
+
+
+def test_the_commands_are_those_that_there_are() -> None:
+    page = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
+    usage = run_python("-m", "sharednorm_server", "--help")
+    there = set(re.findall(r"^    (\w+) ", usage, re.MULTILINE))
+    assert len(there) >= 14
+    assert all(f"`{name}" in page for name in there)
+
+
+def _check_help(command: str) -> None:
+    assert "usage: sharednorm" in run_python("-m", "sharednorm_server", *shlex.split(command)[1:])
+
+
 def _check_bench(command: str) -> None:
     with server_process() as server:
         words = [*shlex.split(command)[1:], "--server", server.address, "--seconds", "0.01"]
@@ -246,6 +272,13 @@ CHECKS: dict[str, Callable[[str], None]] = {
     "chown ": _check_owner,
     "sharednorm certs create": _check_keys,
     "sharednorm token create": _check_keys,
+    "sharednorm --help": _check_help,
+    "sharednorm stats --help": _check_help,
+    "sharednorm completion": _check_completion,
+    "sharednorm export": _check_tending,
+    "sharednorm import": _check_tending,
+    "sharednorm watch": _check_tending,
+    "sharednorm delete": _check_tending,
     "sharednorm snapshots": _check_upkeep,
     "sharednorm rollback": _check_upkeep,
     "sharednorm backup": _check_upkeep,

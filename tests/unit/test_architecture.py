@@ -37,7 +37,7 @@ COMPILED = _client("_numba_arithmetic", "_numba_backward", "_numba_common", "_nu
                    "_numba_moments", "_numba_plan", "_numba_vector")  # fmt: skip
 EDGE = _server("__main__", "cli", "commands", "server", "servicer", "messages", "calls", "group_calls", "batches",
                "listen", "tls", "keys", "certificates", "direct", "lane", "regions", "transfers", "bench",
-               "web", "page.")  # fmt: skip
+               "web", "page.", "archive", "tending")  # fmt: skip
 MEANING = _server("service", "access", "catalog", "budget", "placement", "requests", "layers", "ledger",
                   "saved_inputs", "checks", "paging")  # fmt: skip
 GROUPS = _server("groups", "synchronization")
@@ -168,7 +168,7 @@ def test_arrows_point_one_way(importers: tuple[str, ...], forbidden: tuple[str, 
         pytest.param(COMPILED, (*COMPILED, *_client("normalization")), id="compiled arithmetic"),
         pytest.param(("pycuda.",), _server(*(f"device.{name}" for name in CUDA)), id="pycuda"),
         pytest.param(("ml_dtypes.",), _client("config"), id="ml_dtypes"),
-        pytest.param(("torch.",), _client("torch", "_torch_functions"), id="torch"),
+        pytest.param(("torch.",), (*_client("torch", "_torch_functions"), *_server("archive")), id="torch"),
         pytest.param(_client("torch", "_torch_functions"), _client("torch"), id="the adapter of torch"),
         pytest.param(("h5py.",), _client("_formats", "files"), id="h5py"),
         pytest.param(("safetensors.",), _client("_formats"), id="safetensors"),
@@ -225,6 +225,7 @@ def test_optional_packages_are_those_of_the_extras() -> None:
         "prometheus_client",
         "jinja2",
         "matplotlib",
+        "shtab",
     }
     assert {_root(found) for found in IMPORTS} - known <= extras
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
@@ -17,6 +18,7 @@ from matplotlib.dates import AutoDateLocator, DateFormatter
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from sharednorm.errors import InvalidFile
 from sharednorm_server.page.history import QUANTILES, Sample
 
 # Drawn in colours that nothing else has, and then replaced by the page's.
@@ -55,9 +57,6 @@ def channels_chart(
         logarithmic: Whether equal distances are equal ratios; what is not above 0 is at the bottom then.
     """
     finite = np.isfinite(values)
-    at = np.arange(values.size)
-    plain = finite.copy()
-    plain[list(marked)] = False
     words = f"{title} of {values.size} channels"
     if finite.any():
         low, middle, high = np.quantile(values[finite].astype(np.float64), (0.0, 0.5, 1.0))
@@ -65,18 +64,47 @@ def channels_chart(
     if marked:
         words += "; marked: " + ", ".join(map(str, marked[:10])) + (" and more" if len(marked) > 10 else "")
 
-    def draw(axes: Axes) -> None:
-        size = float(np.clip(1500 / values.size, 4, 16))
-        high = _as_drawn(axes, values, logarithmic=logarithmic)
-        axes.scatter(at[plain], high[plain], s=size, c=_LINE, linewidths=0)
-        shown = np.array([each for each in marked if finite[each]], np.int64)
-        if shown.size:
-            axes.scatter(shown, high[shown], s=40, c=_MARK, marker="x", linewidths=1.5)
-        axes.set_xlabel("channel")
-        axes.set_xlim(-0.5, values.size - 0.5)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return _svg(lambda axes: _draw_channels(axes, values, marked, logarithmic=logarithmic), words)
 
-    return _svg(draw, words)
+
+def save_plot(path: Path, vectors: Mapping[str, npt.NDArray[np.float32]], title: str) -> None:
+    """Draw vectors of one value a channel, one below the other, to a file; its extension says of which kind.
+
+    Raises:
+        InvalidFile: There is no such kind.
+        OSError: The file cannot be written.
+    """
+    style = {**_STYLE, **dict.fromkeys((name for name, value in _STYLE.items() if value == _INK), "black")}
+    with _drawing, mpl.rc_context(style):  # type: ignore[arg-type]
+        figure = Figure(figsize=(8, 2.2 * len(vectors)), layout="constrained", dpi=120)
+        figure.suptitle(title.replace("$", r"\$"))
+        for axes, (name, values) in zip(
+            figure.subplots(len(vectors), squeeze=False).flat, vectors.items(), strict=True
+        ):
+            _draw_channels(axes, values, (), logarithmic=name == "var", line="#1f6feb")
+            axes.set_ylabel(name)
+        try:
+            figure.savefig(path)
+        except ValueError as error:
+            raise InvalidFile(f"{path} is of no kind that can be drawn (expected: .png, .svg or .pdf)") from error
+
+
+def _draw_channels(
+    axes: Axes, values: npt.NDArray[np.float32], marked: Sequence[int], *, logarithmic: bool, line: str = _LINE
+) -> None:
+    finite = np.isfinite(values)
+    at = np.arange(values.size)
+    plain = finite.copy()
+    plain[list(marked)] = False
+    size = float(np.clip(1500 / values.size, 4, 16))
+    high = _as_drawn(axes, values, logarithmic=logarithmic)
+    axes.scatter(at[plain], high[plain], s=size, c=line, linewidths=0)
+    shown = np.array([each for each in marked if finite[each]], np.int64)
+    if shown.size:
+        axes.scatter(shown, high[shown], s=40, c=_MARK, marker="x", linewidths=1.5)
+    axes.set_xlabel("channel")
+    axes.set_xlim(-0.5, values.size - 0.5)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def drift_chart(samples: Sequence[Sample], name: str, title: str, *, logarithmic: bool = False) -> str:
