@@ -219,7 +219,7 @@ def _check_completion(command: str) -> None:
 def test_the_commands_are_those_that_there_are() -> None:
     page = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
     usage = run_python("-m", "sharednorm_server", "--help")
-    there = set(re.findall(r"^    (\w+) ", usage, re.MULTILINE))
+    there = set(re.findall(r"^    (\w+)\s", usage, re.MULTILINE))
     assert len(there) >= 14
     assert all(f"`{name}" in page for name in there)
 
