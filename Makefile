@@ -32,7 +32,7 @@ READY  := $(VENV)/.ready
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-torch test soak serve check bench gpu-check kernels proto images up down image-check clean
+.PHONY: help demo demo-torch test soak serve check docs bench gpu-check kernels proto images up down image-check clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -65,6 +65,9 @@ check: $(READY)-check $(READY)-test $(READY)-demo  ## Lint, types, the contract,
 	$(call generate,$(VENV)/generated)
 	diff -r -x __init__.py -x __pycache__ $(VENV)/generated/sharednorm/v1 client/sharednorm/v1 \
 	    || { echo 'client/sharednorm/v1 is not what proto/ makes: run `make proto`' >&2; exit 1; }
+
+docs: $(READY)-check  ## Build the documentation's site, in build/site; a warning is an error
+	$(BIN)/mkdocs build --quiet --clean
 
 bench: $(READY)-bench $(READY)-server $(READY)-torch  ## Compare with PyTorch, gloo, Arrow Flight and raw gRPC; writes benchmarks/results and the README's tables
 	$(BIN)/python -m benchmarks.local

@@ -309,3 +309,14 @@ def test_the_readme_lists_every_error_as_it_is() -> None:
 def test_the_readme_quotes_the_results_that_are_committed() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert updated(readme) == readme, "python -m benchmarks.tables writes them"
+
+
+def test_every_reason_is_explained() -> None:
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    assert sorted(re.findall(r"^### ([A-Z_]+)$", page, re.MULTILINE)) == sorted({cls.reason for cls in error_classes()})
+
+
+def test_every_page_is_on_the_site() -> None:
+    site = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")}
+    assert set(re.findall(r": (\w+\.md)$", site, re.MULTILINE)) == pages | {"readme.md", "changelog.md"}
