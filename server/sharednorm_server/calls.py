@@ -24,6 +24,7 @@ from sharednorm.errors import (
     SharedNormError,
 )
 from sharednorm_server.access import TokenFile
+from sharednorm_server.logs import in_call, new_call
 from sharednorm_server.requests import Wanted
 from sharednorm_server.watching import NOBODY, Seen, Watcher
 
@@ -154,6 +155,10 @@ class UnaryCall:
 
     def __call__(self, request: bytes, context: grpc.ServicerContext) -> bytes:
         """Answer a request, or end the call with a typed error."""
+        with in_call(new_call(self.name)):
+            return self._answer(request, context)
+
+    def _answer(self, request: bytes, context: grpc.ServicerContext) -> bytes:
         pool = self.experimental_thread_pool
         seen = self._watcher.begin(self.name, WAY, pool.arrived)
         seen.started()
@@ -185,12 +190,13 @@ class StreamCall:
 
     def __call__(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         """Answer requests, or end the call with a typed error."""
+        call = new_call(self.name)  # this may end in another thread, so that it is never held over an answer
         pool = self.experimental_thread_pool
         seen = self._watcher.begin(self.name, WAY, pool.arrived)
         seen.started()
         try:
             pool.begin(context)
-            with _caller(self._tokens, self.name, context):
+            with in_call(call), _caller(self._tokens, self.name, context):
                 answers = self._behaviour(_counted(requests, seen), context.is_active)
                 first = next(answers, None)  # all that asks who calls comes before it
             if first is None:
@@ -205,7 +211,8 @@ class StreamCall:
             seen.failed(_GIVEN_UP)
             raise  # the client has gone while it was being listened to; gRPC raised this and knows it
         except Exception as error:  # noqa: BLE001 - the edge: everything becomes a status
-            _refuse(self.name, error, context, seen)
+            with in_call(call):
+                _refuse(self.name, error, context, seen)
         finally:
             seen.ended()
 
@@ -244,7 +251,8 @@ class Doorkeeper(grpc.ServerInterceptor):
             def refuse(_: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
                 seen = self._watcher.begin(name, WAY)
                 try:
-                    _refuse(name, refused, context, seen)
+                    with in_call(new_call(name)):
+                        _refuse(name, refused, context, seen)
                 finally:
                     seen.ended()
 

@@ -21,6 +21,7 @@ from sharednorm_server.commands import FAILED, add_backup, add_ls, add_rollback,
 from sharednorm_server.config import ServerConfig, StartError
 from sharednorm_server.doctor.command import add_doctor
 from sharednorm_server.keys import add_certs, add_token
+from sharednorm_server.logs import configure
 from sharednorm_server.settings import add_options, settle
 from sharednorm_server.tending import add_completion, add_delete, add_watch
 
@@ -75,9 +76,7 @@ def _serve(arguments: argparse.Namespace) -> int:
         print(settings.toml(), end="")
         return 0
     config = settings.config
-    logging.basicConfig(
-        stream=sys.stderr, level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    configure(config.log_level, config.log_format)
     stop = Stop()
     _allow_many_files()
     server = _start(config)

@@ -285,6 +285,7 @@ class ServerConfig:
         None, "where its page, /metrics, /healthz and /readyz are: HOST:PORT", "ADDRESS", unset="nowhere"
     )
     log_level: str = _one_of("info", ("debug", "info", "warning", "error"), "what the log tells, and what is above it")
+    log_format: str = _one_of("human", ("human", "json"), "whether the log is for people, or lines of JSON")
 
     def __post_init__(self) -> None:
         """Check every range once, where the object is made."""

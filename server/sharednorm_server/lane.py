@@ -19,6 +19,7 @@ from sharednorm.errors import DeadlineExceeded, MalformedMessage, SharedNormErro
 from sharednorm.v1 import service_pb2
 from sharednorm_server.calls import CallPool, known_error
 from sharednorm_server.group_calls import Meeting
+from sharednorm_server.logs import in_call, new_call
 from sharednorm_server.regions import InRegions, Session, SessionEnded
 from sharednorm_server.servicer import Answer, Servicer
 from sharednorm_server.tensors import Incoming
@@ -140,7 +141,9 @@ class Lane:
             small = self._read(data_bytes) if data_bytes <= frames.WAIT_BYTES else None
             if self._reader.waiting:
                 raise EOFError  # the next call, before this one's answer: not a client of ours
-            self._call(method, message, shared or (None if small is None else InMessage(memoryview(small))), data_bytes)
+            here = shared or (None if small is None else InMessage(memoryview(small)))
+            with in_call(new_call(_NAMES.get(method, _NO_METHOD))):
+                self._call(method, message, here, data_bytes)
 
     def _call(self, method: int, message: bytes, here: Here | None, data_bytes: int) -> None:
         seen = self._watcher.begin(_NAMES.get(method, _NO_METHOD), SHARED if isinstance(here, InRegions) else DIRECT)

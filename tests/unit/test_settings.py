@@ -44,6 +44,7 @@ OTHERS: dict[str, tuple[str, Any]] = {
     "tls_client_ca": ("ca.pem", Path("ca.pem")),
     "http": ("127.0.0.1:9090", "127.0.0.1:9090"),
     "log_level": ("debug", "debug"),
+    "log_format": ("json", "json"),
 }
 # Options that no server has without others.
 BESIDE = {"tls_cert": ("tls_key",), "tls_key": ("tls_cert",), "tls_client_ca": ("tls_cert", "tls_key")}
