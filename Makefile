@@ -21,7 +21,12 @@ PROFILE ?= cuda
 TORCH_VERSION := 2.13.0
 FATBIN := kernels/sharednorm_kernels/sharednorm.fatbin
 
-ifeq ($(origin PYTHON),file)
+# LOWEST=1 tests with the oldest releases of packages that are allowed.
+LOWEST ?=
+
+ifneq ($(LOWEST),)
+VENV ?= .venv-lowest
+else ifeq ($(origin PYTHON),file)
 VENV ?= .venv
 else
 VENV ?= .venv-$(shell $(PYTHON) -c 'import platform; print(platform.python_version())' 2>/dev/null || echo none)
@@ -32,7 +37,7 @@ READY  := $(VENV)/.ready
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-torch test soak serve check docs bench gpu-check kernels proto images up down image-check clean
+.PHONY: help demo demo-torch test test-all soak serve check docs bench gpu-check kernels proto images up down image-check clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -43,8 +48,14 @@ demo: $(READY)-demo  ## Several processes share layers on one server, on real da
 demo-torch: $(READY)-demo $(READY)-torch  ## Workers with tiny batches train a network with PyTorch, normalized as one; STEPS= is how long
 	$(BIN)/python -m examples.synchronized $(if $(STEPS),--steps $(STEPS))
 
-test: $(READY)-test $(if $(TORCH),$(READY)-torch) $(if $(CUDA),$(READY)-cuda)  ## Run every test that this machine can run; TORCH=1 adds PyTorch, CUDA=1 PyCUDA
+test: $(READY)-test $(if $(TORCH),$(READY)-torch) $(if $(CUDA),$(READY)-cuda)  ## Run every test that this machine can run; TORCH=1 adds PyTorch, CUDA=1 PyCUDA; LOWEST=1: with the oldest packages
 	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
+
+test-all:  ## `make test` with each Python from 3.10 to 3.13 that pyenv has, and with the oldest packages
+	@for python in $$(find "$$(pyenv root)/versions" -maxdepth 1 -name '3.1[0-3].*' | sort -V); do \
+	    $(MAKE) test PYTHON="$$python/bin/python" || exit; \
+	done
+	$(MAKE) test LOWEST=1
 
 soak: $(READY)-test  ## Hours of faults: 1,000 networks that break, 200 servers that are killed, a million damaged messages; SEEDS=, KILLS= and MESSAGES= for fewer
 	SHAREDNORM_SEEDS=$(or $(SEEDS),167) SHAREDNORM_KILLS=$(or $(KILLS),200) SHAREDNORM_MESSAGES=$(or $(MESSAGES),125000) \
@@ -145,7 +156,8 @@ $(READY)-gpu: $(READY)-server
 
 $(READY)-%: pyproject.toml | $(VENV)/.created
 	@echo 'installing the packages for `make $*` into $(VENV)'
-	$(BIN)/pip install --quiet --editable '.[$*]'
+	$(if $(LOWEST),$(BIN)/python tests/packaging/lowest.py > $(VENV)/lowest.txt)
+	$(BIN)/pip install --quiet $(if $(LOWEST),--constraint $(VENV)/lowest.txt) --editable '.[$*]'
 	@touch $@
 
 $(VENV)/.created:

@@ -91,7 +91,8 @@ class _Npz:
 
     def encode(self, layer: str, entries: Entries) -> bytes:
         stream = io.BytesIO()
-        np.savez(stream, allow_pickle=False, **{f"{layer}.{name}": array for name, array in entries.items()})
+        # Without allow_pickle, which NumPy before 2.1 would take for one more array: numbers are never pickled.
+        np.savez(stream, **{f"{layer}.{name}": array for name, array in entries.items()})
         return stream.getvalue()
 
     def decode(self, stream: IO[bytes], layer: str, maps: int) -> Entries:
