@@ -92,7 +92,8 @@ class _Npz:
     def encode(self, layer: str, entries: Entries) -> bytes:
         stream = io.BytesIO()
         # Without allow_pickle, which NumPy before 2.1 would take for one more array: numbers are never pickled.
-        np.savez(stream, **{f"{layer}.{name}": array for name, array in entries.items()})
+        arrays: dict[str, Any] = {f"{layer}.{name}": array for name, array in entries.items()}
+        np.savez(stream, **arrays)
         return stream.getvalue()
 
     def decode(self, stream: IO[bytes], layer: str, maps: int) -> Entries:

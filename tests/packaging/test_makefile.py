@@ -8,7 +8,7 @@ import pytest
 
 from tests.support.make import make
 
-TARGETS = ("demo", "demo-torch", "test", "soak", "serve", "check", "bench", "gpu-check", "kernels", "proto", "images",
+TARGETS = ("demo", "demo-torch", "test", "test-all", "soak", "serve", "check", "docs", "bench", "gpu-check", "kernels", "proto", "images",
            "up", "down", "image-check", "clean")  # fmt: skip
 
 
