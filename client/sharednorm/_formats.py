@@ -178,11 +178,11 @@ def read_group(group: h5py.Group, layer: str, maps: int) -> Entries:
         _require(layer, present)
         entries: Entries = {}
         for name in _LINKED:
-            index = _values(links[f"{layer}.{name}"], f"links/{layer}.{name}", 1)
-            entries[name] = _values(params[str(index.item())], f"params/{index.item()}", maps)
+            index = _values(links, f"{layer}.{name}", 1)
+            entries[name] = _values(params, str(index.item()), maps)
         for name in _ATTRIBUTES:
             if f"{layer}.{name}" in attrs:
-                entries[name] = _values(attrs[f"{layer}.{name}"], f"attrs/{layer}.{name}", maps)
+                entries[name] = _values(attrs, f"{layer}.{name}", maps)
     except InvalidFile:
         raise
     except _DAMAGE as error:
@@ -190,8 +190,11 @@ def read_group(group: h5py.Group, layer: str, maps: int) -> Entries:
     return entries
 
 
-def _values(dataset: h5py.Dataset, what: str, most: int) -> npt.NDArray[Any]:
-    if not isinstance(dataset, _h5py().Dataset) or dataset.external or dataset.is_virtual:
+def _values(group: h5py.Group, name: str, most: int) -> npt.NDArray[Any]:
+    library, what = _h5py(), f"{group.name.strip('/')}/{name}"
+    elsewhere = isinstance(group.get(name, getlink=True), library.ExternalLink)  # to be opened by nobody
+    dataset = None if elsewhere else group[name]
+    if not isinstance(dataset, library.Dataset) or dataset.external or dataset.is_virtual:
         raise InvalidFile(f"{what} is not an array inside the file")
     # The declared size is checked before anything of that size is allocated.
     if dataset.size > most:
