@@ -188,7 +188,7 @@ def updated(readme: str) -> str:
         "gpu-kernels": kernels_table, "gpu-calls": gpu_calls_table,
         "local": local_table, "datapath": datapath_table, "calls": calls_table, "remote": remote_table,
         "groups": datapath_table, "together": together_table,
-        "durability": datapath_table, "kept": kept_table,
+        "durability": datapath_table, "kept": kept_table, "overload": datapath_table,
     }  # fmt: skip
     for name, table in tables.items():
         report = load(SHARED.get(name, name))
