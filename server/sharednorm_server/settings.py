@@ -87,7 +87,7 @@ def settle(flags: Mapping[str, Any], environment: Mapping[str, str], file: Path 
         if variable == PREFIX + name.upper() and name in OPTIONS:
             found[name] = text, variable
         elif variable.startswith(PREFIX) and variable not in _ELSEWHERE:
-            _require_no_other(variable, [PREFIX + name.upper() for name in OPTIONS])
+            _require_no_other(variable)
     found |= {name: (text, f"--{name.replace('_', '-')}") for name, text in flags.items() if name in OPTIONS}
     values: dict[str, Any] = {"state": default_state()}
     for name, (text, source) in found.items():
@@ -113,7 +113,7 @@ def _read(path: Path) -> dict[str, str]:
     texts = {}
     for name, value in document.items():
         if name not in OPTIONS:
-            raise InvalidConfiguration(f"{path}: there is no option {name!a}{_perhaps(name, list(OPTIONS))}")
+            raise InvalidConfiguration(f"{path}: there is no option {name!a}{_perhaps(name)}")
         if not isinstance(value, (str, int, float)):
             raise InvalidConfiguration(f"{path}: {name} is of a wrong type (expected: {OPTIONS[name].expected})")
         texts[name] = str(value)
@@ -127,16 +127,22 @@ def _toml_library() -> Any:
         raise StartError(f"a configuration file needs {error.name}: pip install 'sharednorm[server]'") from error
 
 
-def _require_no_other(variable: str, known: list[str]) -> None:
+def _require_no_other(variable: str) -> None:
     # The prefix is also that of variables which are not for a server; one that looks like an option is a slip.
-    perhaps = _perhaps(variable, known)
-    if perhaps:
-        raise InvalidConfiguration(f"the environment has {variable}, which is no option{perhaps}")
+    close = _close_to(variable.removeprefix(PREFIX).lower())
+    if close:
+        raise InvalidConfiguration(
+            f"the environment has {variable}, which is no option (did you mean {PREFIX}{close.upper()}?)"
+        )
 
 
-def _perhaps(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, 1, 0.85)
-    return f" (did you mean {close[0]}?)" if close else ""
+def _perhaps(name: str) -> str:
+    close = _close_to(name)
+    return f" (did you mean {close}?)" if close else ""
+
+
+def _close_to(name: str) -> str:
+    return next(iter(difflib.get_close_matches(name, list(OPTIONS), 1, 0.8)), "")
 
 
 def _toml(option: Option, value: object) -> str:

@@ -162,7 +162,13 @@ def test_variables_that_look_like_options() -> None:
     words = r"^the environment has SHAREDNORM_MAX_LAYER, which is no option \(did you mean SHAREDNORM_MAX_LAYERS\?\)$"
     with pytest.raises(InvalidConfiguration, match=words):
         settle({}, {"SHAREDNORM_MAX_LAYER": "5"}, None)
-    others = {"SHAREDNORM_TOKEN": "x", "SHAREDNORM_TLS_CA": "y", "SHAREDNORM_PUBLISH": "z", "sharednorm_workers": "0"}
+    others = {
+        "SHAREDNORM_TOKEN": "x",
+        "SHAREDNORM_TLS_CA": "y",
+        "SHAREDNORM_PUBLISH": "z",
+        "SHAREDNORM_SECRETS": "s",
+        "sharednorm_workers": "0",
+    }
     assert settle({}, others, None).sources == {}
     with pytest.raises(InvalidConfiguration, match=r"^SHAREDNORM_WORKERS: workers is 0 \(expected: a whole number"):
         settle({}, {"SHAREDNORM_WORKERS": "0"}, None)
