@@ -8,12 +8,13 @@ import secrets
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 import sharednorm
-from sharednorm_server.commands import FAILED, Commands, add_server, print_table
+from sharednorm_server.commands import FAILED, Commands, add_server, drawing, print_table, telling_of_files
 from sharednorm_server.config import parse_size
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ def add_bench(commands: Commands[argparse.ArgumentParser]) -> None:
     parser.add_argument("--transport", default="auto", metavar="WAY",
         help="shm, direct, grpc, or auto for the best there is; default %(default)s")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw it, to a .png, .svg or .pdf")
     add_server(parser)
 
 
@@ -60,6 +62,10 @@ def _bench(arguments: argparse.Namespace) -> int:
         info, transport = hub.info, hub.transport
         rows = [row for shape in shapes for row in _measure(hub, shape, arguments.seconds, bar)]
     bar.close()
+    if arguments.plot is not None:
+        charts = drawing()
+        with telling_of_files():
+            charts.save_bench(arguments.plot, rows, f"{arguments.server}, device {info.device}, tensors by {transport}")
     if arguments.json:
         found = {"server": arguments.server, "device": info.device, "transport": transport, "calls": rows}
         print(json.dumps(found, indent=1))

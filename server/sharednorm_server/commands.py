@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import sharednorm
@@ -238,12 +239,24 @@ def _json_number(value: float) -> float | str:
 
 
 def _plot(path: Path, layer: Layer, state: LayerState) -> None:
+    charts = drawing()
+    with telling_of_files():
+        charts.save_plot(
+            path, {name: getattr(state, name) for name in _VECTORS}, f"{layer.name}, version {state.version}"
+        )
+
+
+def drawing() -> ModuleType:
+    """Return what draws pictures.
+
+    Raises:
+        InvalidConfiguration: It is not installed.
+    """
     try:
-        from sharednorm_server.page.charts import save_plot  # noqa: PLC0415 - needs the extra
+        from sharednorm_server.page import charts  # noqa: PLC0415 - needs the extra, and takes a moment
     except ModuleNotFoundError as error:
         raise InvalidConfiguration(f"--plot needs {error.name}: pip install 'sharednorm[server]'") from error
-    with telling_of_files():
-        save_plot(path, {name: getattr(state, name) for name in _VECTORS}, f"{layer.name}, version {state.version}")
+    return charts
 
 
 def _snapshots(arguments: argparse.Namespace) -> int:

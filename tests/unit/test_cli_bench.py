@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -43,6 +44,18 @@ def test_json(address: str, transport: str) -> None:
         assert (call["shape"], call["bytes"]) == ([2, 64, 4, 4], 8192)
         assert 0 < call["p50_ms"] <= call["p90_ms"]
         assert call["mb_per_s"] == pytest.approx(2 * 8192 / 1e3 / call["p50_ms"], rel=0.01)
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg"])
+def test_a_plot(address: str, tmp_path: Path, suffix: str) -> None:
+    file = tmp_path / f"bench.{suffix}"
+    words = ["bench", "--server", address, "--sizes", "8KiB,1MiB", "--seconds", "0.05", "--plot", str(file)]
+    result = server.run(words)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert file.read_bytes().startswith({"png": b"\x89PNG", "svg": b"<?xml"}[suffix])
+    if suffix == "svg":
+        for call in ("train", "backward", "eval"):
+            assert f">{call}<" in file.read_text()
 
 
 @pytest.mark.parametrize(

@@ -74,15 +74,51 @@ def save_plot(path: Path, vectors: Mapping[str, npt.NDArray[np.float32]], title:
         InvalidFile: There is no such kind.
         OSError: The file cannot be written.
     """
-    style = {**_STYLE, **dict.fromkeys((name for name, value in _STYLE.items() if value == _INK), "black")}
-    with _drawing, mpl.rc_context(style):  # type: ignore[arg-type]
-        figure = Figure(figsize=(8, 2.2 * len(vectors)), layout="constrained", dpi=120)
-        figure.suptitle(title.replace("$", r"\$"))
+
+    def draw(figure: Figure) -> None:
         for axes, (name, values) in zip(
             figure.subplots(len(vectors), squeeze=False).flat, vectors.items(), strict=True
         ):
             _draw_channels(axes, values, (), logarithmic=name == "var", line="#1f6feb")
             axes.set_ylabel(name)
+
+    _save(path, (8, 2.2 * len(vectors)), title, draw)
+
+
+def save_bench(path: Path, rows: Sequence[Mapping[str, Any]], title: str) -> None:
+    """Draw what calls take by the size of their tensors, and how many bytes travel in a second; see `save_plot`.
+
+    Args:
+        path: The file.
+        rows: Of each call and size "call", "bytes", "p50_ms", "p90_ms" and "mb_per_s".
+        title: Above it.
+    """
+
+    def draw(figure: Figure) -> None:
+        left, right = figure.subplots(1, 2)
+        for call in dict.fromkeys(row["call"] for row in rows):
+            mine = [row for row in rows if row["call"] == call]
+            sizes = [row["bytes"] / 1e6 for row in mine]
+            middle, late = ([row[name] for row in mine] for name in ("p50_ms", "p90_ms"))
+            (line,) = left.plot(sizes, middle, marker="o", label=call)
+            left.fill_between(sizes, middle, late, color=line.get_color(), alpha=0.2, linewidth=0)
+            right.plot(sizes, [row["mb_per_s"] for row in mine], marker="o", label=call)
+        for axes, name in ((left, "ms: half of the calls, to nine of ten"), (right, "MB a second, there and back")):
+            axes.set_xscale("log")
+            axes.set_yscale("log")
+            axes.set_xlabel("MB of a tensor")
+            axes.set_title(name, fontsize=9)
+        left.legend(frameon=False)
+
+    _save(path, (9, 4), title, draw)
+
+
+def _save(path: Path, inches: tuple[float, float], title: str, draw: Callable[[Figure], None]) -> None:
+    style = {**_STYLE, **dict.fromkeys((name for name, value in _STYLE.items() if value == _INK), "black")}
+    with _drawing, mpl.rc_context(style):  # type: ignore[arg-type]
+        figure = Figure(figsize=inches, layout="constrained", dpi=120)
+        figure.suptitle(title.replace("$", r"\$"))
+        draw(figure)
         try:
             figure.savefig(path)
         except ValueError as error:
