@@ -13,6 +13,7 @@ import pytest
 CONFTEST = Path(__file__).parents[1] / "conftest.py"
 NO_TORCH = "def test_one():\n    sys.modules['torch'] = None\n    pytest.importorskip('torch')\n"
 NO_CUDA = "def test_three():\n    pytest.skip('they need PyCUDA, which make test CUDA=1 builds')\n"
+NO_PROGRAM = "def test_four():\n    pytest.skip('needs a program that is not installed: chromium')\n"
 OTHER = "def test_two():\n    pytest.skip('no such machine')\n"
 
 
@@ -43,6 +44,13 @@ def test_what_needs_pycuda_is_listed_with_its_command(tmp_path: Path, allowed: s
     assert "left out: 1 test that runs on PyCUDA; to add: make test CUDA=1" in output
 
 
+@pytest.mark.parametrize("allowed", [None, "anything", "programs", "torch,programs"])
+def test_what_needs_another_program_is_listed_with_its_command(tmp_path: Path, allowed: str | None) -> None:
+    code, output = _run(tmp_path, allowed, NO_PROGRAM)
+    assert code == 0
+    assert "left out: 1 test that needs other programs; to add: apt-get install prometheus chromium" in output
+
+
 def test_another_reason_is_listed_as_it_is(tmp_path: Path) -> None:
     code, output = _run(tmp_path, None, OTHER)
     assert code == 0
@@ -58,6 +66,7 @@ def test_another_reason_is_listed_as_it_is(tmp_path: Path) -> None:
         ("torch", NO_CUDA),
         ("cuda", NO_TORCH),
         ("torch,cuda", OTHER),
+        ("torch,cuda", NO_PROGRAM),
     ],
 )
 def test_what_is_left_out_against_the_rule_fails_the_run(tmp_path: Path, allowed: str, test: str) -> None:
@@ -75,4 +84,4 @@ def test_a_complete_run_passes_and_lists_nothing(tmp_path: Path, allowed: str) -
 def test_a_word_that_is_no_rule_is_refused(tmp_path: Path) -> None:
     code, output = _run(tmp_path, "everything")
     assert code != 0
-    assert "expected: anything, nothing, or torch,cuda or one of them" in output
+    assert "expected: anything, nothing, or torch,cuda,programs or some of them" in output
