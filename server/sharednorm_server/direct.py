@@ -11,6 +11,7 @@ import os
 import secrets
 import socket
 import stat
+import struct
 import threading
 import time
 from contextlib import suppress
@@ -27,6 +28,7 @@ from sharednorm_server.servicer import Servicer
 from sharednorm_server.watching import Watcher
 
 _BACKLOG = 128
+_CREDENTIALS = struct.Struct("@iII")  # struct ucred: process, user, group
 
 _log = logging.getLogger(__name__)
 
@@ -108,6 +110,16 @@ class DirectServer:
     def connections(self) -> int:
         """How many connections there are."""
         return len(self._connections)
+
+    def peers(self) -> list[str]:
+        """Return who has each of them: the number of a host, or of a process on this machine."""
+        with self._lock:
+            connections = list(self._connections)
+        found = []
+        for connection in connections:
+            with suppress(OSError):  # it has ended a moment ago
+                found.append(_peer_of(connection))
+        return found
 
     def close(self) -> None:
         """Take no more connections, and end those that there are. Again: nothing."""
@@ -194,6 +206,15 @@ class DirectServer:
             Lane(self._servicer, self.turns, connection, reader, session, self._watcher).serve()
         elif memory is not None:
             _share(connection, reader, memory)
+
+
+def _peer_of(connection: socket.socket) -> str:
+    if connection.family == socket.AF_UNIX:
+        process, _, _ = _CREDENTIALS.unpack(
+            connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        )
+        return f"process {process}"
+    return str(connection.getpeername()[0])
 
 
 def _share(connection: socket.socket, reader: frames.Reader, memory: SharedMemory) -> None:

@@ -26,8 +26,8 @@ from sharednorm_server.calls import known_error
 from sharednorm_server.config import StartError
 from sharednorm_server.listen import TcpEndpoint, parse_endpoint
 
-# Connections at a time, of which each has a thread.
-_MOST_CONNECTIONS = 64
+MAX_CONNECTIONS = 64
+"""At a time; each has a thread."""
 # A connection that is silent for so long ends.
 _SILENCE_SECONDS = 20.0
 _MAX_QUERY_BYTES = 8192
@@ -147,7 +147,7 @@ class _Server(ThreadingHTTPServer):
         self, endpoint: TcpEndpoint, handler: type[_Handler], context: Callable[[], ssl.SSLContext] | None
     ) -> None:
         self._context = context
-        self._free = threading.BoundedSemaphore(_MOST_CONNECTIONS)
+        self._free = threading.BoundedSemaphore(MAX_CONNECTIONS)
         host = endpoint.host.strip("[]")
         self.address_family = socket.getaddrinfo(host, endpoint.port, type=socket.SOCK_STREAM)[0][0]
         super().__init__((host, endpoint.port), handler)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from urllib.parse import quote
 
 import numpy as np
@@ -113,6 +115,17 @@ def test_groups_and_namespaces() -> None:
             assert re.search(r'<td class="n">1 of 1</td><td>0</td>', text)
             assert '<a href="/?namespace=default">default</a> (1)' in text
             assert "Nobody trains in a group here" in get(running, "/").text
+
+
+@pytest.mark.parametrize("listen", ["127.0.0.1:0", "unix"])
+def test_who_is_attached(listen: str, tmp_path: Path) -> None:
+    where = f"unix:{tmp_path}/socket" if listen == "unix" else listen
+    with in_process(ServerConfig(listen=where, http="127.0.0.1:0")) as running:
+        assert "<dt>direct connections</dt><dd>none</dd>" in get(running, "/").text
+        with sharednorm.connect(running.address, transport="direct") as hub:
+            hub.BatchNorm2D(3, name="bn")(random_tensor(1, SHAPE))
+            who = f"process {os.getpid()}" if listen == "unix" else "127.0.0.1"
+            assert f"<dt>direct connections</dt><dd>{who} (1)</dd>" in get(running, "/").text
 
 
 # --- What stands out --------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ssl
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -56,7 +57,7 @@ class Pages:
         service: Its layers.
         groups: Its groups.
         metrics: Its metrics.
-        connections: How many direct connections it has.
+        peers: Who has each of its direct connections.
         why_not_ready: Why it takes no calls; "" if it does.
     """
 
@@ -65,10 +66,10 @@ class Pages:
         service: LayerService,
         groups: Synchronizer,
         metrics: Metrics,
-        connections: Callable[[], int],
+        peers: Callable[[], list[str]],
         why_not_ready: Callable[[], str],
     ) -> None:
-        self._service, self._groups, self._metrics, self._connections = service, groups, metrics, connections
+        self._service, self._groups, self._metrics, self._peers = service, groups, metrics, peers
         self._why_not_ready = why_not_ready
         self._history = History(service.alive)
         self._began = time.time()
@@ -140,7 +141,7 @@ class Pages:
             following=following,
             groups=groups,
             figures=self._service.figures,
-            connections=self._connections(),
+            peers=sorted(Counter(self._peers()).items()),
             running=self._metrics.in_progress,
             uptime=_duration(time.time() - self._began),
         )
