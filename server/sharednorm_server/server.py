@@ -214,33 +214,31 @@ def serve(config: ServerConfig, service: LayerService) -> RunningServer:
     status = health.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(status, grpc_server)
     reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), grpc_server)
-    address = _bind(config, grpc_server)
     memory = None
     if AVAILABLE and config.shared_memory_bytes:
         memory = SharedMemory(config.session_memory_bytes, config.shared_memory_bytes, service.forget_keeper)
     direct = DirectServer(
         servicer, pool, config.workers, memory, config.max_direct_connections, config.handshake, watcher
     )
-    if tokens is not None or config.tls_cert is not None:
-        _log.info("no direct connections, which ask for no token and are not encrypted: tensors come by gRPC")
-    elif config.direct_port is not None:
-        _listen_directly(direct, config.listen, config.direct_port)
-    web = None
+    web, started = None, threading.Event()
     if config.http is not None:
         from sharednorm_server.figures import register  # noqa: PLC0415 - as above
         from sharednorm_server.page import Pages  # noqa: PLC0415
 
+        def why_not_ready() -> str:
+            return "the server is stopping" if pool.closed else "" if started.is_set() else "the server is starting"
+
         register(metrics, service, groups, direct)
-        pages = Pages(
-            service,
-            groups,
-            metrics,
-            lambda: direct.connections,
-            lambda: "the server is stopping" if pool.closed else "",
-        )
-        web = pages
-        pages.serve(config.http, tokens, _context(config))
+        web = Pages(service, groups, metrics, direct.peers, why_not_ready)
+        web.serve(config.http, tokens, _context(config))
+    try:
+        address = _listen(config, grpc_server, direct)
+    except BaseException:
+        if web is not None:
+            web.close()
+        raise
     grpc_server.start()
+    started.set()
     for name in ("", SERVICE_NAME):
         status.set(name, health_pb2.HealthCheckResponse.SERVING)
     return RunningServer(address, service, grpc_server, (pool, waiting), groups, status, direct, web)
@@ -262,6 +260,15 @@ def _require_private(config: ServerConfig) -> None:
                 "--tls-key (`sharednorm certs create` makes them), listen on 127.0.0.1 or a unix socket, or pass "
                 "--insecure if the network is trusted"
             )
+
+
+def _listen(config: ServerConfig, grpc_server: grpc.Server, direct: DirectServer) -> str:
+    address = _bind(config, grpc_server)
+    if config.tokens is not None or config.tls_cert is not None:
+        _log.info("no direct connections, which ask for no token and are not encrypted: tensors come by gRPC")
+    elif config.direct_port is not None:
+        _listen_directly(direct, config.listen, config.direct_port)
+    return address
 
 
 def _bind(config: ServerConfig, grpc_server: grpc.Server) -> str:
