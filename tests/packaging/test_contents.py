@@ -13,7 +13,8 @@ import pytest
 from tests.support.distributions import ROOT, Distributions, build
 
 FOLDERS = ("benchmarks", "client", "docs", "docker", "examples", "kernels", "proto", "server", "tests")
-FILES = (".dockerignore", "CHANGELOG.md", "LICENSE", "Makefile", "README.md", "buf.yaml", "pyproject.toml")
+FILES = (".dockerignore", "CHANGELOG.md", "LICENSE", "Makefile", "README.md", "buf.yaml", "mkdocs.yml",
+         "pyproject.toml")  # fmt: skip
 FATBIN = "sharednorm_kernels/sharednorm.fatbin"
 
 
