@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 from prometheus_client import (
     CollectorRegistry,
@@ -20,7 +21,8 @@ from prometheus_client import (
     disable_created_metrics,
 )
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
-from prometheus_client.metrics_core import CounterMetricFamily, Metric
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from sharednorm_server.watching import Seen
 
@@ -33,6 +35,23 @@ CONTENT_TYPE = CONTENT_TYPE_LATEST
 _BUCKETS = (
     0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0,
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure that somebody else keeps.
+
+    Attributes:
+        name: Its name, of one that grows without "_total".
+        meaning: What it is.
+        value: What it is now.
+        grows: Whether it only grows.
+    """
+
+    name: str
+    meaning: str
+    value: float
+    grows: bool = False
 
 
 class Metrics:
@@ -56,20 +75,14 @@ class Metrics:
         self.received = Counter("sharednorm_received_bytes", "Bytes of calls.", labels, registry=registry)
         self.sent = Counter("sharednorm_sent_bytes", "Bytes of answers.", labels, registry=registry)
         self.running = Gauge("sharednorm_calls_in_progress", "Calls that are not over.", labels, registry=registry)
-        self._asked = _Asked()
-        self._registry.register(self._asked)
 
     def info(self, **values: str) -> None:
         """Have texts told that stay as they are."""
         Info("sharednorm", "Which server this is.", registry=self._registry).info(values)
 
-    def gauge(self, name: str, meaning: str, value: Callable[[], float]) -> None:
-        """Have a figure told that goes up and down."""
-        Gauge(name, meaning, registry=self._registry).set_function(value)
-
-    def counter(self, name: str, meaning: str, value: Callable[[], float]) -> None:
-        """Have a figure told that only grows; the name is without "_total"."""
-        self._asked.counters.append((name, meaning, value))
+    def tell(self, figures: Callable[[], Iterable[Figure]]) -> None:
+        """Have figures told that others keep: they are asked for once each time that somebody looks."""
+        self._registry.register(_Asked(figures))
 
     def begin(self, method: str, way: str, arrived: float | None = None) -> Seen:
         """Watch a call."""
@@ -85,14 +98,15 @@ class Metrics:
         return generate_latest(self._registry)
 
 
-class _Asked:
-    # Counters that others keep.
-    def __init__(self) -> None:
-        self.counters: list[tuple[str, str, Callable[[], float]]] = []
+class _Asked(Collector):
+    # Figures that others keep.
+    def __init__(self, figures: Callable[[], Iterable[Figure]]) -> None:
+        self._figures = figures
 
     def collect(self) -> Iterable[Metric]:
-        for name, meaning, value in self.counters:
-            yield CounterMetricFamily(name, meaning, value())
+        for figure in self._figures():
+            family = CounterMetricFamily if figure.grows else GaugeMetricFamily
+            yield family(figure.name, figure.meaning, figure.value)
 
 
 class _Seen:
