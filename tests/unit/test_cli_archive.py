@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,8 +11,9 @@ import pytest
 
 import sharednorm
 from sharednorm_server.server import RunningServer
+from tests.support.commands import done, refused
 from tests.support.oracle import random_tensor
-from tests.support.server import in_process, run
+from tests.support.server import in_process
 
 ODD = "a/b c.é層.." + "x" * 150
 SHAPE = (4, 3, 5, 2)
@@ -38,24 +38,6 @@ def hub(server: RunningServer) -> Iterator[sharednorm.Hub]:
         made.set_train(ODD, False)
         made.BatchNorm3D(2, name="waiting", empty=True)
         yield made
-
-
-def command(server: RunningServer, *words: str) -> subprocess.CompletedProcess[str]:
-    return run([*words, "--server", server.address])
-
-
-def done(server: RunningServer, *words: str) -> str:
-    result = command(server, *words)
-    assert (result.returncode, result.stderr) == (0, "")
-    return result.stdout
-
-
-def refused(server: RunningServer, *words: str) -> str:
-    result = command(server, *words)
-    assert (result.returncode, result.stdout) == (1, "")
-    assert result.stderr.startswith("sharednorm: ")
-    assert result.stderr.count("\n") == 1
-    return result.stderr
 
 
 def same(one: sharednorm.Hub, other: sharednorm.Hub, *, domains: bool = True) -> None:

@@ -19,9 +19,9 @@ import pytest
 import sharednorm
 from sharednorm_server.config import OPTIONS, ServerConfig
 from sharednorm_server.server import RunningServer
+from tests.support.commands import done, refused
 from tests.support.oracle import random_tensor
 from tests.support.server import in_process
-from tests.unit.test_cli_archive import done, refused
 
 SHAPE = (4, 3, 5, 2)
 

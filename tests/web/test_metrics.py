@@ -15,6 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 import sharednorm
 from sharednorm.errors import NonFiniteInput
 from sharednorm_server.config import ServerConfig
+from sharednorm_server.metrics import Figure, Metrics
 from sharednorm_server.server import RunningServer
 from tests.support.oracle import random_tensor
 from tests.support.server import in_process
@@ -118,3 +119,19 @@ def test_no_label_is_a_name_that_somebody_chose(tmp_path: Path) -> None:
         ours = {"method", "way", "code", "le", "version", "device", "store"}
         assert names <= {*ours, "implementation", "major", "minor", "patchlevel"}
         assert all(family.documentation for family in families)
+
+
+def test_figures_are_asked_for_once_each_time_that_somebody_looks() -> None:
+    """For some are of a GPU, which does it between other work."""
+    metrics, asked = Metrics(), []
+
+    def figures() -> list[Figure]:
+        asked.append(1)
+        return [Figure("a", "Something.", 2.0), Figure("b", "More.", 3.0, grows=True)]
+
+    metrics.tell(figures)
+    before = len(asked)
+    text = metrics.text().decode()
+    assert len(asked) == before + 1
+    assert "\na 2.0\n" in text
+    assert "\nb_total 3.0\n" in text
