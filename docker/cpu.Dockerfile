@@ -14,7 +14,7 @@ WORKDIR /build
 # pip stays behind in this stage; what is copied from it cannot install anything.
 RUN python3 -m venv tools && python3 -m venv --without-pip /opt/sharednorm
 COPY . source/
-RUN tools/bin/pip --python /opt/sharednorm/bin/python install --no-cache-dir 'source/[server]'
+RUN tools/bin/pip --python /opt/sharednorm/bin/python install --no-cache-dir 'source/[server,traces]'
 
 
 FROM ${CPU_BASE} AS runtime

@@ -41,7 +41,7 @@ RUN tools/bin/pip wheel --no-cache-dir --no-deps --wheel-dir wheels ./source
 # it downloads what the one before does not need.
 # hadolint ignore=DL3059
 RUN for wheel in wheels/sharednorm-*.whl; do \
-        tools/bin/pip --python /opt/sharednorm/bin/python install --no-cache-dir wheels/pycuda-*.whl "${wheel}[cuda]"; \
+        tools/bin/pip --python /opt/sharednorm/bin/python install --no-cache-dir wheels/pycuda-*.whl "${wheel}[cuda,traces]"; \
     done
 
 

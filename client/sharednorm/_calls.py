@@ -11,7 +11,7 @@ from typing import Generic, TypeVar, cast
 import grpc
 from google.protobuf.message import DecodeError, Message
 
-from sharednorm import _frames, convert, wire
+from sharednorm import _frames, _tracing, convert, wire
 from sharednorm._address import Address
 from sharednorm._attempts import Attempts
 from sharednorm._channel import SERVICE, open_channel, proxy_hint
@@ -184,6 +184,11 @@ class Connection:
             attempts: How it is made again, and until when; None: only if the server is busy, within the usual timeout.
         """
         attempts = attempts or Attempts(self.deadline(), away=False)
+        with _tracing.span(method, request, self.address.text):
+            return self.call_within(method, request, answer, attempts)
+
+    def call_within(self, method: str, request: Message, answer: type[A], attempts: Attempts) -> A:
+        """Make such a call within the span that runs."""
         encoded, left = request.SerializeToString(), attempts.left
         data = attempts.run(lambda: self._unary(method, encoded, max(left.left(), _LEAST_SECONDS)))
         try:
@@ -231,7 +236,7 @@ class Connection:
         self.require_open()
         call = self._channel.unary_unary(f"/{SERVICE}/{method}", _identity, _identity)
         try:
-            return call(request, timeout=timeout, metadata=self._metadata)
+            return call(request, timeout=timeout, metadata=(*self._metadata, *_tracing.metadata()))
         except (grpc.RpcError, ValueError) as error:
             raise self._typed(error) from _bare(error)
 
@@ -248,7 +253,8 @@ class Connection:
         start = self._channel.stream_stream(f"/{SERVICE}/{method.name}Stream", _identity, _identity)
         messages = _Messages(method.stream_header(request), data, self._chunk_bytes(), meter)
         try:
-            call = start(iter(messages), timeout=left.left(), metadata=self._metadata)
+            metadata = (*self._metadata, *_tracing.metadata())
+            call = start(iter(messages), timeout=left.left(), metadata=metadata)
         except ValueError as error:
             raise self._typed(error) from error
         try:

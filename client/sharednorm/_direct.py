@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from sharednorm import _frames as frames
-from sharednorm import wire
+from sharednorm import _tracing, wire
 from sharednorm._deadline import Deadline
 from sharednorm._progress import Meter
 from sharednorm.convert import error_from_detail
@@ -48,12 +48,14 @@ class Place:
         port: Its port; 0 for a unix socket.
         path: Of the unix socket.
         instance: Which server is expected there.
+        traces: Whether it takes the span of a call.
     """
 
     host: str
     port: int
     path: str
     instance: bytes
+    traces: bool = False
 
     def connect(self, seconds: float) -> socket.socket:
         """Return a connected socket, which blocks.
@@ -204,6 +206,7 @@ class _Lane:
 
     def __init__(self, sock: socket.socket, place: Place, session: bytes, seconds: float) -> None:
         self._sock = sock
+        self._traces = place.traces
         self._reader = frames.Reader(sock)
         self._timeout = self._used = 0.0
         try:
@@ -229,7 +232,10 @@ class _Lane:
         nbytes = sum(part.nbytes for part in data)
         micros = int(left.left() * 1e6)
         flags = frames.SHARED if places else 0
-        head = frames.REQUEST.pack(method, flags, len(message), nbytes, micros) + places
+        trace = _tracing.frame() if self._traces else b""
+        if trace:
+            flags |= frames.TRACED
+        head = frames.REQUEST.pack(method, flags, len(message), nbytes, micros) + places + trace
         if nbytes <= frames.WAIT_BYTES:
             frames.send(self._sock, head, message, *data)
         else:

@@ -17,7 +17,7 @@ import numpy as np
 from google.protobuf.message import Message
 
 from sharednorm import _frames as frames
-from sharednorm import wire
+from sharednorm import _tracing, wire
 from sharednorm._attempts import Attempts
 from sharednorm._calls import Connection, R, T, TensorMethod
 from sharednorm._deadline import Deadline
@@ -168,11 +168,13 @@ class Exchange:
         nbytes = sum(source.nbytes for source in sources)
         meter = Meter(self._progress, method.name, nbytes, 0 if like is None else like.nbytes)
         call = _Call(method, request, sources, like, out, attempts.left, meter)
-        return attempts.run(lambda: self._once(call), meter.restart)
+        with _tracing.span(method.name, request, self._connection.address.text):
+            return attempts.run(lambda: self._once(call), meter.restart)
 
     def plain(self, method: str, number: int, request: Message, answer: type[A], attempts: Attempts) -> A:
         """Make a call without a tensor that a direct connection takes, too; see `call` for the arguments."""
-        return attempts.run(lambda: self._plainly(method, number, request, answer, attempts.left))
+        with _tracing.span(method, request, self._connection.address.text):
+            return attempts.run(lambda: self._plainly(method, number, request, answer, attempts.left))
 
     def _plainly(self, method: str, number: int, request: Message, answer: type[A], left: Deadline) -> A:
         self._connection.require_open()
@@ -186,7 +188,7 @@ class Exchange:
                 way = self._ways.look_again(way, left, error)
             except (OSError, EOFError, SharedNormError) as error:
                 raise self._ways.typed(error, left) from None
-        return self._connection.call(method, request, answer, Attempts(left, away=False))
+        return self._connection.call_within(method, request, answer, Attempts(left, away=False))
 
     def _once(self, call: _Call[R, T]) -> Answer[T]:
         self._connection.require_open()

@@ -23,6 +23,8 @@ REQUEST: Final = struct.Struct("<HHIQQ")
 """Client: method, flags, bytes of the message, bytes of the data, microseconds that the call may take."""
 PLACES: Final = struct.Struct("<6Q")
 """Client, behind a request with SHARED: region and offset of up to two inputs, then of the output; region 0 is none."""
+TRACE: Final = struct.Struct("<16s8sB")
+"""Client, behind a request with TRACED and its places, if it has any: trace, span and flags of W3C's trace context."""
 REPLY: Final = struct.Struct("<HHIQ")
 """Server: status, 0, bytes of the message, bytes of the data."""
 ALLOCATE: Final = struct.Struct("<HHIQ")
@@ -55,6 +57,7 @@ SYNCHRONIZE_GRADIENTS: Final = 6
 PUSH_MANY: Final = 7
 GET_MANY_STATS: Final = 8
 SHARED: Final = 1
+TRACED: Final = 2
 
 ASK: Final = 1
 FREE: Final = 2

@@ -143,9 +143,10 @@ class Ways:
         if offer is None:
             raise Unreachable("the server takes no direct connections")
         if address.path and offer.socket and offer.socket == Path(offer.socket).name:
-            place = Place("", 0, str(Path(address.path).with_name(offer.socket)), offer.instance)
+            path = str(Path(address.path).with_name(offer.socket))
+            place = Place("", 0, path, offer.instance, offer.traces)
         elif offer.port and not address.path:
-            place = Place(address.host, offer.port, "", offer.instance)
+            place = Place(address.host, offer.port, "", offer.instance, offer.traces)
         else:
             raise Unreachable("the server takes no direct connections where gRPC has reached it")
         regions, patient = None, self.wanted != "auto"

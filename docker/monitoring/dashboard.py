@@ -60,6 +60,17 @@ PANELS = (
         "If this grows, there are too few --workers, or the device is the limit.",
     ),
     Panel(
+        "Where the time of calls goes, as calls that do so at a time",
+        "short",
+        (
+            (_rate("sharednorm_call_seconds_sum"), "all of it"),
+            (_rate("sharednorm_queue_seconds_sum"), "waiting for a worker"),
+            (_rate("sharednorm_device_seconds_sum"), "with the device"),
+            (_rate("sharednorm_store_wait_seconds_sum"), "until it is kept"),
+        ),
+        "What is left of all of it is the network, and the server itself.",
+    ),
+    Panel(
         "Bytes a second, by the way that they come and go",
         "Bps",
         (

@@ -26,7 +26,7 @@ from sharednorm.errors import (
 from sharednorm_server.access import TokenFile
 from sharednorm_server.logs import in_call, new_call
 from sharednorm_server.requests import Wanted
-from sharednorm_server.watching import NOBODY, Seen, Watcher
+from sharednorm_server.watching import NOBODY, Origin, Seen, Watcher, working_on
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -155,12 +155,13 @@ class UnaryCall:
 
     def __call__(self, request: bytes, context: grpc.ServicerContext) -> bytes:
         """Answer a request, or end the call with a typed error."""
-        with in_call(new_call(self.name)):
-            return self._answer(request, context)
+        call, pool = new_call(self.name), self.experimental_thread_pool
+        seen = self._watcher.begin(self.name, WAY, call.id, lambda: _origin(context), pool.arrived)
+        with in_call(call), working_on(seen):
+            return self._answer(request, context, seen)
 
-    def _answer(self, request: bytes, context: grpc.ServicerContext) -> bytes:
+    def _answer(self, request: bytes, context: grpc.ServicerContext, seen: Seen) -> bytes:
         pool = self.experimental_thread_pool
-        seen = self._watcher.begin(self.name, WAY, pool.arrived)
         seen.started()
         seen.moved(len(request), 0)
         try:
@@ -192,11 +193,11 @@ class StreamCall:
         """Answer requests, or end the call with a typed error."""
         call = new_call(self.name)  # this may end in another thread, so that it is never held over an answer
         pool = self.experimental_thread_pool
-        seen = self._watcher.begin(self.name, WAY, pool.arrived)
+        seen = self._watcher.begin(self.name, WAY, call.id, lambda: _origin(context), pool.arrived)
         seen.started()
         try:
             pool.begin(context)
-            with in_call(call), _caller(self._tokens, self.name, context):
+            with in_call(call), working_on(seen), _caller(self._tokens, self.name, context):
                 answers = self._behaviour(_counted(requests, seen), context.is_active)
                 first = next(answers, None)  # all that asks who calls comes before it
             if first is None:
@@ -249,9 +250,10 @@ class Doorkeeper(grpc.ServerInterceptor):
             refused = error
 
             def refuse(_: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
-                seen = self._watcher.begin(name, WAY)
+                call = new_call(name)
+                seen = self._watcher.begin(name, WAY, call.id, lambda: _origin(context), time.perf_counter())
                 try:
-                    with in_call(new_call(name)):
+                    with in_call(call):
                         _refuse(name, refused, context, seen)
                 finally:
                     seen.ended()
@@ -271,6 +273,11 @@ def _caller(tokens: TokenFile | None, name: str, context: grpc.ServicerContext) 
     if tokens is None:
         return nullcontext()
     return tokens.as_caller(name, dict(context.invocation_metadata()))
+
+
+def _origin(context: grpc.ServicerContext) -> Origin:
+    told = {name: value for name, value in context.invocation_metadata() if isinstance(value, str)}
+    return Origin(context.peer(), told.get("traceparent", ""), told.get("tracestate", ""))
 
 
 def _counted(requests: Iterator[bytes], seen: Seen) -> Iterator[bytes]:

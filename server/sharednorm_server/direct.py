@@ -203,7 +203,8 @@ class DirectServer:
         elif purpose == frames.CALLS:
             connection.sendall(frames.WELCOME.pack(frames.MAGIC, session_id, status, 0, 0))
             frames.set_timeout(connection, socket.SO_RCVTIMEO, 0)
-            Lane(self._servicer, self.turns, connection, reader, session, self._watcher).serve()
+            peer = _peer_of(connection)
+            Lane(self._servicer, self.turns, connection, reader, session, peer, self._watcher).serve()
         elif memory is not None:
             _share(connection, reader, memory)
 

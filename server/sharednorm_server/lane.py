@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 
 from sharednorm import _frames as frames
 from sharednorm import wire
@@ -24,7 +25,7 @@ from sharednorm_server.regions import InRegions, Session, SessionEnded
 from sharednorm_server.servicer import Answer, Servicer
 from sharednorm_server.tensors import Incoming
 from sharednorm_server.transfers import Arriving, Here, InMessage
-from sharednorm_server.watching import Seen, Watcher
+from sharednorm_server.watching import Origin, Seen, Watcher, working_on
 
 # A reply that fits the socket's buffer leaves at once. For one that does not, and for a tensor on its way, a client is
 # given up that neither sends nor takes anything for so long, or sooner at its call's deadline.
@@ -88,6 +89,7 @@ class Lane:
         connection: The socket.
         reader: What reads from it.
         session: Whose memory the calls may name; None: nobody's.
+        peer: Whose it is, in words.
         watcher: Is told of the calls.
     """
 
@@ -98,9 +100,11 @@ class Lane:
         connection: socket.socket,
         reader: frames.Reader,
         session: Session | None,
+        peer: str,
         watcher: Watcher,
     ) -> None:
         self._watcher = watcher
+        self._peer = peer
         self._servicer = servicer
         self._turns = turns
         self._session = session
@@ -137,16 +141,27 @@ class Lane:
                 if self._session is None or data_bytes:
                     raise EOFError  # not a client of ours
                 shared = InRegions(self._session, places)
+            parent = b""
+            if flags & frames.TRACED:
+                parent = self._read(frames.TRACE.size)
             message = self._read(message_bytes)
             small = self._read(data_bytes) if data_bytes <= frames.WAIT_BYTES else None
             if self._reader.waiting:
                 raise EOFError  # the next call, before this one's answer: not a client of ours
             here = shared or (None if small is None else InMessage(memoryview(small)))
-            with in_call(new_call(_NAMES.get(method, _NO_METHOD))):
-                self._call(method, message, here, data_bytes)
+            call, way = new_call(_NAMES.get(method, _NO_METHOD)), DIRECT if shared is None else SHARED
+            origin = partial(self._origin, parent)
+            seen = self._watcher.begin(call.method, way, call.id, origin, time.perf_counter())
+            with in_call(call), working_on(seen):
+                self._call(method, message, here, data_bytes, seen)
 
-    def _call(self, method: int, message: bytes, here: Here | None, data_bytes: int) -> None:
-        seen = self._watcher.begin(_NAMES.get(method, _NO_METHOD), SHARED if isinstance(here, InRegions) else DIRECT)
+    def _origin(self, parent: bytes) -> Origin:
+        if not parent:
+            return Origin(self._peer)
+        trace, span, flags = frames.TRACE.unpack(parent)
+        return Origin(self._peer, f"00-{trace.hex()}-{span.hex()}-{flags:02x}")
+
+    def _call(self, method: int, message: bytes, here: Here | None, data_bytes: int, seen: Seen) -> None:
         seen.moved(frames.REQUEST.size + len(message) + data_bytes, 0)
         if method in _TOGETHER:
             self._meet(method, message, seen)

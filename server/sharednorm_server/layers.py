@@ -16,6 +16,7 @@ from sharednorm_server.ledger import DEFAULT_MAX_SESSIONS, Content, Ledger, Sess
 from sharednorm_server.store import Kept, LayerKey, LayerRecord, Store
 from sharednorm_server.store.changes import CallKey, LastChange
 from sharednorm_server.store.snapshots import SnapshotInfo, SnapshotPolicy
+from sharednorm_server.watching import STORE, spending
 
 DEFAULT_MAX_LAYERS = 10_000
 
@@ -71,7 +72,7 @@ class Layer:
         if record is None:
             raise not_found(self.key)
         if kept is not None:
-            kept.wait()
+            _wait(kept)
         return record
 
     @contextmanager
@@ -92,7 +93,7 @@ class Layer:
             finally:
                 _, kept = self._now
         if kept is not None and kept is not before:
-            kept.wait()
+            _wait(kept)
 
     def made(self, call: CallKey, content: bytes) -> LastChange | None:
         """Return the change that was made under a key, if it was; only while holding the layer.
@@ -348,6 +349,11 @@ class LayerRegistry:
                 taken = self._store.snapshots(key)
                 layer = self._layers[key] = Layer(record, self._store, ledger, self._policy, taken, self._count_steps)
         return layer
+
+
+def _wait(kept: Kept) -> None:
+    with spending(STORE, "keep"):
+        kept.wait()
 
 
 def not_found(key: LayerKey) -> LayerNotFound:

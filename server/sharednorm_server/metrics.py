@@ -24,7 +24,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from sharednorm_server.watching import Seen
+from sharednorm_server.watching import DEVICE, STORE, Origin, Seen
 
 # When each series began, which nobody asks of these.
 disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -72,6 +72,14 @@ class Metrics:
             "sharednorm_queue_seconds", "Of that, until a worker was free for it.", labels,
             registry=registry, buckets=_BUCKETS,
         )  # fmt: skip
+        self.device = Histogram(
+            "sharednorm_device_seconds", "Of that, with the device: copies to it and from it, and its arithmetic.",
+            labels, registry=registry, buckets=_BUCKETS,
+        )  # fmt: skip
+        self.kept = Histogram(
+            "sharednorm_store_wait_seconds", "Of that, until the store had kept what the call changed.", labels,
+            registry=registry, buckets=_BUCKETS,
+        )  # fmt: skip
         self.received = Counter("sharednorm_received_bytes", "Bytes of calls.", labels, registry=registry)
         self.sent = Counter("sharednorm_sent_bytes", "Bytes of answers.", labels, registry=registry)
         self.running = Gauge("sharednorm_calls_in_progress", "Calls that are not over.", labels, registry=registry)
@@ -84,9 +92,10 @@ class Metrics:
         """Have figures told that others keep: they are asked for once each time that somebody looks."""
         self._registry.register(_Asked(figures))
 
-    def begin(self, method: str, way: str, arrived: float | None = None) -> Seen:
+    def begin(self, method: str, way: str, id: str, origin: Callable[[], Origin], arrived: float) -> Seen:  # noqa: A002
         """Watch a call."""
-        return _Seen(self, method, way, time.perf_counter() if arrived is None else arrived)
+        del id, origin
+        return _Seen(self, method, way, arrived)
 
     @property
     def in_progress(self) -> int:
@@ -110,12 +119,13 @@ class _Asked(Collector):
 
 
 class _Seen:
-    __slots__ = ("_began", "_code", "_labels", "_metrics", "_received", "_sent", "_started")
+    __slots__ = ("_began", "_code", "_labels", "_metrics", "_received", "_sent", "_spent", "_started")
 
     def __init__(self, metrics: Metrics, method: str, way: str, arrived: float) -> None:
         self._metrics, self._labels = metrics, (method, way)
         self._began, self._started = arrived, 0.0
         self._code, self._received, self._sent = "OK", 0, 0
+        self._spent: dict[str, float] = {}
         metrics.running.labels(method, way).inc()
 
     def started(self) -> None:
@@ -124,6 +134,10 @@ class _Seen:
     def moved(self, received: int, sent: int) -> None:
         self._received += received
         self._sent += sent
+
+    def spent(self, where: str, what: str, began: float, seconds: float) -> None:
+        del what, began
+        self._spent[where] = self._spent.get(where, 0.0) + seconds
 
     def failed(self, code: str) -> None:
         self._code = code
@@ -134,5 +148,8 @@ class _Seen:
         metrics.calls.labels(*labels, self._code).inc()
         metrics.seconds.labels(*labels).observe(now - self._began)
         metrics.queued.labels(*labels).observe((self._started or now) - self._began)
+        for where, histogram in ((DEVICE, metrics.device), (STORE, metrics.kept)):
+            if where in self._spent:
+                histogram.labels(*labels).observe(self._spent[where])
         metrics.received.labels(*labels).inc(self._received)
         metrics.sent.labels(*labels).inc(self._sent)

@@ -20,7 +20,9 @@ from sharednorm.config import MAX_GROUP_MEMBERS
 from sharednorm_server.access import TokenFile
 from sharednorm_server.calls import CallPool, Doorkeeper
 from sharednorm_server.config import ServerConfig, StartError, parse_devices, parse_state
+from sharednorm_server.device import Device
 from sharednorm_server.device.cpu import CpuDevice
+from sharednorm_server.device.timed import TimedDevice
 from sharednorm_server.direct import DirectServer
 from sharednorm_server.group_calls import GroupCalls
 from sharednorm_server.listen import MAX_SOCKET_PATH_BYTES, UnixEndpoint, parse_endpoint
@@ -34,7 +36,8 @@ from sharednorm_server.store.snapshots import SnapshotPolicy
 from sharednorm_server.store.sqlite import SqliteStore
 from sharednorm_server.synchronization import Synchronizer
 from sharednorm_server.tls import CertificateFiles
-from sharednorm_server.watching import NOBODY, Watcher
+from sharednorm_server.traces import open_traces, wanted
+from sharednorm_server.watching import NOBODY, Watcher, Watchers
 
 if TYPE_CHECKING:
     from sharednorm_server.page import Pages
@@ -75,7 +78,7 @@ class RunningServer:
         groups: Synchronizer,
         status: health.HealthServicer,
         direct: DirectServer,
-        web: Pages | None,
+        watch: _Watch,
     ) -> None:
         info = service.info
         self.address = address
@@ -86,8 +89,8 @@ class RunningServer:
         self._groups = groups
         self._status = status
         self._direct = direct
-        self._web = web
-        self.http = None if web is None else web.address
+        self._watch = watch
+        self.http = watch.http
         if self.http is not None:
             self.banner += f", http {self.http}"
         self._stopping = threading.Lock()
@@ -148,12 +151,12 @@ class RunningServer:
             _log.warning("calls were still running after %g s and have been cut off", grace)
         self._grpc_server.stop(min(_WATCHERS_GRACE, max(0.0, end - time.monotonic()))).wait()
         self._direct.close()
-        if self._web is not None:
-            self._web.close()
+        self._watch.hide()
         for pool in self._pools:
             pool.shutdown(wait=False)
         if ended:  # a call that was cut off may still compute
             self._service.close()
+        self._watch.close()
         return ended
 
 
@@ -199,11 +202,8 @@ def serve(config: ServerConfig, service: LayerService) -> RunningServer:
     if config.tls_cert is not None and config.tokens is None and config.tls_client_ca is None:
         _log.warning("whoever reaches %s may use all layers: there are no --tokens, nor --tls-client-ca", config.listen)
     tokens = None if config.tokens is None else TokenFile(config.tokens)
-    watcher: Watcher = NOBODY
-    if config.http is not None:
-        from sharednorm_server.metrics import Metrics  # noqa: PLC0415 - most servers tell nobody
-
-        watcher = metrics = Metrics()
+    watch = _Watch(config)
+    watcher = watch.all
     grpc_server = grpc.server(
         ThreadPoolExecutor(_SIDE_WORKERS, thread_name_prefix="side"),
         interceptors=[Doorkeeper(SERVICE_NAME, tokens, pool, config.max_calls, watcher)],
@@ -220,28 +220,69 @@ def serve(config: ServerConfig, service: LayerService) -> RunningServer:
     direct = DirectServer(
         servicer, pool, config.workers, memory, config.max_direct_connections, config.handshake, watcher
     )
-    web, started = None, threading.Event()
-    if config.http is not None:
-        from sharednorm_server.figures import register  # noqa: PLC0415 - as above
-        from sharednorm_server.page import Pages  # noqa: PLC0415
+    started = threading.Event()
 
-        def why_not_ready() -> str:
-            return "the server is stopping" if pool.closed else "" if started.is_set() else "the server is starting"
+    def why_not_ready() -> str:
+        return "the server is stopping" if pool.closed else "" if started.is_set() else "the server is starting"
 
-        register(metrics, service, groups, direct)
-        web = Pages(service, groups, metrics, direct.peers, why_not_ready)
-        web.serve(config.http, tokens, _context(config))
     try:
+        watch.show(config, service, groups, direct, tokens, why_not_ready)
         address = _listen(config, grpc_server, direct)
     except BaseException:
-        if web is not None:
-            web.close()
+        watch.close()
         raise
     grpc_server.start()
     started.set()
     for name in ("", SERVICE_NAME):
         status.set(name, health_pb2.HealthCheckResponse.SERVING)
-    return RunningServer(address, service, grpc_server, (pool, waiting), groups, status, direct, web)
+    return RunningServer(address, service, grpc_server, (pool, waiting), groups, status, direct, watch)
+
+
+class _Watch:
+    # Whoever watches the calls: metrics and the page, and traces, where they are wanted.
+    def __init__(self, config: ServerConfig) -> None:
+        self._web: Pages | None = None
+        self._traces = open_traces(os.environ, SERVICE_NAME)
+        watchers: list[Watcher] = [] if self._traces is None else [self._traces]
+        if config.http is not None:
+            from sharednorm_server.metrics import Metrics  # noqa: PLC0415 - most servers tell nobody
+            from sharednorm_server.page.attached import Attached  # noqa: PLC0415 - as above
+
+            self._metrics, self._attached = Metrics(), Attached()
+            watchers += [self._metrics, self._attached]
+        self.all: Watcher = Watchers(*watchers) if watchers else NOBODY
+
+    @property
+    def http(self) -> str | None:
+        return None if self._web is None else self._web.address
+
+    def show(
+        self,
+        config: ServerConfig,
+        service: LayerService,
+        groups: Synchronizer,
+        direct: DirectServer,
+        tokens: TokenFile | None,
+        why_not_ready: Callable[[], str],
+    ) -> None:
+        if config.http is None:
+            return
+        from sharednorm_server.figures import register  # noqa: PLC0415 - as above
+        from sharednorm_server.page import Pages  # noqa: PLC0415 - as above
+
+        register(self._metrics, service, groups, direct)
+        self._web = Pages(service, groups, self._metrics, direct.peers, self._attached.recent, why_not_ready)
+        self._web.serve(config.http, tokens, _context(config))
+
+    def hide(self) -> None:
+        web, self._web = self._web, None
+        if web is not None:
+            web.close()
+
+    def close(self) -> None:
+        self.hide()
+        if self._traces is not None:
+            self._traces.close()
 
 
 def _context(config: ServerConfig) -> Callable[[], ssl.SSLContext] | None:
@@ -292,9 +333,15 @@ def _listen_directly(direct: DirectServer, listen: str, port: int) -> None:
 
 
 def _open_devices(config: ServerConfig) -> Placement:
+    devices = _devices(config)
+    watched = config.http is not None or wanted(os.environ) != "none"
+    return Placement(*map(TimedDevice, devices)) if watched else Placement(*devices)
+
+
+def _devices(config: ServerConfig) -> Sequence[Device]:
     ordinals = parse_devices(config.device)
     if not ordinals:
-        return Placement(CpuDevice(threads=config.threads))
+        return [CpuDevice(threads=config.threads)]
     try:
         from sharednorm_server.device.cuda import CudaDevice  # noqa: PLC0415 - needs the extra, and a driver
     except ModuleNotFoundError as error:
@@ -307,7 +354,7 @@ def _open_devices(config: ServerConfig) -> Placement:
         raise StartError(
             f"--device {config.device} needs NVIDIA's driver: {error} (`sharednorm doctor` says more)"
         ) from error
-    return Placement(*(CudaDevice(ordinal, config.device_memory_bytes) for ordinal in ordinals))
+    return [CudaDevice(ordinal, config.device_memory_bytes) for ordinal in ordinals]
 
 
 def _open_store(config: ServerConfig) -> Store:

@@ -107,7 +107,7 @@ class Servicer:
     def offer_direct(self, port: int, socket: str, instance: bytes, shared_memory: bool) -> None:
         """Have clients told of direct connections from now on."""
         self._direct = service_pb2.DirectEndpoint(
-            port=port, socket=socket, instance=instance, shared_memory=shared_memory
+            port=port, socket=socket, instance=instance, shared_memory=shared_memory, traces=True
         )
 
     def handlers(

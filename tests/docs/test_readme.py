@@ -27,6 +27,7 @@ import sharednorm
 from benchmarks.tables import updated
 from sharednorm.errors import error_classes
 from sharednorm_server.settings import settle
+from sharednorm_server.traces import wanted
 from tests.emulation.build import SANITIZERS
 from tests.support.make import make
 from tests.support.server import server_process
@@ -224,6 +225,13 @@ def test_the_commands_are_those_that_there_are() -> None:
     assert all(f"`{name}" in page for name in there)
 
 
+def _check_traces(command: str) -> None:
+    variable, *words = shlex.split(command)
+    name, _, value = variable.partition("=")
+    assert wanted({name: value}) == "otlp"
+    _check_serve(shlex.join(words))
+
+
 def _check_help(command: str) -> None:
     assert "usage: sharednorm" in run_python("-m", "sharednorm_server", *shlex.split(command)[1:])
 
@@ -268,6 +276,7 @@ CHECKS: dict[str, Callable[[str], None]] = {
     "pip install ": _check_pip,
     "sharednorm serve": _check_serve,
     "SHAREDNORM_MAX_LAYERS=": _check_variable,
+    "OTEL_EXPORTER_OTLP_ENDPOINT=": _check_traces,
     "docker compose ": _check_compose,
     "chown ": _check_owner,
     "sharednorm certs create": _check_keys,

@@ -32,12 +32,12 @@ CODEC = _client("wire", "convert", "_status", "_frames")
 CONNECTION = _client("hub", "remote", "_async_compute", "_attempts", "_calls", "_channel", "_client_compute",
                      "_connect", "_credentials", "_deadline", "_direct", "_exchange", "_group", "_group_compute",
                      "_handling", "_link", "_listing", "_once", "_places", "_progress", "_push", "_reading",
-                     "_shared", "_torch_functions", "_upkeep", "_ways", "torch")  # fmt: skip
+                     "_shared", "_torch_functions", "_tracing", "_upkeep", "_ways", "torch")  # fmt: skip
 COMPILED = _client("_numba_arithmetic", "_numba_backward", "_numba_common", "_numba_forward", "_numba_half",
                    "_numba_moments", "_numba_plan", "_numba_vector")  # fmt: skip
 EDGE = _server("__main__", "cli", "commands", "server", "servicer", "messages", "calls", "group_calls", "batches",
                "listen", "tls", "keys", "certificates", "direct", "lane", "regions", "transfers", "bench",
-               "web", "page.", "archive", "tending")  # fmt: skip
+               "web", "page.", "archive", "tending", "traces")  # fmt: skip
 MEANING = _server("service", "access", "catalog", "budget", "placement", "requests", "layers", "ledger",
                   "saved_inputs", "checks", "paging")  # fmt: skip
 GROUPS = _server("groups", "synchronization")
@@ -138,7 +138,7 @@ LOCAL = tuple(m for m in MODULES if _within(m, ("sharednorm.",)) and m != "share
         pytest.param((*MEANING, *DEVICE, *STORE), DOCTOR, id="nobody leans on the doctor"),
         pytest.param(
             (*MEANING, *GROUPS, *DEVICE, *STORE, *_server("servicer", "calls", "direct", "lane")),
-            _server("web", "page.", "metrics", "figures"),
+            _server("web", "page.", "metrics", "figures", "traces"),
             id="who is watched knows no watcher",
         ),
     ],
@@ -172,6 +172,7 @@ def test_arrows_point_one_way(importers: tuple[str, ...], forbidden: tuple[str, 
         pytest.param(_client("torch", "_torch_functions"), _client("torch"), id="the adapter of torch"),
         pytest.param(("h5py.",), _client("_formats", "files"), id="h5py"),
         pytest.param(("safetensors.",), _client("_formats"), id="safetensors"),
+        pytest.param(("opentelemetry.",), _client("_tracing"), id="opentelemetry"),
     ],
 )
 def test_each_package_has_its_room(imported: tuple[str, ...], users: tuple[str, ...]) -> None:
@@ -226,6 +227,7 @@ def test_optional_packages_are_those_of_the_extras() -> None:
         "jinja2",
         "matplotlib",
         "shtab",
+        "opentelemetry",
     }
     assert {_root(found) for found in IMPORTS} - known <= extras
 

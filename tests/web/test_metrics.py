@@ -65,6 +65,8 @@ def test_calls_and_their_bytes(transport: str, shape: tuple[int, ...], tmp_path:
         assert told(server, "sharednorm_call_seconds_count", **about) == 4
         took, waited = (told(server, f"sharednorm_{name}_seconds_sum", **about) for name in ("call", "queue"))
         assert 0 <= waited < took < 20
+        assert told(server, "sharednorm_device_seconds_count", **about) == 4
+        assert 0 < told(server, "sharednorm_device_seconds_sum", **about) < took - waited
         received, sent = (told(server, f"sharednorm_{name}_bytes_total", **about) for name in ("received", "sent"))
         if way == "shm":  # no tensor travels
             assert 0 < received < 4000
@@ -88,6 +90,8 @@ def test_what_the_server_holds(tmp_path: Path) -> None:
         assert told(server, "sharednorm_store_commits_total") == commits + 2
         assert told(server, "sharednorm_store_changes_total") >= commits + 2
         assert 0 < told(server, "sharednorm_store_seconds_total") < 20
+        kept = told(server, "sharednorm_store_wait_seconds_sum", method="Forward")
+        assert 0 < kept < told(server, "sharednorm_call_seconds_sum", method="Forward")
         assert told(server, "sharednorm_layers_alive") == 2
         assert told(server, "sharednorm_direct_connections") == 1
         assert told(server, "sharednorm_device_bytes") == 0

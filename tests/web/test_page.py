@@ -17,12 +17,14 @@ import sharednorm
 from sharednorm.config import LayerConfig, LayerKind
 from sharednorm.state import blank_state
 from sharednorm_server.config import ServerConfig
+from sharednorm_server.page.attached import Attached
 from sharednorm_server.page.charts import channels_chart, drift_chart
 from sharednorm_server.page.health import Health, health_of
 from sharednorm_server.page.history import SAMPLES, History, Sample
 from sharednorm_server.requests import ForwardCall
 from sharednorm_server.server import RunningServer
 from sharednorm_server.store import LayerKey, LayerRecord
+from sharednorm_server.watching import Origin
 from tests.support.oracle import random_tensor
 from tests.support.server import in_process
 from tests.support.service import KEY, create, new_service
@@ -122,10 +124,34 @@ def test_who_is_attached(listen: str, tmp_path: Path) -> None:
     where = f"unix:{tmp_path}/socket" if listen == "unix" else listen
     with in_process(ServerConfig(listen=where, http="127.0.0.1:0")) as running:
         assert "<dt>direct connections</dt><dd>none</dd>" in get(running, "/").text
+        assert "<dt>callers by gRPC in the last minute</dt><dd>none</dd>" in get(running, "/").text
         with sharednorm.connect(running.address, transport="direct") as hub:
             hub.BatchNorm2D(3, name="bn")(random_tensor(1, SHAPE))
             who = f"process {os.getpid()}" if listen == "unix" else "127.0.0.1"
-            assert f"<dt>direct connections</dt><dd>{who} (1)</dd>" in get(running, "/").text
+            text = get(running, "/").text
+            assert f"<dt>direct connections</dt><dd>{who} (1)</dd>" in text
+            who = "unix socket" if listen == "unix" else "127.0.0.1"
+            assert f"<dt>callers by gRPC in the last minute</dt><dd>{who} (1)</dd>" in text
+
+
+def test_who_has_called_by_grpc() -> None:
+    now = [100.0]
+    attached = Attached(lambda: now[0])
+
+    def call(peer: str, way: str = "grpc") -> None:
+        attached.begin("Forward", way, "id", lambda: Origin(peer), 0.0).ended()
+
+    for peer in ("ipv4:10.0.0.1:5000", "ipv4:10.0.0.1:5001", "ipv6:%5B::1%5D:5000", "unix:", "unix:%00abstract"):
+        call(peer)
+    call("ipv4:10.0.0.9:5000", "direct")
+    assert attached.recent() == {"10.0.0.1": 2, "::1": 1, "unix socket": 2}
+    now[0] += 59
+    call("ipv4:10.0.0.1:5000")
+    now[0] += 2
+    assert attached.recent() == {"10.0.0.1": 1}
+    for port in range(20_000):
+        call(f"ipv4:10.0.0.2:{port}")
+    assert attached.recent() == {"10.0.0.2": 10_000}
 
 
 # --- What stands out --------------------------------------------------------------------------------------

@@ -227,6 +227,7 @@ class DirectEndpoint(_message.Message):
     SOCKET_FIELD_NUMBER: _builtins.int
     INSTANCE_FIELD_NUMBER: _builtins.int
     SHARED_MEMORY_FIELD_NUMBER: _builtins.int
+    TRACES_FIELD_NUMBER: _builtins.int
     port: _builtins.int
     """TCP port, of the host that this call was made to; 0 if it is a unix socket."""
     socket: _builtins.str
@@ -235,6 +236,8 @@ class DirectEndpoint(_message.Message):
     """16 bytes that a client names as it connects: another server refuses it then."""
     shared_memory: _builtins.bool
     """Whether it shares memory with clients that connect to the unix socket."""
+    traces: _builtins.bool
+    """Whether a call there may name the span that it belongs to."""
     def __init__(
         self,
         *,
@@ -242,10 +245,11 @@ class DirectEndpoint(_message.Message):
         socket: _builtins.str = ...,
         instance: _builtins.bytes = ...,
         shared_memory: _builtins.bool = ...,
+        traces: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["instance", b"instance", "port", b"port", "shared_memory", b"shared_memory", "socket", b"socket"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["instance", b"instance", "port", b"port", "shared_memory", b"shared_memory", "socket", b"socket", "traces", b"traces"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

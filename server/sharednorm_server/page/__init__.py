@@ -58,6 +58,7 @@ class Pages:
         groups: Its groups.
         metrics: Its metrics.
         peers: Who has each of its direct connections.
+        callers: How many connections of each host have called by gRPC within the last minute.
         why_not_ready: Why it takes no calls; "" if it does.
     """
 
@@ -67,9 +68,11 @@ class Pages:
         groups: Synchronizer,
         metrics: Metrics,
         peers: Callable[[], list[str]],
+        callers: Callable[[], Counter[str]],
         why_not_ready: Callable[[], str],
     ) -> None:
-        self._service, self._groups, self._metrics, self._peers = service, groups, metrics, peers
+        self._service, self._groups, self._metrics = service, groups, metrics
+        self._peers, self._callers = peers, callers
         self._why_not_ready = why_not_ready
         self._history = History(service.alive)
         self._began = time.time()
@@ -142,6 +145,7 @@ class Pages:
             groups=groups,
             figures=self._service.figures,
             peers=sorted(Counter(self._peers()).items()),
+            callers=sorted(self._callers().items()),
             running=self._metrics.in_progress,
             uptime=_duration(time.time() - self._began),
         )
