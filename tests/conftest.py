@@ -26,7 +26,8 @@ NEEDS_PROGRAM = "needs a program that is not installed"
 _MANY = {"test": ("test", "tests"), "file of tests": ("file", "files")}
 KINDS = {"torch": ("that compare{s} with PyTorch", "make test TORCH=1"),
          "cuda": ("that run{s} on PyCUDA", "make test CUDA=1"),
-         "programs": ("that need{s} other programs", "apt-get install prometheus chromium")}  # fmt: skip
+         "programs": ("that need{s} other programs",
+                      "apt-get install prometheus chromium libgrpc++-dev protobuf-compiler-grpc")}  # fmt: skip
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -121,6 +121,19 @@ def _check_pip(command: str) -> None:
     assert set(asked) <= set(declared)
 
 
+def _check_packages(command: str) -> None:
+    known = (ROOT / "examples" / "cpp" / "Makefile").read_text(encoding="utf-8")
+    assert {*shlex.split(command)[2:]} <= {"make", *known.split()}
+
+
+def _check_cpp(command: str) -> None:
+    # It is built and run in test_cpp.py; here, that the file of that name is what make builds.
+    path, address = shlex.split(command)
+    dry = make("-C", "examples/cpp", "--dry-run")
+    assert f"-o {Path(path).relative_to('examples/cpp')}" in dry.stdout
+    assert address == ADDRESS
+
+
 def _check_serve(command: str) -> None:
     arguments = shlex.split(command, comments=True)[2:]
     for option in ("--listen", "--http"):
@@ -274,6 +287,8 @@ CHECKS: dict[str, Callable[[str], None]] = {
     "SHAREDNORM_EMULATED_SCHEDULE=": _check_schedule,
     ".venv/bin/python -m tests.emulation.process ": _check_sanitizer,
     "pip install ": _check_pip,
+    "apt-get install ": _check_packages,
+    "examples/cpp/build/client ": _check_cpp,
     "sharednorm serve": _check_serve,
     "SHAREDNORM_MAX_LAYERS=": _check_variable,
     "OTEL_EXPORTER_OTLP_ENDPOINT=": _check_traces,

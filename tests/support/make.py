@@ -9,17 +9,18 @@ import subprocess
 from tests.support.distributions import ROOT
 
 
-def make(*arguments: str, path: str | None = None) -> subprocess.CompletedProcess[str]:
-    """Run make in the checkout for at most a minute, without the flags of a make that runs this.
+def make(*arguments: str, path: str | None = None, seconds: float = 60) -> subprocess.CompletedProcess[str]:
+    """Run make in the checkout for a bounded time, without the flags of a make that runs this.
 
     Args:
         arguments: Its arguments.
         path: The PATH of its recipes; None for this process's.
+        seconds: How long.
     """
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
     program = shutil.which("make") or "make"
     if path is not None:
         environment["PATH"] = path
     return subprocess.run(
-        [program, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False
+        [program, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds, check=False
     )
