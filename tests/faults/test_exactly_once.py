@@ -21,7 +21,6 @@ from tests.support.oracle import random_tensor
 from tests.support.proxy import Faults, network
 from tests.support.server import ServerProcess, server_process
 
-
 SEEDS = int(os.environ.get("SHAREDNORM_SEEDS", "4"))
 # Whoever waits for a network that breaks waits long on a busy machine.
 pytestmark = pytest.mark.timeout(400 + 10 * SEEDS)

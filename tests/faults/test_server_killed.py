@@ -23,7 +23,6 @@ from sharednorm.errors import DataLoss
 from tests.support.oracle import random_tensor
 from tests.support.server import ServerProcess, run, server_process
 
-
 SHAPE = (4, 5, 6, 3)
 KILLS = int(os.environ.get("SHAREDNORM_KILLS", "6"))
 # So many servers are started, each of which takes its time on a busy machine.
