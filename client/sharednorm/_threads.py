@@ -126,6 +126,11 @@ def _default_count() -> int:
         if not wanted.isascii() or not wanted.isdigit() or int(wanted) < 1:
             raise InvalidConfiguration(f"{THREADS_VARIABLE} is {wanted!r} (expected: an integer, at least 1)")
         return int(wanted)
+    return processors()
+
+
+def processors() -> int:
+    """Return how many processors this process may use, at least 1: those that it may run on, within its quota."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(usable, _quota(usable)))
 

@@ -34,8 +34,8 @@ T = TypeVar("T")
 Unary = Callable[[bytes, Wanted], bytes]
 """Makes an answer of a request; may ask whether somebody still waits for it."""
 
-Stream = Callable[[Iterator[bytes], Wanted], Iterator[bytes]]
-"""Makes answers of requests."""
+Stream = Callable[[Iterator[bytes], Wanted, Callable[[], None]], Iterator[bytes]]
+"""Makes answers of requests; may ask whether somebody still waits for them, and say that the requests may come."""
 
 WAY = "grpc"
 """What calls by gRPC are called, among the ways that calls come."""
@@ -198,7 +198,9 @@ class StreamCall:
         try:
             pool.begin(context)
             with in_call(call), working_on(seen), _caller(self._tokens, self.name, context):
-                answers = self._behaviour(_counted(requests, seen), context.is_active)
+                answers = self._behaviour(
+                    _counted(requests, seen), context.is_active, lambda: context.send_initial_metadata(())
+                )
                 first = next(answers, None)  # all that asks who calls comes before it
             if first is None:
                 return

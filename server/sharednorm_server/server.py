@@ -16,6 +16,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from sharednorm import wire
+from sharednorm._threads import processors
 from sharednorm.config import MAX_GROUP_MEMBERS
 from sharednorm_server.access import TokenFile
 from sharednorm_server.calls import CallPool, Doorkeeper
@@ -26,6 +27,7 @@ from sharednorm_server.device.timed import TimedDevice
 from sharednorm_server.direct import DirectServer
 from sharednorm_server.group_calls import GroupCalls
 from sharednorm_server.listen import MAX_SOCKET_PATH_BYTES, UnixEndpoint, parse_endpoint
+from sharednorm_server.movers import Movers
 from sharednorm_server.placement import Placement
 from sharednorm_server.regions import AVAILABLE, SharedMemory
 from sharednorm_server.service import LayerService
@@ -209,7 +211,8 @@ def serve(config: ServerConfig, service: LayerService) -> RunningServer:
         interceptors=[Doorkeeper(SERVICE_NAME, tokens, pool, config.max_calls, watcher)],
         options=_options(config),
     )
-    servicer = Servicer(service, GroupCalls(service, groups), Limits(config.max_tensor_bytes))
+    movers = Movers(max(1, processors() // 2))  # of each, the other half of the work is with whoever sends and receives
+    servicer = Servicer(service, GroupCalls(service, groups), Limits(config.max_tensor_bytes), movers)
     grpc_server.add_generic_rpc_handlers([servicer.handlers(pool, waiting, watcher, tokens)])
     status = health.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(status, grpc_server)

@@ -31,6 +31,7 @@ from sharednorm_server.messages import (
     namespace_of,
     stats_of,
 )
+from sharednorm_server.movers import Movers
 from sharednorm_server.requests import (
     BackwardCall,
     ForwardFacts,
@@ -96,10 +97,12 @@ class Servicer:
         service: What the requests mean.
         groups: The methods of groups.
         limits: What is accepted.
+        movers: Whose turn it is to move large tensors.
     """
 
-    def __init__(self, service: LayerService, groups: GroupCalls, limits: Limits) -> None:
+    def __init__(self, service: LayerService, groups: GroupCalls, limits: Limits, movers: Movers) -> None:
         self._service = service
+        self._movers = movers
         self.groups = groups
         self._limits = limits
         self._direct: service_pb2.DirectEndpoint | None = None
@@ -164,6 +167,7 @@ class Servicer:
             max_tensor_bytes=self._limits.max_tensor_bytes,
             chunk_bytes=self._limits.chunk_bytes,
             direct=self._direct,
+            signals_chunks=True,
         )
 
     def _open_session(self, _: service_pb2.OpenSessionRequest) -> service_pb2.OpenSessionResponse:
@@ -266,14 +270,15 @@ class Servicer:
         self._service.check_forward(call, layout.shape)
         if isinstance(tensors, Arriving):
             tensors.hold(self._service.admitted(layout.nbytes))
+            tensors.take_turn(self._movers, wanted)
             incoming = self._service.receive_forward(call, layout.shape, layout.dtype_name)
             tensors.begin(layout.nbytes)
             tensors.fill(incoming)
             answer = self._service.forward(call, incoming.finish(), wanted)
-        else:
-            out = tensors.out(layout, over_input=call.train is False)
-            (x,) = tensors.arrays([layout])
-            answer = self._service.forward(call, x, wanted, out)
+            return Answer(forward_response(answer), tensors.leaving(answer.output))
+        out = tensors.out(layout, over_input=call.train is False)
+        (x,) = tensors.arrays([layout])
+        answer = self._service.forward(call, x, wanted, out)
         return Answer(forward_response(answer), answer.output)
 
     def backward(
@@ -285,6 +290,7 @@ class Servicer:
         self._service.check_backward(call, shape, dtype_name)
         if isinstance(tensors, Arriving):
             tensors.hold(self._service.admitted(plan.nbytes))
+            tensors.take_turn(self._movers, wanted)
             incoming = self._service.receive_gradient(call, shape, dtype_name)
             tensors.begin(plan.nbytes)
             tensors.fill(incoming)
@@ -294,10 +300,10 @@ class Servicer:
                 tensors.fill(incoming)
                 x = incoming.finish()
             answer = self._service.backward(call, grad, x, wanted)
-        else:
-            out = tensors.out(plan.grad, over_input=False) if call.input_grad else None
-            arrays = tensors.arrays(plan.layouts)
-            answer = self._service.backward(call, arrays[0], arrays[1] if plan.x else None, wanted, out)
+            return Answer(backward_response(answer), tensors.leaving(answer.grad))
+        out = tensors.out(plan.grad, over_input=False) if call.input_grad else None
+        arrays = tensors.arrays(plan.layouts)
+        answer = self._service.backward(call, arrays[0], arrays[1] if plan.x else None, wanted, out)
         return Answer(backward_response(answer), answer.grad)
 
     def push_moments(
@@ -369,18 +375,18 @@ class Servicer:
         request, data = wire.decode(service_pb2.BackwardRequest, buffer)
         return _whole(self.backward(request, InMessage(data), wanted))
 
-    def _forward_stream(self, messages: Iterator[bytes], wanted: Wanted) -> Iterator[bytes]:
+    def _forward_stream(self, messages: Iterator[bytes], wanted: Wanted, go_on: Callable[[], None]) -> Iterator[bytes]:
         header = _header(service_pb2.ForwardStreamRequest, messages).header
         with ExitStack() as until_sent:
-            chunks = InChunks(service_pb2.ForwardStreamRequest, messages)
+            chunks = InChunks(service_pb2.ForwardStreamRequest, messages, go_on)
             answer = self.forward(header, Arriving(chunks.begin, chunks.fill, until_sent), wanted)
             yield service_pb2.ForwardStreamResponse(header=answer.response).SerializeToString()
             yield from self._chunks(answer)
 
-    def _backward_stream(self, messages: Iterator[bytes], wanted: Wanted) -> Iterator[bytes]:
+    def _backward_stream(self, messages: Iterator[bytes], wanted: Wanted, go_on: Callable[[], None]) -> Iterator[bytes]:
         header = _header(service_pb2.BackwardStreamRequest, messages).header
         with ExitStack() as until_sent:
-            chunks = InChunks(service_pb2.BackwardStreamRequest, messages)
+            chunks = InChunks(service_pb2.BackwardStreamRequest, messages, go_on)
             answer = self.backward(header, Arriving(chunks.begin, chunks.fill, until_sent), wanted)
             yield service_pb2.BackwardStreamResponse(header=answer.response).SerializeToString()
             yield from self._chunks(answer)

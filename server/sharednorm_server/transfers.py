@@ -13,7 +13,9 @@ from sharednorm import wire
 from sharednorm.config import Array
 from sharednorm.errors import MalformedMessage
 from sharednorm.v1 import service_pb2
-from sharednorm_server.tensors import Incoming
+from sharednorm_server.movers import Movers, Turn
+from sharednorm_server.requests import Wanted
+from sharednorm_server.tensors import DeviceTensor, Incoming, Output
 
 
 class Here(Protocol):
@@ -84,12 +86,64 @@ class Arriving:
 
     def __init__(self, begin: Callable[[int], None], fill: Callable[[Incoming], None], until_sent: ExitStack) -> None:
         self.begin = begin
-        self.fill = fill
+        self._fill = fill
         self._until_sent = until_sent
+        self._turn: Turn | None = None
 
     def hold(self, context: AbstractContextManager[None]) -> None:
         """Enter a context, and leave it when the answer has left."""
         self._until_sent.enter_context(context)
+
+    def take_turn(self, movers: Movers, wanted: Wanted) -> None:
+        """Wait for this call's turn to move its tensors, which ends when the answer has left, or when it is slow.
+
+        Raises:
+            DeadlineExceeded: None has come, and nobody waits for the call any more.
+        """
+        self._turn = self._until_sent.enter_context(movers.turn(wanted))
+
+    def fill(self, incoming: Incoming) -> None:
+        """Fill a tensor."""
+        self._fill(incoming if self._turn is None else _Counted(incoming, self._turn))
+
+    def leaving(self, output: Output | None) -> Output | None:
+        """Return the tensor of the answer, whose parts move in the same turn."""
+        return output if output is None or self._turn is None else _Leaving(output, self._turn)
+
+
+class _Counted:
+    # A tensor that arrives in a turn.
+    def __init__(self, incoming: Incoming, turn: Turn) -> None:
+        self._incoming, self._turn = incoming, turn
+
+    @property
+    def nbytes(self) -> int:
+        return self._incoming.nbytes
+
+    def space(self, most: int) -> memoryview:
+        return self._incoming.space(most)
+
+    def filled(self, nbytes: int) -> None:
+        self._turn.moved(nbytes)
+        self._incoming.filled(nbytes)
+
+    def finish(self) -> DeviceTensor:
+        return self._incoming.finish()
+
+
+class _Leaving:
+    # A tensor that leaves in a turn.
+    def __init__(self, output: Output, turn: Turn) -> None:
+        self._output, self._turn = output, turn
+        self.shape, self.dtype_name, self.nbytes = output.shape, output.dtype_name, output.nbytes
+
+    def array(self) -> Array:
+        return self._output.array()
+
+    def parts(self, most: int) -> Iterator[memoryview]:
+        for part in self._output.parts(most):
+            self._turn.moved(part.nbytes)
+            yield part
 
 
 class InChunks:
@@ -98,22 +152,26 @@ class InChunks:
     Args:
         cls: Of the stream's messages.
         messages: Those behind the header.
+        go_on: Has them come.
     """
 
     def __init__(
         self,
         cls: type[service_pb2.ForwardStreamRequest | service_pb2.BackwardStreamRequest],
         messages: Iterator[bytes],
+        go_on: Callable[[], None],
     ) -> None:
         self._cls = cls
+        self._go_on = go_on
         self._messages = messages
         self._order = wire.ChunkOrder(0)
         self._left = 0
         self._rest = memoryview(b"")  # of a chunk in which one tensor ends and another begins
 
     def begin(self, nbytes: int) -> None:
-        """Expect so many bytes."""
+        """Have so many bytes come."""
         self._order, self._left = wire.ChunkOrder(nbytes), nbytes
+        self._go_on()
 
     def fill(self, incoming: Incoming) -> None:
         """Fill a tensor; behind the last, see that the stream is over."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import sharednorm
 from sharednorm import Progress
 from sharednorm._shared import SharedRegions
 from sharednorm.errors import (
+    DeadlineExceeded,
     InvalidConfiguration,
     InvalidShape,
     LimitExceeded,
@@ -331,3 +333,31 @@ def test_a_tensor_beyond_the_budget_is_refused_and_one_that_has_to_wait_waits(wa
             bn(random_tensor(1, SHAPE))
         assert bn.numOfProps == 0
         bn(random_tensor(1, SHAPE))
+
+
+@pytest.mark.parametrize("way", ["direct", "grpc"])
+def test_nothing_of_a_large_tensor_is_sent_before_its_turn(way: str) -> None:
+    sent: list[int] = []
+
+    def note(progress: sharednorm.Progress) -> None:
+        sent.append(progress.sent)
+
+    x = random_tensor(1, (12, 3, 256, 256))  # 9 MiB
+    with (
+        in_process(ServerConfig(in_flight_bytes=32 << 20)) as server,
+        sharednorm.connect(server.address, transport=way, timeout=1.0, progress=note) as hub,
+    ):
+        bn = hub.BatchNorm2D(3, name="bn")
+        with server._service.admitted(32 << 20), pytest.raises(ServerBusy):
+            bn(x)
+        assert not any(sent)
+        movers = server._direct._servicer._movers
+        with ExitStack() as turns:
+            for _ in range(movers._most):
+                turns.enter_context(movers.turn(lambda: True)).moved(1 << 40)  # that are fast, and so keep them
+            with pytest.raises(DeadlineExceeded):
+                bn(x)
+            assert not any(sent)
+        assert bn.numOfProps == 0
+        np.testing.assert_allclose(np.mean(bn(x), axis=(0, 2, 3)), 0, atol=1e-5)
+        assert x.nbytes in sent

@@ -187,7 +187,7 @@ def test_every_room_is_there() -> None:
 
 
 def test_every_module_of_the_server_has_its_room() -> None:
-    others = _server("config", "settings", "tensors", "watching", "metrics", "figures", "logs")
+    others = _server("config", "settings", "tensors", "movers", "watching", "metrics", "figures", "logs")
     rooms = (*EDGE, *MEANING, *GROUPS, *DEVICE, *STORE, *DOCTOR, *others, "sharednorm_server")
     assert [m for m in MODULES if _within(m, ("sharednorm_server.",)) and not _within(m, rooms)] == []
 

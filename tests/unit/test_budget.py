@@ -38,3 +38,29 @@ def test_an_error_gives_the_bytes_back() -> None:
     with pytest.raises(ValueError, match="x"), budget.admitted(60):
         raise ValueError("x")
     assert budget.used == 0
+
+
+def test_who_is_told_to_come_again_is_told_when_about_half_are_through() -> None:
+    now = [0.0]
+    budget = ByteBudget("in_flight_bytes", 100, lambda: now[0])
+
+    def told() -> float:
+        with budget.admitted(100), pytest.raises(ServerBusy) as caught:
+            budget.admitted(1).__enter__()
+        return float(caught.value.metadata["retry_seconds"])
+
+    assert told() == 0.05
+    for _ in range(30):  # calls that take 10 ms a byte
+        with budget.admitted(100):
+            now[0] += 1.0
+    with budget.admitted(100), pytest.raises(ServerBusy) as caught:
+        budget.admitted(1).__enter__()
+    assert float(caught.value.metadata["retry_seconds"]) == pytest.approx(0.5, rel=0.01)
+    for _ in range(30):
+        with budget.admitted(100):
+            now[0] += 1000.0
+    assert told() == 2.0
+    now[0] += 1e6  # a pause says nothing
+    with budget.admitted(100):
+        now[0] += 1000.0
+    assert told() == 2.0

@@ -62,7 +62,7 @@ def on(pool: CallPool, function: Callable[..., Any], *arguments: object) -> Any:
 
 
 def test_gRPC_finds_the_pool_where_it_looks_for_it(pool: CallPool) -> None:  # noqa: N802
-    for call in (UnaryCall("A", lambda request, _: request, pool), StreamCall("B", lambda requests, _: requests, pool)):
+    for call in (UnaryCall("A", lambda request, _: request, pool), StreamCall("B", lambda each, *_: each, pool)):
         assert isinstance(call.experimental_thread_pool, ThreadPoolExecutor)
         assert call.experimental_thread_pool is pool
 
@@ -108,7 +108,7 @@ def test_a_call_that_gRPC_has_ended_already_does_not_hold_the_pool(pool: CallPoo
 def test_no_answer_is_given_to_a_client_that_has_gone(pool: CallPool) -> None:
     context = Context()
 
-    def behaviour(_: Iterator[bytes], __: Callable[[], bool]) -> Iterator[bytes]:
+    def behaviour(_: Iterator[bytes], __: Callable[[], bool], ___: Callable[[], None]) -> Iterator[bytes]:
         yield b"one"
         context.active = False
         yield b"two"

@@ -179,6 +179,7 @@ class GetServerInfoResponse(_message.Message):
     MAX_TENSOR_BYTES_FIELD_NUMBER: _builtins.int
     CHUNK_BYTES_FIELD_NUMBER: _builtins.int
     DIRECT_FIELD_NUMBER: _builtins.int
+    SIGNALS_CHUNKS_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     """Release of the server, for example "0.1.0"."""
     protocol: _builtins.int
@@ -193,6 +194,10 @@ class GetServerInfoResponse(_message.Message):
     """Largest tensor that the streams accept, in bytes."""
     chunk_bytes: _builtins.int
     """Size of a chunk that the server likes best, in bytes."""
+    signals_chunks: _builtins.bool
+    """Whether the streams send their initial metadata as soon as the chunks may come: a client that waits for that sends no
+    chunk of a call that is refused, or that has to wait for its turn.
+    """
     @_builtins.property
     def direct(self) -> Global___DirectEndpoint:
         """Where the server takes direct connections, which carry Forward and Backward beside gRPC; absent if it takes none."""
@@ -208,10 +213,11 @@ class GetServerInfoResponse(_message.Message):
         max_tensor_bytes: _builtins.int = ...,
         chunk_bytes: _builtins.int = ...,
         direct: Global___DirectEndpoint | None = ...,
+        signals_chunks: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["direct", b"direct"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk_bytes", b"chunk_bytes", "device", b"device", "direct", b"direct", "max_tensor_bytes", b"max_tensor_bytes", "max_unary_bytes", b"max_unary_bytes", "protocol", b"protocol", "store", b"store", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk_bytes", b"chunk_bytes", "device", b"device", "direct", b"direct", "max_tensor_bytes", b"max_tensor_bytes", "max_unary_bytes", b"max_unary_bytes", "protocol", b"protocol", "signals_chunks", b"signals_chunks", "store", b"store", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
