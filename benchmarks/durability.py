@@ -2,8 +2,10 @@
 
 `python -m benchmarks.durability` measures everything, prints the figures beside their goals, and writes
 benchmarks/results/durability.json. Three servers, of which one computes at a time: with `--state memory:`, and with a
-file under `--durability os` and `fsync`. Clients are processes on this machine; each has layers of its own, and takes
-steps whose tensors stay with it (`compute="client"`), so that what is measured is the state and not the tensors.
+file under `--durability os` and `fsync`; and one more with `fsync`, on a disk that is made as slow as one that turns:
+`slow_disk.c` adds to each fsync what such a disk needs, since it is there that a shared commit counts. Clients are
+processes on this machine; each has layers of its own, and takes steps whose tensors stay with it
+(`compute="client"`), so that what is measured is the state and not the tensors.
 
 `python -m benchmarks.durability client SECONDS THREADS ADDRESS...` is one client, of which each thread is one trainer:
 it reads the number of an address, trains there for so long, prints what each step took, and reads the next.
@@ -35,13 +37,20 @@ from sharednorm.config import Array
 MAPS = 64
 SECONDS, ROUNDS = 1.5, 5
 RESULTS = Path(__file__).parent / "results" / "durability.json"
-STORES = ("memory", "os", "fsync")
+STORES = ("memory", "os", "fsync", "slow")
+SLOW_MS = 16.0
 
 GOALS = {
     "os": Goal("train steps a second of 8 clients, durability os / memory", least=0.7),
     "fsync, 8": Goal("train steps a second of 8 clients, durability fsync / memory"),
     "fsync, 32": Goal("train steps a second of 32 clients, durability fsync / fsyncs a second of the disk", least=20.0),
     "alone": Goal("what durability fsync adds to the step of one client alone / one fsync of the disk", most=1.0),
+    "slow, 32": Goal(
+        f"the same of 32 clients, each fsync {SLOW_MS:g} ms longer / fsyncs a second of that disk", least=20.0
+    ),
+    "slow, alone": Goal(
+        f"what that adds to the step of one client alone, each fsync {SLOW_MS:g} ms longer / one", most=1.1
+    ),
 }
 
 
@@ -55,8 +64,12 @@ def rates() -> dict[str, Any]:
             "memory": (),
             "os": ("--state", f"sqlite://{directory}/os", "--durability", "os"),
             "fsync": ("--state", f"sqlite://{directory}/fsync", "--durability", "fsync"),
+            "slow": ("--state", f"sqlite://{directory}/slow", "--durability", "fsync"),
         }
-        servers = {store: stack.enter_context(server("127.0.0.1:0", *options[store])) for store in STORES}
+        servers = {}
+        for store in STORES:
+            with _slow(directory) if store == "slow" else contextlib.nullcontext():
+                servers[store] = stack.enter_context(server("127.0.0.1:0", *options[store]))
         for clients, threads in ((1, 1), (8, 1), (8, 4)):
             name = f"{clients * threads} clients" if clients > 1 else "1 client"
             rounds: dict[str, list[dict[str, Any]]] = {store: [] for store in STORES}
@@ -80,12 +93,28 @@ def ratios(found: dict[str, Any]) -> dict[str, float]:
     """Return the figures."""
     eight, many, alone = found["8 clients"], found["32 clients"], found["1 client"]
     one = found["fsync of the disk"]["p50"]
+    slow = one + SLOW_MS
     return {
         "os": eight["os"]["steps a second"] / eight["memory"]["steps a second"],
         "fsync, 8": eight["fsync"]["steps a second"] / eight["memory"]["steps a second"],
         "fsync, 32": many["fsync"]["steps a second"] * one / 1e3,
         "alone": (alone["fsync"]["ms"]["p50"] - alone["memory"]["ms"]["p50"]) / one,
+        "slow, 32": many["slow"]["steps a second"] * slow / 1e3,
+        "slow, alone": (alone["slow"]["ms"]["p50"] - alone["memory"]["ms"]["p50"]) / slow,
     }
+
+
+@contextlib.contextmanager
+def _slow(directory: Path) -> Iterator[None]:
+    """Have what is started meanwhile find the disk slow."""
+    library = directory / "slow_disk.so"
+    source = Path(__file__).with_name("slow_disk.c")
+    subprocess.run(["cc", "-O2", "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
+    os.environ |= {"LD_PRELOAD": str(library), "SLOW_DISK_MS": str(SLOW_MS)}
+    try:
+        yield
+    finally:
+        del os.environ["LD_PRELOAD"], os.environ["SLOW_DISK_MS"]
 
 
 @contextlib.contextmanager

@@ -1,8 +1,12 @@
 """A store that remembers in a file of SQLite's: what it has said is kept survives the process, or the machine.
 
 One connection, used by one thread at a time, and a transaction for all changes that are waiting. Whoever first waits
-for a change commits what has come until then, and the others find theirs done: a change that comes alone is committed
-at once and wakes no thread, and many at a time share a commit, and its write to the disk.
+for a change leads: commits what has come until then, wakes those whose changes that were, and one of those that have
+come meanwhile, to lead the next. So a change that comes alone is committed at once and wakes no thread; many at a time
+share a commit, and its write to the disk; and nobody whose change is kept waits for another commit.
+
+On a slow disk those who were woken come back while the next commit has begun, and would share only every other one.
+There a leader waits a moment for as many as there were the last time, unless they have not come lately.
 
 A commit that fails ends the store: nobody knows what the disk has, and layers in memory are ahead of it. All that waits
 is told so, the process ends, and the next one goes on with what the file has.
@@ -37,6 +41,11 @@ BACKUPS = "backups"
 
 # Changes in one transaction; the others wait for the next.
 _MOST_CHANGES = 256
+# A commit that takes longer than this is one of a slow disk, and the next one is worth a wait for others: for this part
+# of what the last one took, behind its end. If they do not come, so many commits do not wait for them.
+_SLOW_SECONDS = 2e-3
+_PATIENCE = 0.75
+_COMMITS_WITHOUT = 8
 
 T = TypeVar("T")
 
@@ -46,7 +55,7 @@ _log = logging.getLogger(__name__)
 class _Change:
     # Something that waits for the next transaction, and for whom. Of a put, `note` is done also where another one of
     # the layer follows, so that its work need not be.
-    __slots__ = ("_store", "done", "failed", "key", "note", "put", "work")
+    __slots__ = ("_store", "done", "failed", "key", "note", "put", "waiters", "work")
 
     def __init__(
         self,
@@ -60,6 +69,7 @@ class _Change:
         self._store = store
         self.key, self.work, self.note, self.put = key, work, note, put
         self.done = self.failed = False
+        self.waiters: list[_Waiter] = []
 
     def wait(self) -> None:
         """Return when the change is kept.
@@ -71,6 +81,22 @@ class _Change:
             self._store.settle(self)
         if self.failed:
             raise failed()
+
+
+class _Waiter:
+    # A thread that waits until a change is kept, or until it is to commit itself.
+    __slots__ = ("_signal", "leads")
+
+    def __init__(self) -> None:
+        self._signal = threading.Lock()
+        self._signal.acquire()
+        self.leads = False
+
+    def wait(self) -> None:
+        self._signal.acquire()
+
+    def wake(self) -> None:
+        self._signal.release()
 
 
 class SqliteStore:
@@ -92,6 +118,11 @@ class SqliteStore:
         self._lock = threading.Lock()  # of what waits, and of the names
         self._committing = threading.Lock()  # of the connection
         self._waiting: list[_Change] = []
+        self._led = False  # whether a thread commits, or has been woken to
+        self._siblings = 0  # changes that may come together: those of the last commit, and that waited at its end
+        self._until = 0.0  # when nobody waits for them any more, by `time.perf_counter`
+        self._gathered = threading.Event()  # that they are there
+        self._without = 0  # commits that do not wait for them any more
         self._names: dict[LayerKey, int] = {}  # the rows of the layers that are there, or will be
         self._counts: Counter[str] = Counter()  # of each namespace
         self._next_row = 1
@@ -268,14 +299,62 @@ class SqliteStore:
             raise failed()
         change = _Change(self, key, work, note, put=put)
         self._waiting.append(change)
+        if len(self._waiting) == self._siblings:
+            self._gathered.set()
         return change
 
     def settle(self, change: _Change) -> None:
         """Return when a change is done, and with it all that came before; does it, if nobody else does."""
-        while not change.done:
-            with self._committing:
-                if not change.done:
-                    self._commit()
+        waiter = None
+        with self._lock:
+            if change.done:
+                return
+            if self._led:
+                waiter = _Waiter()
+                change.waiters.append(waiter)
+            self._led = True
+        if waiter is not None:
+            waiter.wait()
+            if not waiter.leads:
+                return
+        try:
+            self._gather()
+            while not change.done:
+                with self._committing:
+                    if not change.done:
+                        self._commit()
+        finally:
+            self._hand_over()
+
+    def _gather(self) -> None:
+        """Wait for others, if that is worth it."""
+        with self._lock:
+            left = self._until - time.perf_counter()
+            if left <= 0 or len(self._waiting) >= self._siblings:
+                return
+            if self._without:
+                self._without -= 1
+                return
+            self._gathered.clear()
+        if not self._gathered.wait(left):
+            self._without = _COMMITS_WITHOUT
+
+    def _hand_over(self) -> None:
+        with self._lock:
+            for change in self._waiting:
+                if change.waiters:
+                    leader = change.waiters.pop(0)
+                    leader.leads = True
+                    leader.wake()
+                    return
+            self._led = False
+
+    def _finish(self, changes: list[_Change], *, failed: bool) -> None:
+        with self._lock:
+            for change in changes:
+                change.failed, change.done = change.failed or failed, True
+                while change.waiters:
+                    change.waiters.pop().wake()
 
     def _commit(self) -> None:
         # With the connection. Whatever comes while this works is for the next one.
@@ -283,17 +362,20 @@ class SqliteStore:
             batch, self._waiting = self._waiting[:_MOST_CHANGES], self._waiting[_MOST_CHANGES:]
         if not batch:
             return
+        kept = False
         try:
             begin = time.perf_counter()
             self._guarded(lambda: self._transact(_needed(batch)))
             took, before = time.perf_counter() - begin, self.counts
             self.counts = StoreCounts(before.commits + 1, before.changes + len(batch), before.seconds + took)
+            kept = True
+            with self._lock:
+                self._siblings = len(batch) + len(self._waiting)
+                self._until = begin + took * (1 + _PATIENCE) if took > _SLOW_SECONDS else 0.0
         except StoreFailed:
-            for change in batch:
-                change.failed = True
+            pass  # which those hear of that wait
         finally:
-            for change in batch:
-                change.done = True
+            self._finish(batch, failed=not kept)
 
     def _commit_all(self) -> None:
         while self._waiting:
@@ -322,8 +404,7 @@ class SqliteStore:
             self._failed = True
             left, self._waiting = self._waiting, []
             callbacks = list(self._callbacks)
-        for change in left:
-            change.failed = change.done = True
+        self._finish(left, failed=True)
         for callback in callbacks:
             callback(reason)
 
