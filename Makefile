@@ -80,7 +80,7 @@ check: $(READY)-check $(READY)-test $(READY)-demo  ## Lint, types, the contract,
 docs: $(READY)-check  ## Build the documentation's site, in build/site; a warning is an error
 	$(BIN)/mkdocs build --quiet --clean
 
-bench: $(READY)-bench $(READY)-server $(READY)-torch  ## Compare with PyTorch, gloo, Arrow Flight and raw gRPC; writes benchmarks/results and the README's tables
+bench: $(READY)-bench $(READY)-server $(READY)-torch  ## Compare with PyTorch, gloo, Arrow Flight and raw gRPC; writes benchmarks/results and the tables that show them
 	$(BIN)/python -m benchmarks.local
 	$(BIN)/python -m benchmarks.datapath
 	$(BIN)/python -m benchmarks.remote

@@ -1,4 +1,4 @@
-"""The benchmarks' results as Markdown: `python -m benchmarks.tables` writes them into the README."""
+"""The benchmarks' results as Markdown: `python -m benchmarks.tables` writes them into the pages that show them."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 PASSES = ("train", "eval", "backward")
 SHARED = {"calls": "datapath", "together": "groups", "kept": "durability"}
 """Tables of a report that has another name."""
+SUMMARY = "summary"
 NAMES = {"train": "train forward", "eval": "eval forward", "backward": "backward"}
 
 
@@ -131,19 +133,15 @@ def kernels_table(report: dict[str, Any]) -> str:
     """
     head = "".join(f" {NAMES[each]} | torch | |" for each in PASSES)
     lines = [f"| float32, microseconds |{head}", "|---|" + "---:|---:|---:|" * len(PASSES)]
-    ratios: dict[tuple[str, str], list[float]] = {}
     for row in report["rows"]:
         cells = [f"({', '.join(map(str, row['shape']))})"]
         for each in PASSES:
-            found = row["passes"][each]
-            theirs = min(taken["p50"] for side, taken in found["us"].items() if side != "ours")
-            ratio = theirs / found["us"]["ours"]["p50"]
-            ratios.setdefault((row["dtype"], each), []).append(ratio)
-            cells += [_ms(found["us"]["ours"]["p50"]), _ms(theirs), f"{ratio:.1f}x"]
+            ours, theirs = _medians(row, each)
+            cells += [_ms(ours), _ms(theirs), f"{theirs / ours:.1f}x"]
         if row["dtype"] == "float32":
             lines.append(_line(cells))
     for dtype in ("float32", "float16", "bfloat16"):
-        means = [f"**{geometric_mean(ratios[dtype, each]):.1f}x**" for each in PASSES]
+        means = [_times(_kernels_mean(report, each, dtype)) for each in PASSES]
         lines.append(_line([f"geometric mean, {dtype}", *(cell for mean in means for cell in ("", "", mean))]))
     return "\n".join(lines)
 
@@ -182,8 +180,64 @@ def _ms(value: float) -> str:
     return f"{value:#.3g}" if value < 100 else f"{value:.0f}"
 
 
-def updated(readme: str) -> str:
-    """Return a README whose parts between `<!-- benchmarks: NAME -->` and `<!-- end -->` are those of the results."""
+def summary_table() -> str:
+    """Return one line for each of the figures that say most, each with what it was measured on."""
+    lines = ["| ours | against | times as fast | on |", "|---|---|---:|---|"]
+    kernels, local, datapath, groups = (load(name) for name in ("gpu-kernels", "local", "datapath", "groups"))
+    for each in PASSES:
+        mean = _kernels_mean(kernels, each, "float32")
+        lines.append(_line([f"CUDA {NAMES[each]}, float32", "torch with cuDNN or without, the faster", _times(mean),
+                            kernels["machine"]["GPU"]]))  # fmt: skip
+    for each in PASSES:
+        mean = local["geometric means"][f"{each}, torch / layer"]
+        lines.append(_line([f"local {NAMES[each]}", "`torch.nn.BatchNorm2d`", _times(mean), _processors(local)]))
+    for report, named in ((datapath, _TRAVELS), (groups, _MEETINGS)):
+        ratios = {each["what"]: each["ratio"] for each in report["goals"]}
+        for what, (ours, peer) in named.items():
+            lines.append(_line([ours, peer, _times(1 / ratios[what]), _processors(report)]))
+    return "\n".join(lines)
+
+
+_TRAVELS = {
+    "train forward, 25.7 MB, TCP / Arrow Flight echo, TCP":
+        ("remote train forward of 25.7 MB, TCP", "an echo of the bytes by Arrow Flight"),
+    "train forward, 25.7 MB, shared memory / local torch BatchNorm2d":
+        ("remote train forward of 25.7 MB, shared memory", "`torch.nn.BatchNorm2d` in the program"),
+    "train forward, 25.7 MB, compute=client over TCP / local torch BatchNorm2d":
+        ('train forward of 25.7 MB, `compute="client"`', "`torch.nn.BatchNorm2d` in the program"),
+}  # fmt: skip
+_MEETINGS = {
+    "step of 2 members x (16, 64, 56, 56), 1 thread each, forward and backward / by hand over gloo":
+        ("step of a group of two, forward and backward", "the same by hand over gloo"),
+    "meeting of 8 members, C = 64, p50 / gloo all-reduce of as many values, 8 ranks":
+        ("meeting of a group of eight", "an all-reduce of gloo"),
+}  # fmt: skip
+
+
+def _medians(row: dict[str, Any], each: str) -> tuple[float, float]:
+    # Of a pass in microseconds: ours, and that of the faster torch.
+    found = row["passes"][each]["us"]
+    return found["ours"]["p50"], min(taken["p50"] for side, taken in found.items() if side != "ours")
+
+
+def _kernels_mean(report: dict[str, Any], each: str, dtype: str) -> float:
+    medians = [_medians(row, each) for row in report["rows"] if row["dtype"] == dtype]
+    return geometric_mean(theirs / ours for ours, theirs in medians)
+
+
+def _times(ratio: float) -> str:
+    return f"**{ratio:.1f}x**"
+
+
+def _processors(report: dict[str, Any]) -> str:
+    found = report["machine"]
+    return f"{found['cpus']} CPUs, {found['cpu']}"
+
+
+def updated(page: str) -> str:
+    """Return a page whose parts between `<!-- benchmarks: NAME -->` and `<!-- end -->` are those of the results."""
+    if f"<!-- benchmarks: {SUMMARY} -->" in page:
+        return _replaced(page, SUMMARY, summary_table())
     tables = {
         "gpu-kernels": kernels_table, "gpu-calls": gpu_calls_table,
         "local": local_table, "datapath": datapath_table, "calls": calls_table, "remote": remote_table,
@@ -192,14 +246,19 @@ def updated(readme: str) -> str:
     }  # fmt: skip
     for name, table in tables.items():
         report = load(SHARED.get(name, name))
-        head, mark, rest = readme.partition(f"<!-- benchmarks: {name} -->\n")
-        _, end, tail = rest.partition("<!-- end -->")
-        if not (mark and end):
-            raise ValueError(f"the README has no place for the table {name!r}")
-        readme = f"{head}{mark}{table(report)}\n\nMeasured {machine(report)}\n{end}{tail}"
-    return readme
+        page = _replaced(page, name, f"{table(report)}\n\nMeasured {machine(report)}")
+    return page
+
+
+def _replaced(page: str, name: str, text: str) -> str:
+    head, mark, rest = page.partition(f"<!-- benchmarks: {name} -->\n")
+    _, end, tail = rest.partition("<!-- end -->")
+    if not (mark and end):
+        raise ValueError(f"the page has no place for the table {name!r}")
+    return f"{head}{mark}{text}\n{end}{tail}"
 
 
 if __name__ == "__main__":
-    README.write_text(updated(README.read_text(encoding="utf-8")), encoding="utf-8")
-    print(f"tables: {README}")
+    for path in (README, PAGE):
+        path.write_text(updated(path.read_text(encoding="utf-8")), encoding="utf-8")
+        print(f"tables: {path}")

@@ -44,6 +44,10 @@ RUN for wheel in wheels/sharednorm-*.whl; do \
         tools/bin/pip --python /opt/sharednorm/bin/python install --no-cache-dir wheels/pycuda-*.whl "${wheel}[cuda,traces]"; \
     done
 
+# What is in it, for those who have to know: CycloneDX.
+RUN tools/bin/pip install --no-cache-dir 'cyclonedx-bom>=7.5' \
+    && tools/bin/cyclonedx-py environment --output-file /opt/sharednorm/sbom.cdx.json /opt/sharednorm/bin/python
+
 
 FROM ${CUDA_BASE} AS runtime
 

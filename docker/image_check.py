@@ -69,6 +69,8 @@ def main() -> int:
                 _leave(address)
                 say("workers in their containers share a layer of it")
                 worker = _build("client", f"CPU_BASE={BASE}")
+                with _container(worker) as container:
+                    _check_bill(container)
                 _check_workers(worker, address)
             with _served(cpu, volumes=volumes, socket_directory=Path(shared)) as address:
                 say(f"a client shares memory with the CPU server, and nothing else but a directory, {address}")
@@ -146,6 +148,19 @@ def _check_image(image: str) -> None:
         who = _output(_inside(container, ["id", "-u"]))
         if who != str(USER):
             raise CheckFailed(f"{image} runs as user {who}")
+        _check_bill(container)
+
+
+def _check_bill(container: str) -> None:
+    """See that the bill of materials has what is installed, and nothing else."""
+    told = json.loads(_output(_inside(container, ["cat", "/opt/sharednorm/sbom.cdx.json"])))
+    listed = {(part["name"].lower().replace("-", "_"), part["version"]) for part in told["components"]}
+    script = "import importlib.metadata as m; print(*(f'{d.name}=={d.version}' for d in m.distributions()))"
+    words = _output(_inside(container, ["/opt/sharednorm/bin/python", "-I", "-c", script])).split()
+    pairs = (word.split("==") for word in words)
+    installed = {(name.lower().replace("-", "_"), version) for name, version in pairs}
+    if told["bomFormat"] != "CycloneDX" or listed != installed:
+        raise CheckFailed(f"the bill of materials and what is installed differ in {sorted(listed ^ installed)}")
 
 
 def _check_workers(image: str, address: str) -> None:

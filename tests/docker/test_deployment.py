@@ -141,6 +141,9 @@ def test_an_image_is_two_stages_not_root_and_asks_for_its_health(name: str) -> N
     arguments = {rest.partition("=")[0] for word, rest in found if word == "ARG"}
     assert all(stage[0].strip("${}") in arguments for stage in stages)  # base images are build arguments
     assert [rest for word, rest in found if word == "USER"] == ["10001:10001"]
+    assert any(
+        "cyclonedx-py" in rest and "/opt/sharednorm/sbom.cdx.json" in rest for word, rest in found if word == "RUN"
+    )
     health = next(rest for word, rest in found if word == "HEALTHCHECK")
     if name == "client":
         assert health == "NONE"

@@ -330,9 +330,10 @@ def test_the_readme_lists_every_error_as_it_is() -> None:
     ]
 
 
-def test_the_readme_quotes_the_results_that_are_committed() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert updated(readme) == readme, "python -m benchmarks.tables writes them"
+@pytest.mark.parametrize("page", ["README.md", "docs/performance.md"])
+def test_pages_quote_the_results_that_are_committed(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert updated(text) == text, "python -m benchmarks.tables writes them"
 
 
 def test_every_reason_is_explained() -> None:
