@@ -42,8 +42,8 @@ READY  := $(VENV)/.ready
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-demo: $(READY)-demo  ## Several processes share layers on one server, on real data (under a minute)
-	$(BIN)/python -m examples.demo
+demo: $(READY)-demo  ## Several processes share layers on one server, on real data (under a minute); SERVER= is one that runs
+	$(BIN)/python -m examples.demo $(if $(SERVER),--server '$(SERVER)')
 
 demo-torch: $(READY)-demo $(READY)-torch  ## Workers with tiny batches train a network with PyTorch, normalized as one; STEPS= is how long
 	$(BIN)/python -m examples.synchronized $(if $(STEPS),--steps $(STEPS))
@@ -119,7 +119,7 @@ down:  ## Stop the server that `make up` has started; the volume with its state 
 	$(call need,docker,install Docker Engine)
 	docker compose --file docker/compose.yaml --profile '*' down
 
-image-check: $(READY)-test $(READY)-cuda  ## Build all images with podman and use what is in them; Debian, as root, no Docker and no GPU
+image-check: $(READY)-test $(READY)-cuda $(READY)-demo  ## Build all images with podman and use what is in them; Debian, as root, no Docker and no GPU
 	$(BIN)/python -m docker.image_check
 
 clean:  ## Remove what the targets made, virtual environments included

@@ -66,6 +66,8 @@ def main() -> int:
                 for transport in ("direct", "grpc"):
                     _use(address, transport)
                 _check_health(cpu, address)
+                say("the demo uses it")
+                _run([sys.executable, "-m", "examples.demo", "--server", address])
                 _leave(address)
                 say("workers in their containers share a layer of it")
                 worker = _build("client", f"CPU_BASE={BASE}")

@@ -6,10 +6,15 @@ killed on the way, and a new one takes its place. An evaluator reads meanwhile. 
 server must be those of all data together, which no process has ever seen in one place.
 
     make demo        or        python -m examples.demo
+
+With `--server ADDRESS` it uses a server that runs, in the namespace "demo", and leaves both layers there for you to
+look at.
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import signal
 import sys
 import time
@@ -19,7 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 import sharednorm
-from examples.demo.processes import PATIENCE, server
+from examples.demo.processes import NAMESPACE, PATIENCE, server
 from examples.demo.report import Outcome, draw, table
 from examples.demo.shards import CHANNELS, DIGITS, PHOTOS, Shard, Statistics, load
 from examples.demo.training import Training
@@ -31,6 +36,9 @@ TOLERANCE = 1e-5
 
 def main() -> int:
     """Run the demo; return 0 if the shared statistics are those of all data, else 1."""
+    parser = argparse.ArgumentParser(description="Several processes share layers on one server, on real data.")
+    parser.add_argument("--server", metavar="ADDRESS", help="one that runs; default: one of its own, which it stops")
+    running: str | None = parser.parse_args().server
     # A polite kill ends like Ctrl-C: the processes are stopped first.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     begin = time.monotonic()
@@ -39,14 +47,14 @@ def main() -> int:
     for shard in shards:
         counts = f"{len(shard.batches[DIGITS])} batches of the digits {shard.digits}"
         print(f"  {shard.name}: {counts:35} {len(shard.batches[PHOTOS])} batches of the {shard.photo}")
-    with server() as (address, pid, line):
-        print(f"a server (pid {pid}): {line}", flush=True)
+    with server() if running is None else contextlib.nullcontext(_prepared(running)) as (address, line):
+        print(line, flush=True)
         total = sum(len(shard.schedule()) for shard in shards)
         with tqdm(total=total, unit=" steps", desc="4 workers", disable=None) as progress:
             training = Training(address, shards, held_out, progress)
             training.run()
         outcomes = _outcomes(address, shards)
-    print("the server has stopped\n")
+    print("the server has stopped\n" if running is None else f"the layers are on {running}, namespace {NAMESPACE}\n")
     print("Averages over the batches; the variance is that within a batch, as batch normalization keeps it.\n")
     for outcome in outcomes:
         print(table(outcome) + "\n")
@@ -56,9 +64,18 @@ def main() -> int:
     return 0 if all(verdicts) else 1
 
 
+def _prepared(address: str) -> tuple[str, str]:
+    """Remove what an earlier demo has left on a server."""
+    with sharednorm.connect(address, namespace=NAMESPACE, timeout=PATIENCE) as hub:
+        for layer in hub.layers():
+            if layer.name in CHANNELS:
+                hub.delete(layer.name)
+    return address, f"the server on {address}"
+
+
 def _outcomes(address: str, shards: list[Shard]) -> list[Outcome]:
     found = []
-    with sharednorm.connect(address, timeout=PATIENCE) as hub:
+    with sharednorm.connect(address, namespace=NAMESPACE, timeout=PATIENCE) as hub:
         for layer in CHANNELS:
             state = hub.layer(layer).snapshot()
             own = [shard.batches[layer] for shard in shards]

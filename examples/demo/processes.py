@@ -27,6 +27,7 @@ from examples.demo.shards import CHANNELS, Images
 
 T = TypeVar("T")
 
+NAMESPACE = "demo"
 PATIENCE = 60.0
 """Seconds that any process of the demo waits for any other."""
 
@@ -73,8 +74,8 @@ class Child:
 
 
 @contextmanager
-def server() -> Iterator[tuple[str, int, str]]:
-    """Run a server on a free port of the loopback; give its address, its process id and its start-up line."""
+def server() -> Iterator[tuple[str, str]]:
+    """Run a server on a free port of the loopback; give its address, and its process id and start-up line in words."""
     command = [
         str(Path(sys.executable).with_name("sharednorm")),
         "serve",
@@ -91,7 +92,8 @@ def server() -> Iterator[tuple[str, int, str]]:
         line = _first_line(process.stdout)
         if "listening on " not in line:
             raise RuntimeError(f"the server did not start: {line.strip() or 'it said nothing'}")
-        yield line.partition("listening on ")[2].partition(",")[0], process.pid, line.strip()
+        address = line.partition("listening on ")[2].partition(",")[0]
+        yield address, f"a server (pid {process.pid}): {line.strip()}"
     finally:
         process.terminate()
         try:
@@ -123,7 +125,7 @@ def _spawn(name: str, target: Callable[[str, T, Connection], None], address: str
 
 def _work(address: str, schedule: list[tuple[str, Images]], demo: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with sharednorm.connect(address, timeout=PATIENCE) as hub:
+    with sharednorm.connect(address, namespace=NAMESPACE, timeout=PATIENCE) as hub:
         # Whoever comes first creates the layers, the others attach to them. 1 / n as the factor of the n-th step,
         # without a lower bound, makes the running statistics the plain average over all steps.
         layers = {
@@ -141,7 +143,7 @@ def _work(address: str, schedule: list[tuple[str, Images]], demo: Connection) ->
 
 def _evaluate(address: str, held_out: dict[str, Images], demo: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with sharednorm.connect(address, timeout=PATIENCE) as hub:
+    with sharednorm.connect(address, namespace=NAMESPACE, timeout=PATIENCE) as hub:
         layers = {name: hub.layer(name) for name in held_out}
         for bn in layers.values():
             bn.evalMode()  # of these handles alone: the workers go on training

@@ -68,8 +68,8 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     begin = time.monotonic()
     killed_at = steps * 2 // 3
-    with server() as (address, pid, line):
-        print(f"a server (pid {pid}): {line}", flush=True)
+    with server() as (address, line):
+        print(line, flush=True)
         courses = {}
         for arm, size in (("whole", 1), ("separate", WORKERS), ("group", WORKERS)):
             print(f"{_NAMES[arm]}: {steps} batches of {BATCH}, parts {PARTS[size]}", flush=True)
