@@ -21,7 +21,7 @@ def load(name: str) -> dict[str, Any]:
     """Return a report: of "gpu-kernels" and "gpu-calls" the last one of any GPU, of others the one of that name."""
     path = RESULTS / f"{name}.json"
     if name.startswith("gpu-"):
-        path = max(RESULTS.glob(f"{name}-*.json"), key=lambda each: each.stem[-len("2026-01-01") :])
+        path = max(RESULTS.glob(f"{name}-*.json"), key=lambda each: (each.stem[-len("2026-01-01") :], each.stem))
     report: dict[str, Any] = json.loads(path.read_text())
     return report
 
