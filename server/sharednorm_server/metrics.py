@@ -82,6 +82,7 @@ class Metrics:
         )  # fmt: skip
         self.received = Counter("sharednorm_received_bytes", "Bytes of calls.", labels, registry=registry)
         self.sent = Counter("sharednorm_sent_bytes", "Bytes of answers.", labels, registry=registry)
+        self._series: dict[tuple[str, str], _Series] = {}
         self.running = Gauge("sharednorm_calls_in_progress", "Calls that are not over.", labels, registry=registry)
 
     def info(self, **values: str) -> None:
@@ -95,7 +96,10 @@ class Metrics:
     def begin(self, method: str, way: str, id: str, origin: Callable[[], Origin], arrived: float) -> Seen:  # noqa: A002
         """Watch a call."""
         del id, origin
-        return _Seen(self, method, way, arrived)
+        series = self._series.get((method, way))
+        if series is None:
+            series = self._series[method, way] = _Series(self, method, way)
+        return _Seen(series, arrived)
 
     @property
     def in_progress(self) -> int:
@@ -118,15 +122,40 @@ class _Asked(Collector):
             yield family(figure.name, figure.meaning, figure.value)
 
 
-class _Seen:
-    __slots__ = ("_began", "_code", "_labels", "_metrics", "_received", "_sent", "_spent", "_started")
+class _Series:
+    # The series of the calls of one method that come by one way. To find them by labels takes longer than to count.
+    def __init__(self, metrics: Metrics, method: str, way: str) -> None:
+        labels = (method, way)
+        self.running = metrics.running.labels(*labels)
+        self.seconds, self.queued = metrics.seconds.labels(*labels), metrics.queued.labels(*labels)
+        self.received, self.sent = metrics.received.labels(*labels), metrics.sent.labels(*labels)
+        self._calls, self._codes = metrics.calls, {"OK": metrics.calls.labels(*labels, "OK")}
+        self._spent = {DEVICE: metrics.device, STORE: metrics.kept}
+        self._places: dict[str, Histogram] = {}
+        self._labels = labels
 
-    def __init__(self, metrics: Metrics, method: str, way: str, arrived: float) -> None:
-        self._metrics, self._labels = metrics, (method, way)
+    def code(self, code: str) -> Counter:
+        """Return the counter of calls that end so."""
+        if code not in self._codes:
+            self._codes[code] = self._calls.labels(*self._labels, code)
+        return self._codes[code]
+
+    def place(self, where: str) -> Histogram:
+        """Return the histogram of the time that is spent there."""
+        if where not in self._places:  # no series of methods that never do
+            self._places[where] = self._spent[where].labels(*self._labels)
+        return self._places[where]
+
+
+class _Seen:
+    __slots__ = ("_began", "_code", "_received", "_sent", "_series", "_spent", "_started")
+
+    def __init__(self, series: _Series, arrived: float) -> None:
+        self._series = series
         self._began, self._started = arrived, 0.0
         self._code, self._received, self._sent = "OK", 0, 0
         self._spent: dict[str, float] = {}
-        metrics.running.labels(method, way).inc()
+        series.running.inc()
 
     def started(self) -> None:
         self._started = time.perf_counter()
@@ -143,13 +172,12 @@ class _Seen:
         self._code = code
 
     def ended(self) -> None:
-        metrics, labels, now = self._metrics, self._labels, time.perf_counter()
-        metrics.running.labels(*labels).dec()
-        metrics.calls.labels(*labels, self._code).inc()
-        metrics.seconds.labels(*labels).observe(now - self._began)
-        metrics.queued.labels(*labels).observe((self._started or now) - self._began)
-        for where, histogram in ((DEVICE, metrics.device), (STORE, metrics.kept)):
-            if where in self._spent:
-                histogram.labels(*labels).observe(self._spent[where])
-        metrics.received.labels(*labels).inc(self._received)
-        metrics.sent.labels(*labels).inc(self._sent)
+        series, now = self._series, time.perf_counter()
+        series.running.dec()
+        series.code(self._code).inc()
+        series.seconds.observe(now - self._began)
+        series.queued.observe((self._started or now) - self._began)
+        for where, seconds in self._spent.items():
+            series.place(where).observe(seconds)
+        series.received.inc(self._received)
+        series.sent.inc(self._sent)
