@@ -20,6 +20,8 @@ LEAST_RATE = 250e6
 """Bytes a second, in and out, below which a tensor waits for its network rather than for this machine."""
 GRACE_SECONDS = 0.02
 """How long a turn lasts at least, and how long nothing has to move while the device computes."""
+MOST_SECONDS = 0.1
+"""How long it lasts at most when nothing moves any more, however fast it was: a client that stops holds nobody up."""
 _ASK_SECONDS = 0.5  # how often a call that waits looks whether its client still does
 
 
@@ -27,11 +29,12 @@ class Turn:
     """One call's turn.
 
     Args:
-        began: When it began.
+        clock: Tells the time in seconds.
     """
 
-    def __init__(self, began: float) -> None:
-        self._due = began + GRACE_SECONDS
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._due = clock() + GRACE_SECONDS
 
     @property
     def due(self) -> float:
@@ -40,7 +43,7 @@ class Turn:
 
     def moved(self, nbytes: int) -> None:
         """Say that so many more bytes have come, or go."""
-        self._due += nbytes / LEAST_RATE
+        self._due = min(self._due + nbytes / LEAST_RATE, self._clock() + MOST_SECONDS)
 
 
 class Movers:
@@ -81,7 +84,7 @@ class Movers:
             while True:
                 with self._lock:
                     if self._waiting[0] is me and self._room():
-                        turn = Turn(self._clock())
+                        turn = Turn(self._clock)
                         self._moving.append(turn)
                         break
                     me.clear()

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 import pytest
 
 from sharednorm.errors import DeadlineExceeded
-from sharednorm_server.movers import GRACE_SECONDS, LEAST_RATE, Movers
+from sharednorm_server.movers import GRACE_SECONDS, LEAST_RATE, MOST_SECONDS, Movers
 from sharednorm_server.requests import always
 
 
@@ -66,10 +66,11 @@ def test_one_that_is_slow_loses_its_turn_and_one_that_is_fast_does_not() -> None
     movers, order = Movers(1, clock), list[int]()
     with ExitStack() as stack:
         turn = stack.enter_context(movers.turn(always))
-        turn.moved(int(LEAST_RATE))  # a second's worth
         other = Call(movers, order, 1)
         other.start()
-        clock.now += 1.0
+        for _ in range(100):  # for a second, just as fast as it has to be
+            clock.now += 0.01
+            turn.moved(int(LEAST_RATE * 0.01))
         time.sleep(0.1)
         assert order == []
         clock.now += GRACE_SECONDS * 1.01
@@ -85,6 +86,22 @@ def test_one_that_is_slow_loses_its_turn_and_one_that_is_fast_does_not() -> None
     for call in (other, third):
         call.join(10)
     assert not movers._moving
+
+
+def test_one_that_was_fast_and_stops_holds_the_others_up_for_a_moment_only() -> None:
+    clock = Clock()
+    movers, order = Movers(1, clock), list[int]()
+    with movers.turn(always) as turn:
+        turn.moved(2 << 30)  # all at once
+        other = Call(movers, order, 1)
+        other.start()
+        clock.now += MOST_SECONDS * 0.99
+        time.sleep(0.05)
+        assert order == []
+        clock.now += MOST_SECONDS * 0.02
+        until(lambda: order == [1])
+    other.may_end.set()
+    other.join(10)
 
 
 def test_one_that_is_given_up_waits_no_longer_and_holds_nobody_up() -> None:
