@@ -2,7 +2,7 @@
 
 The environment variable SHAREDNORM_LEFT_OUT says what may be left out: "anything" (the default), "nothing", or, with a
 comma between them, "torch" (comparisons with PyTorch), "cuda" (what runs on PyCUDA) and "programs" (what needs
-Prometheus or Chromium); what is left out against it fails the run.
+Prometheus, Chromium or Redis); what is left out against it fails the run.
 """
 
 from __future__ import annotations
@@ -16,18 +16,21 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import settings
 
+from tests.support.programs import NEEDS_PROGRAM
+from tests.support.redis import RedisProcess, redis_server
+
 # A machine that is busy with something else is slow; that is no defect.
 settings.register_profile("sharednorm", deadline=None, print_blob=True, derandomize="CI" in os.environ)
 settings.load_profile("sharednorm")
 
 LEFT_OUT = "SHAREDNORM_LEFT_OUT"
 NEEDS_TORCH = "compares with PyTorch, which is not installed"
-NEEDS_PROGRAM = "needs a program that is not installed"
 _MANY = {"test": ("test", "tests"), "file of tests": ("file", "files")}
 KINDS = {"torch": ("that compare{s} with PyTorch", "make test TORCH=1"),
          "cuda": ("that run{s} on PyCUDA", "make test CUDA=1"),
          "programs": ("that need{s} other programs",
-                      "apt-get install prometheus chromium libgrpc++-dev protobuf-compiler-grpc")}  # fmt: skip
+                      ("apt-get install redis-server prometheus chromium libgrpc++-dev "
+                       "protobuf-compiler-grpc"))}  # fmt: skip
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -37,6 +40,13 @@ def _state_home() -> Iterator[None]:
         patch.setenv("XDG_STATE_HOME", home)
         patch.delenv("STATE_DIRECTORY", raising=False)
         yield
+
+
+@pytest.fixture(scope="session")
+def redis_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisProcess]:
+    """Give a Redis that many tests use, each with a prefix of its own."""
+    with redis_server(tmp_path_factory.mktemp("redis")) as process:
+        yield process
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -91,13 +91,13 @@ def ref_to_proto(namespace: str, name: str, uid: str = "", domain: str = "") -> 
     return layer_pb2.LayerRef(namespace=namespace, name=name, uid=uid, domain=domain)
 
 
-def ref_from_proto(ref: layer_pb2.LayerRef) -> tuple[str, str, str, str, int]:
-    """Return namespace ("default" if it is not set), name, uid and domain ("" if not set), and the version seen (or 0).
+def ref_from_proto(ref: layer_pb2.LayerRef) -> tuple[str, str, str, str, int, bool]:
+    """Return namespace ("default" if not set), name, uid and domain ("" if not set), version seen, whether strong.
 
     Raises:
         InvalidName: One of them is not allowed.
     """
-    return *_checked(ref.namespace, ref.name, ref.uid, ref.domain), ref.seen_version
+    return *_checked(ref.namespace, ref.name, ref.uid, ref.domain), ref.seen_version, ref.strong
 
 
 @functools.lru_cache(4096)

@@ -34,7 +34,8 @@
     ├── SessionExpired                  whether a change was made before cannot be said any more
     ├── ServerUnavailable               not there, gone, or stopping            (also a ConnectionError)
     │   ├── DeviceLost                  the server's GPU has failed, and the server ends
-    │   └── StoreFailed                 the server cannot keep its state any more, and ends
+    │   ├── StoreFailed                 the server cannot keep its state any more, and ends
+    │   └── StoreUnavailable            what keeps the layers of several servers does not answer now
     ├── DeadlineExceeded                no answer in time                       (also a TimeoutError)
     ├── CallCancelled                   the call was given up
     ├── IncompatibleServer              another protocol, or not a sharednorm server
@@ -256,6 +257,10 @@ class DeviceLost(ServerUnavailable, reason="DEVICE_LOST", code=UNAVAILABLE):
 
 class StoreFailed(ServerUnavailable, reason="STORE_FAILED", code=UNAVAILABLE):
     """The server cannot keep its state any more, and ends; whether it has kept this change is not known."""
+
+
+class StoreUnavailable(ServerUnavailable, reason="STORE_UNAVAILABLE", code=UNAVAILABLE):
+    """The server cannot reach what keeps its layers, or that refuses. Remote layers try again until their timeout."""
 
 
 class DeadlineExceeded(SharedNormError, TimeoutError, reason="DEADLINE_EXCEEDED", code=DEADLINE_EXCEEDED):

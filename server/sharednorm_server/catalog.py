@@ -20,8 +20,9 @@ from sharednorm.state import (
     updated,
 )
 from sharednorm_server.checks import require_same_config
-from sharednorm_server.layers import Layer, LayerRegistry
+from sharednorm_server.layers import Layer
 from sharednorm_server.paging import name_of_token, page_size, token_of_name
+from sharednorm_server.registry import LayerRegistry
 from sharednorm_server.store import LayerKey, LayerRecord, Store
 from sharednorm_server.store.changes import CallKey
 from sharednorm_server.store.snapshots import SnapshotInfo, SnapshotPolicy
@@ -37,11 +38,14 @@ class LayerCatalog:
         max_sessions: Sessions whose last changes each layer remembers, so that a call that comes twice is one change.
         policy: When snapshots are taken; None: as it is by default.
         max_layers: Layers of a namespace.
+        max_age: Seconds that a copy of a layer may be old which other servers change, too.
     """
 
-    def __init__(self, store: Store, max_sessions: int, policy: SnapshotPolicy | None, max_layers: int) -> None:
+    def __init__(
+        self, store: Store, max_sessions: int, policy: SnapshotPolicy | None, max_layers: int, max_age: float
+    ) -> None:
         self._store = store
-        self._layers = LayerRegistry(store, max_sessions, policy, max_layers)
+        self._layers = LayerRegistry(store, max_sessions, policy, max_layers, max_age)
 
     def open_session(self) -> bytes:
         """Return the number of a new session, 8 bytes."""
@@ -136,13 +140,16 @@ class LayerCatalog:
             InvalidConfiguration, InvalidShape: What is initial are no statistics of this layer.
         """
         layer = self._layers.find(key).whole
-        with layer.exclusive() as record:
+
+        def act(record: LayerRecord) -> tuple[LayerRecord, bool]:
             if key.domain in record.domains:
                 return record.within(key.domain), False
             domains = with_domain(record.domains, key.domain, blank_statistics(record.config, initial))
             changed = replace(record, domains=domains)
             layer.commit(changed)
             return changed.within(key.domain), True
+
+        return layer.attempt(act)
 
     def list_domains(self, key: LayerKey) -> list[tuple[str, DomainStatistics]]:
         """Return the domains of a layer and what it keeps of each, in the order of their names."""
@@ -250,7 +257,8 @@ class LayerCatalog:
             NonFiniteInput: The moments are not finite, and the layer refuses that.
         """
         layer = self._layers.find(key)
-        with layer.exclusive() as record:
+
+        def act(record: LayerRecord) -> tuple[LayerRecord, bool]:
             require_initialized(record.state, str(key))
             state = merge_delta(record.state, record.config, delta, batch)
             if state is record.state:
@@ -258,6 +266,8 @@ class LayerCatalog:
             merged = record.with_state(state)
             layer.commit(merged)
             return merged, True
+
+        return layer.attempt(act)
 
 
 def _require_no_domain(key: LayerKey, method: str) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, unquote
+from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
 from sharednorm.config import MAX_SECONDS
 from sharednorm.errors import InvalidConfiguration
@@ -25,6 +25,7 @@ MAX_WORKERS = 1024
 
 _UNITS = {"": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
 _SIZE = re.compile(r"([0-9]{1,18})\s*([a-z]*)", re.IGNORECASE | re.ASCII)
+_REDIS = ("redis://", "rediss://", "redis+unix://")
 _CUDA = re.compile(r"cuda(?::([0-9]{1,4}))?", re.ASCII)
 
 
@@ -62,22 +63,34 @@ def parse_devices(text: str) -> tuple[int, ...]:
     return tuple(found)
 
 
-def parse_state(text: str) -> Path | None:
-    """Return the directory that a `--state` names, and None for "memory:".
+def parse_state(text: str) -> Path | str | None:
+    """Return the directory that a `--state` names, None for "memory:", and the text itself if it names a Redis.
 
     Raises:
-        InvalidConfiguration: It is neither.
+        InvalidConfiguration: It is none of them.
     """
     if text == "memory:":
         return None
+    if text.startswith(_REDIS):
+        return text
     scheme, _, rest = text.partition(":")
     path = unquote(rest.removeprefix("//"))
     if scheme != "sqlite" or not path or (rest.startswith("//") and not rest.startswith("///")) or "\0" in path:
         raise InvalidConfiguration(
-            f"{ascii(text)[:120]} is no state (expected: memory:, sqlite:///DIRECTORY, or sqlite:DIRECTORY for one "
-            "below the working directory)"
+            f"{ascii(without_secrets(text))[:120]} is no state (expected: memory:, sqlite:///DIRECTORY, or "
+            "sqlite:DIRECTORY for one below the working directory; or redis://HOST:PORT for one of several servers)"
         )
     return Path(path).expanduser().absolute()
+
+
+def without_secrets(state: str) -> str:
+    """Return a `--state` as it may be shown: of a Redis, without user, password and the paths of secrets."""
+    if not state.startswith(_REDIS):
+        return re.sub("//[^/]*@", "//", state)
+    parts = urlsplit(state)
+    host = parts.netloc.rpartition("@")[2]
+    query = [pair for pair in parse_qsl(parts.query) if pair[0] in {"db", "prefix", "timeout"}]
+    return parts._replace(netloc=host, query=urlencode(query), fragment="").geturl()
 
 
 def default_state() -> str:
@@ -233,7 +246,18 @@ class ServerConfig:
     device: str = _option(
         "cpu", "what computes: cpu, cuda, cuda:1, or cuda:0,cuda:1 for layers spread over several", "DEVICE"
     )
-    state: str = _option("memory:", "what remembers: sqlite:///DIRECTORY, or memory: (until the server ends)", "STATE")
+    state: str = _option(
+        "memory:",
+        "what remembers: sqlite:///DIRECTORY; redis://HOST:PORT for layers that several servers share; or memory:, "
+        "until the server ends",
+        "STATE",
+        show=without_secrets,
+    )
+    max_age: float = _seconds(
+        1.0,
+        "how old the copy of a layer may be that several servers share, in evaluation, where nobody is heard to have "
+        "changed it; 0: the store is always asked",
+    )
     durability: str = _one_of(
         "os",
         ("os", "fsync"),

@@ -10,15 +10,16 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import TypeVar
 
-from sharednorm.errors import DataLoss, LayerNotFound, LimitExceeded
-from sharednorm_server.ledger import DEFAULT_MAX_SESSIONS, Content, Ledger, SessionNumbers, digest, last_change
-from sharednorm_server.store import Kept, LayerKey, LayerRecord, Store
+from sharednorm.errors import DataLoss, LayerNotFound
+from sharednorm_server.ledger import Content, Ledger, digest, last_change
+from sharednorm_server.store import Kept, LayerKey, LayerRecord, OwnStore
 from sharednorm_server.store.changes import CallKey, LastChange
 from sharednorm_server.store.snapshots import SnapshotInfo, SnapshotPolicy
 from sharednorm_server.watching import STORE, spending
 
-DEFAULT_MAX_LAYERS = 10_000
+T = TypeVar("T")
 
 
 class Layer:
@@ -27,7 +28,7 @@ class Layer:
     def __init__(
         self,
         record: LayerRecord,
-        store: Store,
+        store: OwnStore,
         ledger: Ledger,
         policy: SnapshotPolicy,
         taken: Sequence[SnapshotInfo] = (),
@@ -94,6 +95,16 @@ class Layer:
                 _, kept = self._now
         if kept is not None and kept is not before:
             _wait(kept)
+
+    def attempt(self, act: Callable[[LayerRecord], T]) -> T:
+        """Hold the layer, and do something with its current record, which may commit another; wait until that is kept.
+
+        Args:
+            act: What. It is called again, with a newer record, where another server has changed the layer meanwhile; so
+                what it does to other things than the layer comes behind the commit.
+        """
+        with self.exclusive() as record:
+            return act(record)
 
     def made(self, call: CallKey, content: bytes) -> LastChange | None:
         """Return the change that was made under a key, if it was; only while holding the layer.
@@ -165,12 +176,25 @@ class Layer:
             change: Makes the new record.
         """
         content = b"" if call is None else digest(*asked)
-        with self.exclusive() as record:
-            before = None if call is None else self.made(call, content)
-            if before is None:
-                changed = change(record)
-                self.commit(changed, call, None if call is None else last_change(call, content, changed.state))
-        return (changed, False) if before is None else (self.record, True)
+
+        def act(record: LayerRecord) -> LayerRecord | None:
+            if call is not None and self.made(call, content) is not None:
+                return None
+            changed = change(record)
+            self.commit(changed, call, None if call is None else last_change(call, content, changed.state))
+            return changed
+
+        changed = self.attempt(act)
+        return (self.record, True) if changed is None else (changed, False)
+
+    def freshen(self, *, strong: bool) -> bool:
+        """Bring the current record up to date, if others change the layer; return False if it is not there any more.
+
+        Args:
+            strong: Whether a copy that may be a moment old is not good enough.
+        """
+        del strong
+        return True
 
     def bury(self) -> None:
         """Mark the layer as deleted. Only while holding it."""
@@ -213,6 +237,10 @@ class LayerInDomain(Layer):
         with self._layer.exclusive() as record:
             yield record.within(self.key.domain)
 
+    def attempt(self, act: Callable[[LayerRecord], T]) -> T:
+        """Hold the layer, and do something with its current record."""
+        return self._layer.attempt(lambda record: act(record.within(self.key.domain)))
+
     def made(self, call: CallKey, content: bytes) -> LastChange | None:
         """Return the change that was made under a key, if it was; only while holding the layer."""
         return self._layer.made(call, content)
@@ -226,131 +254,6 @@ class LayerInDomain(Layer):
         self._layer.commit(record.within(""), call, change)
 
 
-class LayerRegistry:
-    """Finds layers by name. Where both locks are taken, the layer's comes first and the registry's second.
-
-    Args:
-        store: What remembers them.
-        max_sessions: Sessions whose last changes each layer remembers.
-        policy: When snapshots are taken.
-        max_layers: Layers of a namespace.
-    """
-
-    def __init__(
-        self,
-        store: Store,
-        max_sessions: int = DEFAULT_MAX_SESSIONS,
-        policy: SnapshotPolicy | None = None,
-        max_layers: int = DEFAULT_MAX_LAYERS,
-    ) -> None:
-        self._max_layers = max_layers
-        self._store = store
-        self._policy = policy or SnapshotPolicy()
-        self._max_sessions = max_sessions
-        self._numbers = SessionNumbers(store.run)
-        self._lock = threading.Lock()
-        self._layers: dict[LayerKey, Layer] = {}
-        self._counting = threading.Lock()
-        self._steps = 0
-
-    @property
-    def steps(self) -> int:
-        """How many steps have been taken, of all layers, since the server was started."""
-        return self._steps
-
-    def alive(self) -> list[Layer]:
-        """Return the layers that somebody has asked for since the server was started, in no order."""
-        with self._lock:
-            return list(self._layers.values())
-
-    def _count_steps(self, count: int) -> None:
-        if count:
-            with self._counting:
-                self._steps += count
-
-    def open_session(self) -> bytes:
-        """Return the number of a new session, the first half of what its changes are known by."""
-        return self._numbers.open()
-
-    def find(self, key: LayerKey) -> Layer:
-        """Return a layer, seen in the key's domain, which may not be there.
-
-        Raises:
-            DataLoss: It is older than whoever asks has been told.
-            LayerNotFound: There is none of that name, or it is not the one that the key's `uid` means.
-        """
-        layer = self._layers.get(key)
-        if layer is None:
-            with self._lock:
-                layer = self._alive(key)
-        if layer is None:
-            raise not_found(key)
-        if key.uid and key.uid != layer.key.uid:
-            raise LayerNotFound(
-                f"{key} was deleted, and another one has its name now (expected: a handle of that one)",
-                {"namespace": key.namespace, "name": key.name},
-            )
-        version = layer.latest.state.version
-        if key.seen > version:
-            raise DataLoss(
-                f"{key} is at version {version}, and this handle was told of version {key.seen}: steps that were "
-                "answered are lost, since an older state was put in place (expected: the newest one; a new handle goes "
-                "on from here)",
-                {"version": str(version), "seen": str(key.seen)},
-            )
-        return LayerInDomain(layer, key.domain) if key.domain else layer
-
-    def create(self, key: LayerKey, make: Callable[[], LayerRecord]) -> tuple[LayerRecord, bool]:
-        """Return the record of a layer, and whether this call made it; only then is `make` called.
-
-        Raises:
-            LimitExceeded: It would be made, and its namespace has as many as it may have.
-        """
-        with self._lock:
-            layer = self._alive(key)
-            if layer is not None:
-                return layer.record, False
-            if self._store.count(key.namespace) >= self._max_layers:
-                raise LimitExceeded(
-                    f"the namespace {key.namespace!r} has {self._max_layers} layers (expected: at most max_layers = "
-                    f"{self._max_layers}; delete some, or start the server with a larger --max-layers)",
-                    {"limit": "max_layers", "value": str(self._max_layers)},
-                )
-            record = make()
-            self._store.create(record)
-            ledger = Ledger(self._max_sessions, self._numbers)
-            self._layers[key] = Layer(record, self._store, ledger, self._policy, on_steps=self._count_steps)
-            return record, True
-
-    def delete(self, key: LayerKey) -> Layer:
-        """Forget a layer with all its domains, and return what it was.
-
-        Raises:
-            LayerNotFound: There is none of that name.
-        """
-        layer = self.find(key).whole
-        with layer.exclusive(), self._lock:
-            self._store.delete(key)
-            layer.bury()
-            self._layers.pop(key, None)
-        return layer
-
-    def page(self, namespace: str, after: str, limit: int) -> list[LayerRecord]:
-        """Return up to `limit` records of a namespace in the order of their names, those behind name `after`."""
-        return self._store.page(namespace, after, limit)
-
-    def _alive(self, key: LayerKey) -> Layer | None:
-        # Under the registry's lock, so that two threads never make two locks for one layer.
-        layer = self._layers.get(key)
-        if layer is None:
-            record = self._store.get(key)
-            if record is not None:
-                ledger = Ledger(self._max_sessions, self._numbers, self._store.remembered(key))
-                taken = self._store.snapshots(key)
-                layer = self._layers[key] = Layer(record, self._store, ledger, self._policy, taken, self._count_steps)
-        return layer
-
-
 def _wait(kept: Kept) -> None:
     with spending(STORE, "keep"):
         kept.wait()
@@ -360,5 +263,14 @@ def not_found(key: LayerKey) -> LayerNotFound:
     """Return the error for a layer that is not there."""
     return LayerNotFound(
         f"{key} does not exist on this server, or was deleted (expected: the name of one that was created)",
+        {"namespace": key.namespace, "name": key.name},
+    )
+
+
+def lost(key: LayerKey) -> DataLoss:
+    """Return the error for a layer that is not there, and that nobody has deleted."""
+    return DataLoss(
+        f"{key} is gone, and nobody has deleted it: the store has lost it (expected: its newest state in place; or a "
+        "new layer)",
         {"namespace": key.namespace, "name": key.name},
     )

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import functools
 import struct
-import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from hashlib import blake2b
 
 import numpy as np
@@ -22,35 +21,7 @@ from sharednorm_server.store.changes import NUMBER_BYTES, CallKey, LastChange, N
 
 DEFAULT_MAX_SESSIONS = 1024
 
-# Sessions that one run of a server opens; the run is above them, so that a number fits SQLite's integers.
-_COUNT_BITS = 32
-
 Content = str | bytes | float | bool | Sequence["Content"] | np.ndarray | None
-
-
-class SessionNumbers:
-    """Gives sessions their numbers, and knows those that were given. Any thread may use it.
-
-    Args:
-        run: How often the state was opened, this time included: numbers of a later run are higher.
-    """
-
-    def __init__(self, run: int) -> None:
-        self._run = run
-        self._lock = threading.Lock()
-        self._given = 0
-
-    def open(self) -> bytes:
-        """Return the number of a new session."""
-        with self._lock:
-            number = self._given
-            self._given += 1
-        return (self._run << _COUNT_BITS | number).to_bytes(NUMBER_BYTES, "big")
-
-    def given(self, number: int) -> bool:
-        """Return whether a session may have a number: somebody who makes one up would make others look forgotten."""
-        run = number >> _COUNT_BITS
-        return run < self._run or (run == self._run and number - (run << _COUNT_BITS) < self._given)
 
 
 class Ledger:
@@ -58,13 +29,13 @@ class Ledger:
 
     Args:
         most: Sessions that are remembered, at least 1.
-        numbers: Which sessions there are.
+        opened: Says of a session's number whether it was given: who makes one up would make others look forgotten.
         known: What is known already.
     """
 
-    def __init__(self, most: int, numbers: SessionNumbers, known: Remembered | None = None) -> None:
+    def __init__(self, most: int, opened: Callable[[int], bool], known: Remembered | None = None) -> None:
         self._most = most
-        self._numbers = numbers
+        self._opened = opened
         self._known = known or Remembered()
 
     def find(self, key: CallKey, content: bytes) -> LastChange | None:
@@ -78,7 +49,7 @@ class Ledger:
         last = self._known.changes.get(key.session)
         if last is None:
             number = _number(key.session)
-            if key.seq > 1 or number <= self._known.floor or not self._numbers.given(number):
+            if key.seq > 1 or number <= self._known.floor or not self._opened(number):
                 raise SessionExpired(
                     "the layer does not remember this session any more: whether the change was made before cannot be "
                     "said, and it was not made now (expected: a new session, for what has not been sent yet)"
@@ -99,6 +70,16 @@ class Ledger:
     def last(self, session: bytes) -> LastChange | None:
         """Return the last change of a session, if one is remembered."""
         return self._known.changes.get(session)
+
+    def learn(self, session: bytes, change: LastChange | None, floor: int) -> None:
+        """Take what the store knows of one session, of a ledger that knows some only."""
+        self._known.floor = max(self._known.floor, floor)
+        if change is not None:
+            self._known.changes[session] = change
+
+    def forget(self) -> None:
+        """Know nothing any more: somebody else has changed the layer."""
+        self._known = Remembered()
 
     def note(self, key: CallKey, change: LastChange) -> Note:
         """Return what has to be kept with a change that is made now; nothing is remembered yet."""

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import grpc
@@ -20,7 +21,7 @@ from sharednorm._threads import processors
 from sharednorm.config import MAX_GROUP_MEMBERS
 from sharednorm_server.access import TokenFile
 from sharednorm_server.calls import CallPool, Doorkeeper
-from sharednorm_server.config import ServerConfig, StartError, parse_devices, parse_state
+from sharednorm_server.config import ServerConfig, StartError, parse_devices, parse_state, without_secrets
 from sharednorm_server.device import Device
 from sharednorm_server.device.cpu import CpuDevice
 from sharednorm_server.device.timed import TimedDevice
@@ -184,6 +185,7 @@ def start(config: ServerConfig) -> RunningServer:
             max_sessions=config.max_sessions,
             policy=policy,
             max_layers=config.max_layers,
+            max_age=config.max_age,
         )
         return serve(config, service)
     except BaseException:
@@ -223,10 +225,12 @@ def serve(config: ServerConfig, service: LayerService) -> RunningServer:
     direct = DirectServer(
         servicer, pool, config.workers, memory, config.max_direct_connections, config.handshake, watcher
     )
-    started = threading.Event()
+    started, trouble = threading.Event(), [""]
 
     def why_not_ready() -> str:
-        return "the server is stopping" if pool.closed else "" if started.is_set() else "the server is starting"
+        if pool.closed:
+            return "the server is stopping"
+        return trouble[0] if started.is_set() else "the server is starting"
 
     try:
         watch.show(config, service, groups, direct, tokens, why_not_ready)
@@ -236,8 +240,16 @@ def serve(config: ServerConfig, service: LayerService) -> RunningServer:
         raise
     grpc_server.start()
     started.set()
+    serving, not_serving = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
     for name in ("", SERVICE_NAME):
-        status.set(name, health_pb2.HealthCheckResponse.SERVING)
+        status.set(name, serving)
+
+    def in_trouble(why: str) -> None:
+        trouble[0] = f"the store cannot be used: {why}" if why else ""
+        for name in ("", SERVICE_NAME):
+            status.set(name, not_serving if why else serving)
+
+    service.on_store_trouble(in_trouble)
     return RunningServer(address, service, grpc_server, (pool, waiting), groups, status, direct, watch)
 
 
@@ -361,8 +373,20 @@ def _devices(config: ServerConfig) -> Sequence[Device]:
 
 
 def _open_store(config: ServerConfig) -> Store:
-    directory = parse_state(config.state)
-    return MemoryStore() if directory is None else SqliteStore(directory, config.durability)
+    place = parse_state(config.state)
+    if place is None:
+        return MemoryStore()
+    if isinstance(place, Path):
+        return SqliteStore(place, config.durability)
+    try:
+        from sharednorm_server.store.redis import RedisStore  # noqa: PLC0415 - needs the extra
+    except ModuleNotFoundError as error:
+        if error.name != "redis":
+            raise
+        raise StartError(
+            f"--state {without_secrets(place)} needs redis-py: pip install 'sharednorm[server,redis]'"
+        ) from error
+    return RedisStore(place, config.durability, config.max_sessions)
 
 
 def _options(config: ServerConfig) -> Sequence[tuple[str, int]]:

@@ -18,36 +18,29 @@ from sharednorm._version import __version__
 from sharednorm.config import Array, Vector, check_dtype, is_finite
 from sharednorm.errors import (
     BackwardWithoutForward,
-    CallCancelled,
     DeviceOutOfMemory,
     InvalidConfiguration,
     MalformedMessage,
 )
 from sharednorm.state import (
-    Moments,
-    accumulate_gradients,
     require_initialized,
-    require_two_values,
     step,
 )
 from sharednorm_server.budget import ByteBudget
-from sharednorm_server.catalog import LayerCatalog
 from sharednorm_server.checks import check_facts, require_same_tensor, same_parameters, same_statistics
 from sharednorm_server.device import Device, DeviceTensor, Incoming, Output, TrainedBatch
-from sharednorm_server.layers import DEFAULT_MAX_LAYERS, Layer
-from sharednorm_server.ledger import DEFAULT_MAX_SESSIONS, last_change, same_step, step_change, step_in
+from sharednorm_server.layers import Layer
+from sharednorm_server.ledger import DEFAULT_MAX_SESSIONS, same_step, step_change, step_in
+from sharednorm_server.moments import MomentsService, require_wanted
 from sharednorm_server.placement import Placement
+from sharednorm_server.registry import DEFAULT_MAX_AGE, DEFAULT_MAX_LAYERS
 from sharednorm_server.requests import (
     BackwardAnswer,
     BackwardCall,
-    CallKey,
     ForwardAnswer,
     ForwardCall,
-    PushAnswer,
     ServiceFigures,
     ServiceInfo,
-    Sums,
-    Together,
     Wanted,
     always,
 )
@@ -63,7 +56,7 @@ _PATIENCE = 3
 T = TypeVar("T")
 
 
-class LayerService(LayerCatalog):
+class LayerService(MomentsService):
     """Keeps layers and computes with them. Every method may be called from many threads at once.
 
     A method that raises has changed nothing.
@@ -76,6 +69,7 @@ class LayerService(LayerCatalog):
         max_sessions: Sessions whose last changes each layer remembers.
         policy: When snapshots are taken; None: as it is by default.
         max_layers: Layers of a namespace.
+        max_age: Seconds that a copy of a layer may be old which other servers change, too.
     """
 
     def __init__(
@@ -87,8 +81,9 @@ class LayerService(LayerCatalog):
         max_sessions: int = DEFAULT_MAX_SESSIONS,
         policy: SnapshotPolicy | None = None,
         max_layers: int = DEFAULT_MAX_LAYERS,
+        max_age: float = DEFAULT_MAX_AGE,
     ) -> None:
-        super().__init__(store, max_sessions, policy, max_layers)
+        super().__init__(store, max_sessions, policy, max_layers, max_age)
         self._placement = placement
         self._saved = SavedInputs(saved_input_bytes)
         self._in_flight = ByteBudget("in_flight_bytes", in_flight_bytes)
@@ -114,6 +109,10 @@ class LayerService(LayerCatalog):
     def on_store_failed(self, callback: Callable[[str], None]) -> None:
         """Have a function called once the store has failed for good, and with it the service; it gets the reason."""
         self._store.on_failed(callback)
+
+    def on_store_trouble(self, callback: Callable[[str], None]) -> None:
+        """Have a function called when the store cannot be used for now, with the reason, and with "" when it can."""
+        self._store.on_trouble(callback)
 
     def close(self) -> None:
         """Let go of devices and store, after the last call."""
@@ -186,8 +185,9 @@ class LayerService(LayerCatalog):
         record = layer.latest
         train = _trains(call, record)
         if not train and call.train is None and call.call is not None:
-            with layer.exclusive() as record:  # the layer's default may have been another one when the step was taken
-                train = layer.made(call.call, step_in(call.key.domain)) is not None
+            # The layer's default may have been another one when the step was taken.
+            key, content = call.call, step_in(call.key.domain)
+            train = layer.attempt(lambda _: layer.made(key, content)) is not None
         record.config.check_shape(shape, train=train)
         require_initialized(record.state, str(call.key))
         return layer, train
@@ -205,20 +205,27 @@ class LayerService(LayerCatalog):
         config = record.config
         first = used = record.state
         trained = self._compute(layer, lambda device: device.forward(x, first, config, out))
-        attempt = 0
-        while True:
-            with layer.exclusive() as record:
-                before = None if call.call is None else layer.made(call.call, step_in(call.key.domain))
-                if before is not None or not _trains(call, record):
-                    break  # the default has become eval meanwhile, and whoever set it may have read the statistics
-                if not same_statistics(first, record.state):
-                    trained = replace(trained, statistics=None)  # another step came first
-                if not same_parameters(used, record.state) and attempt >= _PATIENCE:
-                    used, trained = record.state, self._with_parameters(layer, record, x, trained, out)
-                if same_parameters(used, record.state):
-                    return self._commit_step(layer, record, call, x, trained, wanted)
-            used, trained = record.state, self._with_parameters(layer, record, x, trained, out)
-            attempt += 1
+        before: LastChange | None = None
+        races = 0
+
+        def act(record: LayerRecord) -> ForwardAnswer | LayerRecord | None:
+            nonlocal before, used, trained
+            before = None if call.call is None else layer.made(call.call, step_in(call.key.domain))
+            if before is not None or not _trains(call, record):
+                return None  # the default has become eval meanwhile, and whoever set it may have read the statistics
+            if not same_statistics(first, record.state):
+                trained = replace(trained, statistics=None)  # another step came first
+            if not same_parameters(used, record.state):
+                if races < _PATIENCE:
+                    return record
+                used, trained = record.state, self._with_parameters(layer, record, x, trained, out)
+            return self._commit_step(layer, record, call, x, trained, wanted)
+
+        while isinstance(found := layer.attempt(act), LayerRecord):
+            used, trained = found.state, self._with_parameters(layer, found, x, trained, out)
+            races += 1
+        if found is not None:
+            return found
         if before is not None:
             return self._replay(layer, call, x, trained, before, out)
         return self._evaluate(layer, call, x, out)
@@ -259,7 +266,7 @@ class LayerService(LayerCatalog):
         # Under the layer's lock: the record is the current one, and the output was made with its parameters.
         batch = trained.moments
         state = step(record.state, record.config, batch, trained.statistics)
-        _require_wanted(wanted)
+        require_wanted(wanted)
         change = step_change(call.call, call.key.domain, batch, state)
         layer.commit(record.with_state(state), call.call, change)
         return self._answered(layer, call, x, trained, change, state.scale, replayed=False)
@@ -285,51 +292,6 @@ class LayerService(LayerCatalog):
     def _release(self, layer: Layer, call: ForwardCall) -> None:
         if call.release_input:
             self._saved.release(call.release_input, layer)
-
-    def push_moments(
-        self, key: LayerKey, train: bool | None, batch: Moments, wanted: Wanted = always, call: CallKey | None = None
-    ) -> PushAnswer:
-        """Take a step whose tensor somebody else normalizes.
-
-        There is none if the layer's default, where `train` is None, is to evaluate; then nothing has changed.
-
-        Raises:
-            TooFewValues: The batch has one value a map.
-            LayerEmpty: The layer has no state yet.
-            NonFiniteInput: The moments are not finite, and the layer refuses that.
-            KeyReused, StepOutOfOrder, SessionExpired: The step cannot be taken under its key.
-            CallCancelled: Nobody waits for the step any more.
-        """
-        layer = self._layers.find(key)
-        with layer.exclusive() as record:
-            require_initialized(record.state, str(key))
-            before = None if call is None else layer.made(call, step_in(key.domain))
-            if before is None:
-                if not (record.train if train is None else train):
-                    return _pushed(record, train=False)
-                require_two_values(batch)
-                stepped = record.with_state(step(record.state, record.config, batch))
-                _require_wanted(wanted)
-                layer.commit(stepped, call, step_change(call, key.domain, batch, stepped.state))
-                return _pushed(stepped, train=True)
-            taken = same_step(before, batch)
-        version, steps = before.version, before.num_of_props
-        return PushAnswer(layer.record, True, version, steps, taken.scale, taken.bias, replayed=True)
-
-    def step_together(self, key: LayerKey, union: Moments, together: Together) -> LayerRecord:
-        """Take a step of a group, whose parts are in; return the layer after it. Raises what `push_moments` raises."""
-        layer = self._layers.find(key)
-        with layer.exclusive() as record:
-            require_initialized(record.state, str(key))
-            require_two_values(union)
-            stepped = record.with_state(step(record.state, record.config, union))
-            change = replace(step_change(together.key, key.domain, union, stepped.state), content=together.content)
-            layer.commit(stepped, together.key, change)
-        return stepped
-
-    def last_together(self, key: LayerKey, session: bytes) -> LastChange | None:
-        """Return the last change that a group has made to a layer under a session; None: none is remembered."""
-        return self._layers.find(key).last_change(session)
 
     # --- Backward -----------------------------------------------------------------------------------
 
@@ -396,52 +358,13 @@ class LayerService(LayerCatalog):
         )
         if not config.affine:
             return BackwardAnswer(gradients.input, None, None)
-        replayed = call.param_grads and self._accumulate(layer, call, gradients.scale, gradients.bias, wanted)
+        replayed = call.param_grads and self.accumulate(layer, call, gradients.scale, gradients.bias, wanted)
         return BackwardAnswer(gradients.input, gradients.scale, gradients.bias, replayed=replayed)
 
     def _load(self, layer: Layer, x: Array | DeviceTensor) -> DeviceTensor:
         if isinstance(x, np.ndarray):
             return self._compute(layer, lambda device: device.load(x))
         return x
-
-    def push_gradients(
-        self,
-        call: BackwardCall,
-        scale_grad: Vector,
-        bias_grad: Vector,
-        wanted: Wanted = always,
-    ) -> bool:
-        """Add gradients that somebody else has computed, if the layer is affine; return whether that was done before.
-
-        Raises:
-            InvalidConfiguration: `scale` or `momentum` of the call is not finite.
-            CallCancelled: Nobody waits for that any more.
-        """
-        layer = self._layers.find(call.key)
-        return layer.latest.config.affine and self._accumulate(layer, call, scale_grad, bias_grad, wanted)
-
-    def backward_together(
-        self, call: BackwardCall, sums: Sums, gradients: tuple[Vector, Vector] | None, together: Together
-    ) -> None:
-        """Keep the sums of a group's backward, and add gradients of scale and bias.
-
-        Args:
-            call: What to do.
-            sums: Over all members.
-            gradients: What is added, unless the layer is not affine; None: nothing.
-            together: How they are known again.
-
-        Raises:
-            InvalidConfiguration: `scale` or `momentum` of the call is not finite.
-        """
-        layer = self._layers.find(call.key)
-        with layer.exclusive() as record:
-            changed = record
-            if gradients is not None and record.config.affine:
-                state = accumulate_gradients(record.state, *gradients, scale=call.scale, momentum=call.momentum)
-                changed = record.with_state(state)
-            noted = last_change(together.key, together.content, changed.state)
-            layer.commit(changed, together.key, replace(noted, sums=sums))
 
     def _check_backward(
         self, layer: Layer, call: BackwardCall, shape: tuple[int, ...], dtype_name: str
@@ -468,32 +391,6 @@ class LayerService(LayerCatalog):
             raise MalformedMessage("saved_forward needs the forward's input beside it, of the type and shape it says")
         return SavedInput(layer, tensor, facts.moments, facts.scale)
 
-    def _accumulate(
-        self,
-        layer: Layer,
-        call: BackwardCall,
-        scale_grad: Vector,
-        bias_grad: Vector,
-        wanted: Wanted,
-    ) -> bool:
-        def change(record: LayerRecord) -> LayerRecord:
-            state = accumulate_gradients(record.state, scale_grad, bias_grad, scale=call.scale, momentum=call.momentum)
-            _require_wanted(wanted)
-            return record.with_state(state)
-
-        asked = ("gradients", scale_grad, bias_grad, call.scale, call.momentum)
-        return layer.change_once(call.call, asked, change)[1]
-
-
-def _pushed(record: LayerRecord, *, train: bool) -> PushAnswer:
-    state = record.state
-    return PushAnswer(record, train, state.version, state.num_of_props, state.scale, state.bias)
-
 
 def _trains(call: ForwardCall, record: LayerRecord) -> bool:
     return record.train if call.train is None else call.train
-
-
-def _require_wanted(wanted: Wanted) -> None:
-    if not wanted():
-        raise CallCancelled("the call was given up before it changed anything")

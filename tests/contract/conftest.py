@@ -9,13 +9,15 @@ from typing import Any
 import pytest
 
 import sharednorm
+from sharednorm_server.config import ServerConfig
 from tests.support import cuda
 from tests.support.making import MakeLayer
+from tests.support.redis import RedisProcess
 from tests.support.server import in_process, server_process
 
 BACKENDS = (
     *("local-numpy", "local-numba", "remote-grpc", "remote-direct", "remote-shm"),
-    *("remote-client", "remote-async", "remote-cuda"),
+    *("remote-client", "remote-async", "remote-cuda", "remote-redis"),
 )
 HANDLINGS: dict[str, dict[str, Any]] = {
     "remote-client": {"compute": "client"},
@@ -61,6 +63,13 @@ def cuda_hub() -> Iterator[sharednorm.Hub]:
             yield hub
         # Also what the driver finds at exit, such as memory that nobody gave back, fails the run.
         assert server.stop() == 0, server.log()
+
+
+@pytest.fixture(scope="session")
+def redis_hub(redis_process: RedisProcess) -> Iterator[sharednorm.Hub]:
+    """Give a connection over TCP to a server in this process that keeps its layers in Redis."""
+    with in_process(ServerConfig(state=redis_process.url())) as server, sharednorm.connect(server.address) as hub:
+        yield hub
 
 
 @pytest.fixture(params=BACKENDS)

@@ -10,8 +10,8 @@ import pytest
 
 import sharednorm
 from tests.support.make import make
+from tests.support.programs import program
 from tests.support.server import server_process
-from tests.support.web import program
 
 ROOT = Path(__file__).parents[2]
 

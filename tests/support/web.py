@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import http.client
-import shutil
 import ssl
 from contextlib import closing
 from dataclasses import dataclass
 
-import pytest
-
 from sharednorm_server.server import RunningServer
-from tests.conftest import NEEDS_PROGRAM
 
 
 @dataclass(frozen=True)
@@ -48,11 +44,3 @@ def get(
         connection.request(method, path, headers=headers or {})
         response = connection.getresponse()
         return Got(response.status, response.headers, response.read())
-
-
-def program(name: str) -> str:
-    """Return the path of a program; without it the test is left out."""
-    found = shutil.which(name)
-    if found is None:
-        pytest.skip(f"{NEEDS_PROGRAM}: {name}")
-    return found

@@ -38,8 +38,8 @@ COMPILED = _client("_numba_arithmetic", "_numba_backward", "_numba_common", "_nu
 EDGE = _server("__main__", "cli", "commands", "server", "servicer", "messages", "calls", "group_calls", "batches",
                "listen", "tls", "keys", "certificates", "direct", "lane", "regions", "transfers", "bench",
                "web", "page.", "archive", "tending", "traces")  # fmt: skip
-MEANING = _server("service", "access", "catalog", "budget", "placement", "requests", "layers", "ledger",
-                  "saved_inputs", "checks", "paging")  # fmt: skip
+MEANING = _server("service", "moments", "access", "catalog", "budget", "placement", "requests", "layers",
+                  "shared_layers", "registry", "ledger", "saved_inputs", "checks", "paging")  # fmt: skip
 GROUPS = _server("groups", "synchronization")
 CUDA = ("cuda", "_cuda_gpu", "_cuda_kernels", "_cuda_worker")
 DEVICE, STORE = _server("device."), _server("store.")
@@ -128,7 +128,11 @@ LOCAL = tuple(m for m in MODULES if _within(m, ("sharednorm.",)) and m != "share
         pytest.param(DEVICE, (*PROTOBUF, *GRPC, *CODEC, *EDGE, *MEANING, *STORE), id="a device only computes"),
         pytest.param(STORE, (*PROTOBUF, *GRPC, *CODEC, *EDGE, *MEANING, *DEVICE), id="a store only remembers"),
         pytest.param((*MEANING, *STORE), _client("normalization"), id="only a device computes with tensors"),
-        pytest.param(_server("layers", "requests", "checks", "paging"), DEVICE, id="the registry knows no device"),
+        pytest.param(
+            _server("layers", "shared_layers", "registry", "moments", "requests", "checks", "paging"),
+            DEVICE,
+            id="the registry knows no device",
+        ),
         pytest.param(
             _server("servicer", "messages", "calls"), (*DEVICE, *STORE, *_server("layers")), id="the servicer asks"
         ),
@@ -173,6 +177,7 @@ def test_arrows_point_one_way(importers: tuple[str, ...], forbidden: tuple[str, 
         pytest.param(("h5py.",), _client("_formats", "files"), id="h5py"),
         pytest.param(("safetensors.",), _client("_formats"), id="safetensors"),
         pytest.param(("opentelemetry.",), _client("_tracing"), id="opentelemetry"),
+        pytest.param(("redis.",), _server("store.redis", "store._redis_line"), id="redis"),
     ],
 )
 def test_each_package_has_its_room(imported: tuple[str, ...], users: tuple[str, ...]) -> None:
@@ -228,6 +233,7 @@ def test_optional_packages_are_those_of_the_extras() -> None:
         "matplotlib",
         "shtab",
         "opentelemetry",
+        "redis",
     }
     assert {_root(found) for found in IMPORTS} - known <= extras
 

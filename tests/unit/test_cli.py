@@ -63,8 +63,8 @@ def test_a_wrong_use_is_explained(arguments: tuple[str, ...]) -> None:
         (("--device", "gpu"), "'gpu' is no device (expected: cpu, cuda, cuda:1, or several GPUs as cuda:0,cuda:1)"),
         (("--device-memory-bytes", "0"), "device-memory-bytes is 0 (expected: a size, at least 1)"),
         (
-            ("--state", "redis://x"),
-            "'redis://x' is no state (expected: memory:, sqlite:///DIRECTORY, or sqlite:DIRECTORY",
+            ("--state", "postgres://me:secret@x"),
+            "'postgres://x' is no state (expected: memory:, sqlite:///DIRECTORY, or sqlite:DIRECTORY",
         ),
         (("--state", "sqlite:///proc/x"), "the state cannot be kept in /proc/x: "),
         (("--workers", "0"), "--workers: workers is 0 (expected: a whole number, 1 to 1024)"),

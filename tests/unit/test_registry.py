@@ -12,7 +12,8 @@ import pytest
 from sharednorm.config import LayerConfig, LayerKind
 from sharednorm.errors import DataLoss, LayerNotFound
 from sharednorm.state import initial_state
-from sharednorm_server.layers import Layer, LayerRegistry
+from sharednorm_server.layers import Layer
+from sharednorm_server.registry import LayerRegistry
 from sharednorm_server.store import LayerKey, LayerRecord
 from sharednorm_server.store.memory import MemoryStore
 from tests.support.service import SlowStore

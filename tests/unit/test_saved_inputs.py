@@ -12,10 +12,11 @@ from sharednorm.errors import InputEvicted
 from sharednorm.state import Moments, initial_state
 from sharednorm_server.device.cpu import CpuTensor
 from sharednorm_server.layers import Layer
-from sharednorm_server.ledger import Ledger, SessionNumbers
+from sharednorm_server.ledger import Ledger
 from sharednorm_server.saved_inputs import SavedInput, SavedInputs
 from sharednorm_server.store import LayerKey, LayerRecord
 from sharednorm_server.store.memory import MemoryStore
+from sharednorm_server.store.sessions import SessionNumbers
 from sharednorm_server.store.snapshots import SnapshotPolicy
 
 CONFIG = LayerConfig(LayerKind.BATCH_NORM, 2)
@@ -26,7 +27,7 @@ def layer(name: str) -> Layer:
     return Layer(
         LayerRecord(LayerKey("default", name), CONFIG, state),
         MemoryStore(),
-        Ledger(1, SessionNumbers(1)),
+        Ledger(1, SessionNumbers(1).given),
         SnapshotPolicy(),
     )
 

@@ -147,7 +147,7 @@ def test_the_gpus_that_a_device_names(text: str, ordinals: tuple[int, ...]) -> N
 
 
 @pytest.mark.parametrize(
-    "state", ["redis://x", "memory", "", "sqlite:", "sqlite://", "sqlite://host/x", "sqlite:a%00b"]
+    "state", ["postgres://x", "memory", "", "sqlite:", "sqlite://", "sqlite://host/x", "sqlite:a%00b"]
 )
 def test_a_store_that_is_not_there_has_no_substitute(state: str) -> None:
     with pytest.raises(InvalidConfiguration, match=r"is no state \(expected: memory:, sqlite:///DIRECTORY"):
@@ -162,6 +162,8 @@ def test_a_store_that_is_not_there_has_no_substitute(state: str) -> None:
         ("sqlite:///a%20b/%E5%B1%A4", Path("/a b/層")),
         ("sqlite:x/y", Path.cwd() / "x/y"),
         ("sqlite:~/x", Path.home() / "x"),
+        ("redis://box:6379/1", "redis://box:6379/1"),
+        ("rediss://box", "rediss://box"),
     ],
 )
 def test_the_directory_that_a_state_names(text: str, directory: Path | None) -> None:

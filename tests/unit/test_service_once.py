@@ -25,9 +25,10 @@ from sharednorm_server.device.cpu import CpuDevice
 from sharednorm_server.placement import Placement
 from sharednorm_server.requests import BackwardCall, CallKey, ForwardAnswer, ForwardCall, LayerRecord
 from sharednorm_server.service import LayerService
-from sharednorm_server.store import Kept
+from sharednorm_server.store import Kept, Store
 from sharednorm_server.store.changes import Note
 from sharednorm_server.store.memory import MemoryStore
+from sharednorm_server.store.redis import RedisStore
 from sharednorm_server.store.sqlite import SqliteStore
 from tests.support.oracle import random_tensor
 from tests.support.service import KEY, SHAPE, InterruptedDevice, create, new_service
@@ -36,9 +37,13 @@ X, GRAD = random_tensor(3, SHAPE), random_tensor(4, SHAPE)
 ARRAYS = ("scale", "bias", "mean", "var", "scale_grad", "bias_grad")
 
 
-@pytest.fixture(params=["memory", "sqlite"])
+@pytest.fixture(params=["memory", "sqlite", "redis"])
 def service(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[LayerService]:
-    store = MemoryStore() if request.param == "memory" else SqliteStore(tmp_path)
+    store: Store
+    if request.param == "redis":
+        store = RedisStore(request.getfixturevalue("redis_process").url())
+    else:
+        store = MemoryStore() if request.param == "memory" else SqliteStore(tmp_path)
     made = new_service(store=store)
     create(made)
     yield made

@@ -228,7 +228,7 @@ def same_change(found: LastChange, expected: LastChange) -> None:
 def test_each_opening_is_another_run(tmp_path: Path) -> None:
     store = SqliteStore(tmp_path)
     for run in (1, 2, 3):
-        assert store.run == run
+        assert store.open_session() == run << 32
         store = again(store)
     store.close()
 
@@ -251,10 +251,10 @@ def test_a_file_of_the_first_version_is_brought_to_this_one(tmp_path: Path) -> N
         assert columns == ["id", "namespace", "name", "uid", "config", "train", "initialized", "version"]
     store = SqliteStore(tmp_path)
     same(store.get(KEY), record)
-    assert (store.run, store.remembered(KEY)) == (1, Remembered({}, 0))
+    assert (store.open_session(), store.remembered(KEY)) == (1 << 32, Remembered({}, 0))
     store = again(store)
     same(store.get(KEY), record)
-    assert store.run == 2
+    assert store.open_session() == 2 << 32
     store.close()
     with closing(sqlite3.connect(tmp_path / FILE_NAME)) as database:
         assert database.execute("PRAGMA user_version").fetchone() == (FILE_VERSION,)

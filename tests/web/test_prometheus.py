@@ -21,8 +21,9 @@ import sharednorm
 from docker.monitoring import dashboard
 from sharednorm_server.config import ServerConfig
 from tests.support.oracle import random_tensor
+from tests.support.programs import program
 from tests.support.server import in_process
-from tests.support.web import get, program
+from tests.support.web import get
 
 MONITORING = Path(__file__).parents[2] / "docker" / "monitoring"
 DASHBOARD = json.loads((MONITORING / "sharednorm.json").read_text(encoding="utf-8"))

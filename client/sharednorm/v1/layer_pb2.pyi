@@ -133,6 +133,7 @@ class LayerRef(_message.Message):
     UID_FIELD_NUMBER: _builtins.int
     DOMAIN_FIELD_NUMBER: _builtins.int
     SEEN_VERSION_FIELD_NUMBER: _builtins.int
+    STRONG_FIELD_NUMBER: _builtins.int
     namespace: _builtins.str
     """1 to 128 characters, no control characters. Empty means "default"."""
     name: _builtins.str
@@ -152,6 +153,11 @@ class LayerRef(_message.Message):
     """Highest version of the layer that the caller has been told of; 0: none. A server whose layer has a lower one has lost
     steps that were answered, as when an old copy of its state was put in place: DATA_LOSS, DATA_LOSS, and nothing is done.
     """
+    strong: _builtins.bool
+    """Of servers that share layers: whether this one asks their store before it answers, also where it has a copy that
+    nobody is known to have changed. Without it evaluation may use a copy, as old as the server's --max-age at the most,
+    and never older than seen_version. A change is always made of the newest state.
+    """
     def __init__(
         self,
         *,
@@ -160,10 +166,11 @@ class LayerRef(_message.Message):
         uid: _builtins.str = ...,
         domain: _builtins.str = ...,
         seen_version: _builtins.int = ...,
+        strong: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["domain", b"domain", "name", b"name", "namespace", b"namespace", "seen_version", b"seen_version", "uid", b"uid"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["domain", b"domain", "name", b"name", "namespace", b"namespace", "seen_version", b"seen_version", "strong", b"strong", "uid", b"uid"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,7 +1,11 @@
 """Stores: what remembers. A store knows no device, no RPC, and no arithmetic.
 
-A record is immutable, and every change atomic. `create` and `delete` return when the change is kept. `put` returns at
-once, since a layer's next step need not wait for it: whoever tells somebody of the record waits until it is kept.
+A record is immutable, and every change atomic. `create` and `delete` return when the change is kept.
+
+There are two kinds. An `OwnStore` is used by one server at a time, which knows what is in it: `put` returns at once,
+since a layer's next step need not wait for it, and whoever tells somebody of the record waits until it is kept. A
+`SharedStore` is used by several servers: each keeps copies, `swap` replaces a record only if it still is the one that
+was changed, and `look` says what it is now.
 """
 
 from __future__ import annotations
@@ -11,12 +15,12 @@ import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from sharednorm.config import LayerConfig
 from sharednorm.domains import Domains, swapped
 from sharednorm.state import LayerState, blank_state
-from sharednorm_server.store.changes import Note, Remembered
+from sharednorm_server.store.changes import LastChange, Note, Remembered
 from sharednorm_server.store.snapshots import SnapshotInfo
 
 _RUN = secrets.token_bytes(8)
@@ -35,6 +39,7 @@ class LayerKey:
         domain: Whose statistics are meant; "" for the layer's own. They are of the same layer, so that keys which
             differ in nothing else are equal.
         seen: In a question, the highest version that whoever asks has been told of.
+        strong: In a question, whether a copy that another server may have changed since is not good enough.
     """
 
     namespace: str
@@ -42,6 +47,7 @@ class LayerKey:
     uid: str = field(default="", compare=False)
     domain: str = field(default="", compare=False)
     seen: int = field(default=0, compare=False)
+    strong: bool = field(default=False, compare=False)
 
     def __str__(self) -> str:
         """For messages."""
@@ -72,9 +78,19 @@ class LayerRecord:
     def tag(self) -> bytes:
         """What names this record among all that this process has ever made: records of one tag are one record.
 
-        A store that reads a record anew makes another one of it, and so does a server that is started anew.
+        A store of one server that reads a record anew makes another one of it. Servers that share a store agree.
         """
         return self._mark + self.key.domain.encode("utf-8", "surrogatepass")
+
+    @property
+    def mark(self) -> bytes:
+        """The same, whichever domain is seen."""
+        return self._mark
+
+    def marked(self, mark: bytes) -> LayerRecord:
+        """Return the record that a store has under a mark, which another server may have made."""
+        object.__setattr__(self, "_mark", mark)
+        return self
 
     def with_state(self, state: LayerState) -> LayerRecord:
         """Return the record with another state, of the same domain."""
@@ -128,7 +144,7 @@ class StoreCounts:
 
 
 class Store(Protocol):
-    """What remembers layers. Every method may be called from many threads at once."""
+    """What remembers layers: what both kinds have. Every method may be called from many threads at once."""
 
     @property
     def counts(self) -> StoreCounts:
@@ -140,9 +156,12 @@ class Store(Protocol):
         """Its URL without secrets, for example "memory:"."""
         ...
 
-    @property
-    def run(self) -> int:
-        """How often what is remembered has been opened, this time included: less than 2^31."""
+    def open_session(self) -> int:
+        """Return the number of a new session, less than 2^63: higher than those of all sessions before."""
+        ...
+
+    def session_opened(self, number: int) -> bool:
+        """Return whether a session was given that number."""
         ...
 
     def get(self, key: LayerKey) -> LayerRecord | None:
@@ -159,17 +178,6 @@ class Store(Protocol):
 
     def count(self, namespace: str) -> int:
         """Return how many layers a namespace has."""
-        ...
-
-    def remembered(self, key: LayerKey) -> Remembered:
-        """Return what is kept of the sessions that have changed a layer that is there."""
-        ...
-
-    def put(self, record: LayerRecord, note: Note | None = None) -> Kept | None:
-        """Replace an existing layer's record, and with it what is known of a session; return what says when it is kept.
-
-        None: its key does not exist, and nothing has changed. Later changes of the layer may be put before that.
-        """
         ...
 
     def take_snapshot(self, record: LayerRecord, taken: float, drop: Sequence[int]) -> None:
@@ -210,6 +218,75 @@ class Store(Protocol):
         """Have a function called once the store has failed for good; it gets the reason."""
         ...
 
+    def on_trouble(self, callback: Callable[[str], None]) -> None:
+        """Have a function called when the store cannot be used for now, with the reason, and with "" when it can."""
+        ...
+
     def close(self) -> None:
         """Let go of files and connections."""
+        ...
+
+
+class OwnStore(Store, Protocol):
+    """A store that no other server uses meanwhile."""
+
+    def remembered(self, key: LayerKey) -> Remembered:
+        """Return what is kept of the sessions that have changed a layer that is there."""
+        ...
+
+    def put(self, record: LayerRecord, note: Note | None = None) -> Kept | None:
+        """Replace an existing layer's record, and with it what is known of a session; return what says when it is kept.
+
+        None: its key does not exist, and nothing has changed. Later changes of the layer may be put before that.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a shared store has of a layer.
+
+    Attributes:
+        record: The record; None: there is none.
+        change: The last change of the session that was asked for, if one is remembered.
+        floor: The highest number of the sessions that the layer has forgotten.
+        deleted: Of a layer that is not there: whether the one that was asked for was deleted, and is not lost.
+    """
+
+    record: LayerRecord | None
+    change: LastChange | None = None
+    floor: int = 0
+    deleted: bool = False
+
+
+@runtime_checkable
+class SharedStore(Store, Protocol):
+    """A store that other servers use as well.
+
+    Every method may raise StoreUnavailable; then it is not known whether what was to change has changed, and calls that
+    come later find out.
+    """
+
+    def look(self, key: LayerKey, known: LayerRecord | None = None, session: bytes = b"") -> Look:
+        """Return what there is of a layer now.
+
+        Args:
+            key: Which one.
+            known: A copy, which is returned if it still is the record.
+            session: Whose last change is asked for as well.
+        """
+        ...
+
+    def swap(self, before: LayerRecord, record: LayerRecord, note: Note | None = None) -> bool:
+        """Replace a record, and with it what is known of a session; return False if it is not the one of before.
+
+        What the note says of forgotten sessions is not looked at: the store knows all of them, and a server some.
+        """
+        ...
+
+    def on_changed(self, callback: Callable[[LayerKey | None, bool], None]) -> None:
+        """Have a function called soon after another server has changed a layer, and with whether it has deleted it.
+
+        None: any of them may have changed.
+        """
         ...

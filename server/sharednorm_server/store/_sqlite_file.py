@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import socket
 import sqlite3
@@ -11,16 +10,16 @@ import time
 from collections.abc import Iterable
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from sharednorm.config import Averaging, LayerConfig, LayerKind, NonFinitePolicy, Vector
+from sharednorm.config import LayerConfig, Vector
 from sharednorm.domains import Domains, DomainStatistics, statistics_of, with_statistics
 from sharednorm.state import LayerState, Moments, blank_state
 from sharednorm_server.config import StartError
 from sharednorm_server.store import LayerKey, LayerRecord
+from sharednorm_server.store._values import config_from_text, config_to_text, names_from_bytes, names_to_bytes
 from sharednorm_server.store.changes import LastChange, Note, Remembered, TakenStep
 from sharednorm_server.store.snapshots import SnapshotInfo
 
@@ -123,7 +122,7 @@ class Rows:
         self._database.execute(
             "INSERT INTO layers (id, namespace, name, uid, config, train, initialized, version) "
             "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-            (row, key.namespace, key.name, key.uid, _config_to_text(record.config), *_counters(record)),
+            (row, key.namespace, key.name, key.uid, config_to_text(record.config), *_counters(record)),
         )
         self._write(row, record, None)
 
@@ -194,7 +193,7 @@ class Rows:
                     "INSERT INTO snapshot_statistics VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
                     (
                         row, state.version, domain, _to_blob(each.mean), _to_blob(each.var), each.num_of_props,
-                        each.stats_frozen, _names_to_blob(each.merged),
+                        each.stats_frozen, names_to_bytes(each.merged),
                     ),
                 )  # fmt: skip
         for version in drop:
@@ -220,7 +219,7 @@ class Rows:
         train, initialized, *pair = found
         now = self.find(row)
         sets = {
-            domain: DomainStatistics(*_pair(each, now.config), steps, bool(frozen), _names_from_blob(merged))
+            domain: DomainStatistics(*_pair(each, now.config), steps, bool(frozen), names_from_bytes(merged))
             for domain, *each, steps, frozen, merged in read(
                 "SELECT domain, mean, var, num_of_props, frozen, merged FROM snapshot_statistics "
                 "WHERE layer = ? AND version = ?",
@@ -278,7 +277,7 @@ class Rows:
             (_to_blob(now.mean), _to_blob(now.var), now.num_of_props, now.stats_frozen, row, domain),
         )
         if now.merged is not (old.merged if old is not None else ()):
-            names = _names_to_blob(now.merged)
+            names = names_to_bytes(now.merged)
             self._database.execute(
                 "INSERT INTO merged (layer, domain, names) VALUES (?, ?, ?) "
                 "ON CONFLICT (layer, domain) DO UPDATE SET names = excluded.names",
@@ -298,7 +297,7 @@ class Rows:
         namespace, name, uid, text, train, initialized, version = read(
             "SELECT namespace, name, uid, config, train, initialized, version FROM layers WHERE id = ?", (row,)
         ).fetchone()
-        config = _config_from_text(text)
+        config = config_from_text(text)
         scale, bias = _pair(read("SELECT scale, bias FROM parameters WHERE layer = ?", (row,)).fetchone(), config)
         scale_grad, bias_grad = _pair(
             read("SELECT scale, bias FROM gradients WHERE layer = ?", (row,)).fetchone(), config
@@ -306,7 +305,7 @@ class Rows:
         merged = dict(read("SELECT domain, names FROM merged WHERE layer = ?", (row,)).fetchall())
         sets = {
             domain: DomainStatistics(
-                *_pair(pair, config), steps, bool(frozen), _names_from_blob(merged.get(domain, b""))
+                *_pair(pair, config), steps, bool(frozen), names_from_bytes(merged.get(domain, b""))
             )
             for domain, *pair, steps, frozen in read(
                 "SELECT domain, mean, var, num_of_props, frozen FROM statistics WHERE layer = ?", (row,)
@@ -422,29 +421,3 @@ def _pair(blobs: Iterable[bytes], config: LayerConfig) -> tuple[Vector, Vector]:
     if not one.size == two.size == config.maps:
         raise ValueError(f"a vector of {one.size} or {two.size} values, of a layer of {config.maps} maps")
     return one, two
-
-
-def _names_to_blob(names: Iterable[bytes]) -> bytes:
-    return b"".join(bytes([len(name)]) + name for name in names)
-
-
-def _names_from_blob(blob: bytes) -> tuple[bytes, ...]:
-    names, at = [], 0
-    while at < len(blob):
-        end = at + 1 + blob[at]
-        names.append(blob[at + 1 : end])
-        at = end
-    return tuple(names)
-
-
-def _config_to_text(config: LayerConfig) -> str:
-    values = {field.name: getattr(config, field.name) for field in fields(config)}
-    return json.dumps({name: getattr(value, "name", value) for name, value in values.items()})
-
-
-def _config_from_text(text: str) -> LayerConfig:
-    values: dict[str, Any] = json.loads(text)
-    kinds = {"kind": LayerKind, "averaging": Averaging, "nonfinite": NonFinitePolicy}
-    for name, kind in kinds.items():
-        values[name] = kind[values[name]]
-    return LayerConfig(**values)

@@ -10,6 +10,7 @@ from pathlib import Path
 from sharednorm.errors import BackupFailed
 from sharednorm_server.store import Kept, LayerKey, LayerRecord, StoreCounts, without_gradients
 from sharednorm_server.store.changes import Note, Remembered
+from sharednorm_server.store.sessions import SessionNumbers
 from sharednorm_server.store.snapshots import SnapshotInfo
 
 
@@ -26,10 +27,11 @@ class MemoryStore:
 
     description = "memory:"
     counts = StoreCounts()
-    run = 1  # layers of another one do not exist any more
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        numbers = SessionNumbers(1)  # layers of another run do not exist any more
+        self.open_session, self.session_opened = numbers.open, numbers.given
         self._records: dict[LayerKey, LayerRecord] = {}
         self._sessions: dict[LayerKey, Remembered] = {}
         self._snapshots: dict[LayerKey, dict[int, tuple[float, LayerRecord]]] = {}
@@ -125,6 +127,9 @@ class MemoryStore:
 
     def on_failed(self, callback: Callable[[str], None]) -> None:
         """Never call it: memory does not fail."""
+
+    def on_trouble(self, callback: Callable[[str], None]) -> None:
+        """Never call it."""
 
     def close(self) -> None:
         """Nothing to let go of."""

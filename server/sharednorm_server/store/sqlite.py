@@ -33,6 +33,7 @@ from sharednorm_server.config import StartError
 from sharednorm_server.store import Kept, LayerKey, LayerRecord, StoreCounts
 from sharednorm_server.store._sqlite_file import Rows, hold, prepare
 from sharednorm_server.store.changes import Note, Remembered
+from sharednorm_server.store.sessions import SessionNumbers
 from sharednorm_server.store.snapshots import SnapshotInfo
 
 FILE_NAME = "sharednorm.sqlite3"
@@ -147,7 +148,8 @@ class SqliteStore:
                 prepare(self._database, path, durability)
                 self._rows = Rows(self._database)
                 self._names = self._rows.names()
-                self.run = self._rows.opened()
+                numbers = SessionNumbers(self._rows.opened())
+                self.open_session, self.session_opened = numbers.open, numbers.given
             except BaseException:
                 self._database.close()
                 raise
@@ -160,6 +162,9 @@ class SqliteStore:
         """Have a function called once the store has failed for good; it gets the reason."""
         with self._lock:
             self._callbacks.append(callback)
+
+    def on_trouble(self, callback: Callable[[str], None]) -> None:
+        """Never call it: a file that cannot be used once has failed for good."""
 
     def get(self, key: LayerKey) -> LayerRecord | None:
         """Return a layer's record, or None."""

@@ -1,0 +1,17 @@
+"""Programs that tests need and that are not Python packages."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+NEEDS_PROGRAM = "needs a program that is not installed"
+
+
+def program(name: str) -> str:
+    """Return the path of a program; without it the test is left out."""
+    found = shutil.which(name)
+    if found is None:
+        pytest.skip(f"{NEEDS_PROGRAM}: {name}")
+    return found
