@@ -133,7 +133,8 @@ class SharedLayer(Layer):
 
     def made(self, call: CallKey, content: bytes) -> LastChange | None:
         """Return the change that was made under a key, by whichever server; only while holding the layer."""
-        if self._ledger.last(call.session) is None:
+        last = self._ledger.last(call.session)
+        if last is None or call.seq != last.seq + 1:  # what is known here may be a moment old; a change will show that
             self._learn(call.session)
         return super().made(call, content)
 

@@ -32,9 +32,11 @@ class RedisProcess:
 
     def __init__(self, directory: Path, *arguments: str) -> None:
         self.directory, self._arguments = directory, arguments
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = int(free.getsockname()[1])
+        self.port = 65535
+        while self.port > 55535:  # that of a cluster's own talk is 10,000 above
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                self.port = int(free.getsockname()[1])
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -60,7 +62,7 @@ class RedisProcess:
         words = [
             program("redis-server"),
             *("--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.directory)),
-            *("--save", "", "--appendonly", "no", "--enable-debug-command", "yes", *self._arguments),
+            *("--save", "", "--appendonly", "no", "--repl-diskless-sync-delay", "0", *self._arguments),
         ]
         with (self.directory / "log").open("ab") as log:
             self._process = subprocess.Popen(words, stdout=log, stderr=log)

@@ -36,13 +36,14 @@ def sent(message: Any) -> Any:
 @pytest.mark.parametrize("name", ["stem/bn", "層/ß", "a" * 512, " x "])
 def test_names_go_there_and_back(name: str) -> None:
     ref = convert.ref_to_proto("lab", name, "7f", "site-a")
-    assert convert.ref_from_proto(sent(ref)) == ("lab", name, "7f", "site-a", 0)
+    assert convert.ref_from_proto(sent(ref)) == ("lab", name, "7f", "site-a", 0, False)
     ref.seen_version = 1 << 60
-    assert convert.ref_from_proto(sent(ref))[4] == 1 << 60
+    ref.strong = True
+    assert convert.ref_from_proto(sent(ref))[4:] == (1 << 60, True)
 
 
 def test_an_unset_namespace_is_the_default_one() -> None:
-    assert convert.ref_from_proto(layer_pb2.LayerRef(name="bn")) == ("default", "bn", "", "", 0)
+    assert convert.ref_from_proto(layer_pb2.LayerRef(name="bn")) == ("default", "bn", "", "", 0, False)
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,8 @@ if session ~= '' then
     local floor = tonumber(redis.call('HGET', KEYS[1], 'floor') or '0')
     for i = 1, #gone, 2 do
       redis.call('HDEL', KEYS[2], gone[i])
-      floor = math.max(floor, struct.unpack('>I8', gone[i]))
+      local number = struct.unpack('>I8', gone[i])
+      floor = math.max(floor, number)
     end
     redis.call('HSET', KEYS[1], 'floor', string.format('%.0f', floor))
   end
