@@ -5,8 +5,12 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
+import socket
+import threading
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 from sharednorm.errors import InvalidConfiguration
@@ -16,6 +20,7 @@ MAX_SOCKET_PATH_BYTES = 107
 
 _EXPECTED = 'expected: "host:port", "[::1]:port" or "unix:/path/of/socket"'
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9.])?", re.ASCII)
+Found = tuple[socket.AddressFamily, socket.SocketKind, int, str, tuple[Any, ...]]
 _PORT = re.compile(r"[0-9]{1,5}", re.ASCII)
 
 
@@ -57,6 +62,43 @@ def parse_address(text: object) -> Address:
     return Address(text, f"dns:///{text}", _is_loopback(host), host.strip("[]"))
 
 
+def parse_addresses(text: object) -> list[Address]:
+    """Check an address, or several with commas between them.
+
+    Raises:
+        InvalidConfiguration: One has none of the forms, or comes twice.
+    """
+    if not isinstance(text, str) or "," not in text:
+        return [parse_address(text)]
+    found = [parse_address(part.strip()) for part in text.split(",")]
+    if len({address.text for address in found}) < len(found):
+        raise InvalidConfiguration(f"{ascii(text)[:120]} names an address twice (expected: each server once)")
+    return found
+
+
+def addresses_of(address: Address, seconds: float) -> list[Address]:
+    """Return the addresses that a name has, if it has several of one kind: those of several servers; else itself.
+
+    So also if nobody says what addresses it has within so many seconds: then gRPC finds that out, and says it.
+    """
+    host, port = address.host, address.text.rpartition(":")[2]
+    found: list[Found] = []
+
+    def ask() -> None:
+        with suppress(OSError, UnicodeError):
+            found.extend(socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM))
+
+    asking = threading.Thread(target=ask, name="sharednorm-name", daemon=True)  # which nobody can interrupt
+    asking.start()
+    asking.join(seconds)
+    for family in (socket.AF_INET, socket.AF_INET6):
+        hosts = sorted({str(where[0]) for kind, _, _, _, where in list(found) if kind == family})
+        if len(hosts) > 1:
+            texts = [f"[{each}]:{port}" if ":" in each else f"{each}:{port}" for each in hosts]
+            return [Address(each, f"dns:///{each}", local=False, host=host) for each in texts]
+    return [address]
+
+
 def _unix(text: str) -> Address:
     path = text.removeprefix("unix:")
     if not path or "\0" in path:
@@ -81,6 +123,15 @@ def _is_host(host: str) -> bool:
             return False
         return True
     return len(host) <= 253 and _HOST.fullmatch(host) is not None
+
+
+def is_number(host: str) -> bool:
+    """Return whether a host is an address already, and no name."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def _is_loopback(host: str) -> bool:

@@ -6,10 +6,10 @@ import numpy as np
 
 from sharednorm import convert
 from sharednorm._client_compute import ClientComputeBackend
-from sharednorm._exchange import Exchange
 from sharednorm._once import Keys
 from sharednorm._push import Line, Sender
 from sharednorm._seam import ForwardResult, Gradients, Parameters, SavedForward
+from sharednorm._server import Exchanger
 from sharednorm.config import Array, LayerConfig, NonFinitePolicy, Vector
 from sharednorm.remote import RemoteBackend
 from sharednorm.state import LayerState, StateUpdate, refuse_nonfinite
@@ -35,7 +35,7 @@ class AsyncComputeBackend(ClientComputeBackend):
 
     def __init__(
         self,
-        exchange: Exchange,
+        exchange: Exchanger,
         ref: layer_pb2.LayerRef,
         config: LayerConfig,
         max_age: float,

@@ -31,6 +31,8 @@ from sharednorm.v1 import service_pb2
 
 _MAX_CHUNK_BYTES = 16 << 20
 _CLOSE_SECONDS = 1.0
+# https://github.com/grpc/grpc/blob/master/doc/health-checking.md: of the whole server; the answer has status 1.
+_HEALTH, _SERVING = "/grpc.health.v1.Health/Check", b"\x08\x01"
 _LEAST_SECONDS = 1e-3  # less would be no call at all
 # From here on a stream's chunks wait until the server lets them come, which takes less than a hundredth of their time.
 _WAIT_BYTES = 8 << 20
@@ -118,6 +120,7 @@ class Connection:
         self.timeout = timeout
         self.info: ServerInfo | None = None
         self.direct: service_pb2.DirectEndpoint | None = None
+        self.state = ""  # which one the server's layers are in; servers that share them have the same
         self._process = os.getpid()
         self._closed = False
         self._metadata = credentials.metadata
@@ -129,6 +132,11 @@ class Connection:
             f"a connection to {self.address.text} cannot be pickled: pass the address and the layer's name, "
             "and connect in the other process"
         )
+
+    @property
+    def text(self) -> str:
+        """Where the server listens, as `connect` was told."""
+        return self.address.text
 
     @property
     def closed(self) -> bool:
@@ -158,6 +166,7 @@ class Connection:
                 f"{answer.protocol}, and this library (release {__version__}) speaks protocol {wire.PROTOCOL}: "
                 "install the same release on both sides"
             )
+        self.state = answer.state_id
         self.direct = answer.direct if answer.HasField("direct") else None
         self.info = ServerInfo(
             answer.version,
@@ -170,6 +179,20 @@ class Connection:
             answer.signals_chunks,
         )
         return self.info
+
+    def health(self, left: Deadline) -> str:
+        """Return what the server says of itself, where it answers: "" if it is well, else why it takes no calls."""
+        self.require_open()
+        call = self._channel.unary_unary(_HEALTH, _identity, _identity)
+        try:
+            answer = call(b"", timeout=max(left.left(), _LEAST_SECONDS))
+        except grpc.RpcError as error:
+            if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+                return ""  # something in between that lets nothing else pass; it answers
+            raise self._typed(error) from _bare(error)
+        except ValueError as error:
+            raise self._typed(error) from error
+        return "" if answer == _SERVING else "takes no calls now"
 
     def deadline(self) -> Deadline:
         """Return a deadline that begins now."""

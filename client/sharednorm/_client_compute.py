@@ -8,9 +8,9 @@ import numpy as np
 
 from sharednorm import _frames as frames
 from sharednorm import convert
-from sharednorm._exchange import Exchange
 from sharednorm._reading import LayerCopy, read_many
 from sharednorm._seam import ForwardResult, Gradients, Parameters, SavedForward
+from sharednorm._server import Exchanger
 from sharednorm.config import Array, LayerConfig, Vector
 from sharednorm.errors import InplaceInTraining, InvalidConfiguration, SharedNormError
 from sharednorm.normalization import arithmetic
@@ -33,7 +33,7 @@ class ClientComputeBackend(RemoteBackend):
         max_age: Seconds for which evaluation may use a state that was read before.
     """
 
-    def __init__(self, exchange: Exchange, ref: layer_pb2.LayerRef, config: LayerConfig, max_age: float) -> None:
+    def __init__(self, exchange: Exchanger, ref: layer_pb2.LayerRef, config: LayerConfig, max_age: float) -> None:
         super().__init__(exchange, ref, config)
         self._arithmetic = arithmetic()
         self._copy = LayerCopy(self._ref, max_age)
@@ -52,9 +52,9 @@ class ClientComputeBackend(RemoteBackend):
         """What evaluation uses of the layer, for as long as it may."""
         return self._copy
 
-    def is_of(self, exchange: Exchange) -> bool:
+    def is_of(self, exchange: Exchanger) -> bool:
         """Return whether the layer is on the server that an exchange is with, and this handle of its hub."""
-        return self._exchange is exchange
+        return self._exchange.whole is exchange.whole
 
     def refused(self, error: SharedNormError) -> SharedNormError:
         """Return an error that the server has given for this layer, with what may have happened to it."""
@@ -196,7 +196,7 @@ class ClientComputeBackend(RemoteBackend):
         self._copy.changed()
 
 
-def refresh(exchange: Exchange, layers: Sequence[object]) -> None:
+def refresh(exchange: Exchanger, layers: Sequence[object]) -> None:
     """Read parameters and statistics of many handles' layers, together; see `Hub.refresh`."""
     backends = [_keeper(exchange, layer) for layer in layers]
     for backend in backends:
@@ -210,7 +210,7 @@ def refresh(exchange: Exchange, layers: Sequence[object]) -> None:
         raise first
 
 
-def _keeper(exchange: Exchange, layer: object) -> ClientComputeBackend:
+def _keeper(exchange: Exchanger, layer: object) -> ClientComputeBackend:
     backend = backend_of(layer)
     if not isinstance(backend, ClientComputeBackend) or not backend.copy.max_age or not backend.is_of(exchange):
         raise InvalidConfiguration(

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import os
 
-from sharednorm._address import parse_address
+from sharednorm._address import Address, addresses_of, is_number, parse_addresses
 from sharednorm._calls import Connection
+from sharednorm._channel import proxy_hint
 from sharednorm._credentials import TLS, Credentials
+from sharednorm._deadline import Deadline
 from sharednorm._exchange import Exchange
+from sharednorm._fleet import Fleet, Spread
 from sharednorm._places import open_hubs
 from sharednorm._progress import ProgressCallback
+from sharednorm._server import Exchanger
 from sharednorm._ways import check_transport
 from sharednorm.config import MAX_SECONDS, check_namespace, is_finite
 from sharednorm.errors import InvalidConfiguration
 from sharednorm.hub import Hub
+
+# What takes longer than this to say which addresses a name has does not know it.
+_NAME_SECONDS = 5.0
 
 
 def connect(
@@ -25,15 +32,20 @@ def connect(
     timeout: float = 30.0,
     transport: str = "auto",
     progress: ProgressCallback | None = None,
+    consistency: str = "bounded",
 ) -> Hub:
-    """Connect to a server.
+    """Connect to a server, or to several that share their layers.
+
+    With several, each layer's calls go to one of them, and to the next, under the same keys, while that is away. See
+    docs/servers.md.
 
     Processes that use one are spawned, not forked: a child that is forked after the first `connect` can neither
     use its parent's hubs nor connect anew, and is told so. (It can connect if GRPC_ENABLE_FORK_SUPPORT=1 was in
     the environment when gRPC was imported, as far as gRPC's own support of that goes.)
 
     Args:
-        address: Where it listens: "host:port", "[::1]:port" or "unix:/path/of/socket".
+        address: Where it listens: "host:port", "[::1]:port" or "unix:/path/of/socket". Several servers with commas
+            between them, "a:50051,b:50051", or a name that has several addresses.
         namespace: Whose layers these are; two namespaces never see each other's.
         token: What a server that asks for tokens has given this client; None: the environment variable
             SHAREDNORM_TOKEN, if it is set. Handles that are pickled do not carry it.
@@ -45,6 +57,9 @@ def connect(
         transport: How tensors travel. "shm": in memory that the server shares with this process, which a server on a
             unix socket does; "direct": on a connection of their own, beside gRPC; "grpc". "auto" takes the first of
             them that works; any other is an error where it does not.
+        consistency: Of servers that share their layers: "bounded", where evaluation may use a server's copy of a layer
+            that is a moment old (its --max-age at the most, and never older than what this handle has been told of); or
+            "strong", where it does not.
         progress: Called with a `Progress` as the tensors of calls come and go; None: nobody wants to know.
 
     Raises:
@@ -57,7 +72,7 @@ def connect(
         PermissionDenied: The token is not for this namespace.
         HubClosed: This process was forked from one that was connected.
     """
-    where = parse_address(address)
+    where = parse_addresses(address)
     if not (is_finite(timeout) and 0 < timeout <= MAX_SECONDS):
         raise InvalidConfiguration(
             f"timeout is {ascii(timeout)[:120]} (expected: a finite number of seconds > 0, at most {MAX_SECONDS:g})"
@@ -65,12 +80,34 @@ def connect(
     checked, way = check_namespace(namespace), check_transport(transport)
     if progress is not None and not callable(progress):
         raise InvalidConfiguration(f"progress is {ascii(progress)[:60]} (expected: a function, or None)")
-    connection = Connection(where, float(timeout), Credentials.parse(token, tls, checked, where))
-    try:
-        connection.greet()
-        hub = Hub(Exchange(connection, way, progress), checked)
-    except BaseException:
-        connection.close()
-        raise
+    if consistency not in ("bounded", "strong"):
+        raise InvalidConfiguration(f"consistency is {ascii(consistency)[:60]} (expected: 'bounded' or 'strong')")
+    credentials = {each.text: Credentials.parse(token, tls, checked, each) for each in where}
+
+    def make(place: Address, left: Deadline) -> Exchange:
+        known = credentials.get(place.text) or credentials[where[0].text].named(place.host)
+        connection = Connection(place, float(timeout), known)
+        try:
+            connection.greet(left)
+            return Exchange(connection, way, progress)
+        except BaseException:
+            connection.close()
+            raise
+
+    exchange: Exchanger
+    named = where
+    if len(where) == 1 and _is_name(where[0]):
+        named = addresses_of(where[0], min(timeout, _NAME_SECONDS))
+    if len(named) > 1:
+        find = None if len(where) > 1 else lambda: addresses_of(where[0], _NAME_SECONDS)
+        exchange = Spread(Fleet(str(address), named, float(timeout), make, way, find))
+    else:
+        exchange = make(where[0], Deadline(float(timeout)))
+    hub = Hub(exchange, checked, strong=consistency == "strong")
     open_hubs.add(hub.place, hub)
     return hub
+
+
+def _is_name(address: Address) -> bool:
+    # Whether it may have several addresses, all of which could be meant. A proxy looks names up by itself.
+    return not (address.local or proxy_hint(address) or is_number(address.host))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import grpc
@@ -76,6 +76,12 @@ class Credentials:
             )
         metadata = (("authorization", f"Bearer {token}"), ("sharednorm-namespace-bin", namespace.encode()))
         return cls(encryption, metadata)
+
+    def named(self, host: str) -> Credentials:
+        """Return the same for one of the addresses that a name has, whose certificate is the name's."""
+        if self.tls is None or self.tls.server_name is not None:
+            return self
+        return replace(self, tls=replace(self.tls, server_name=host))
 
 
 def _tls(tls: object, address: Address) -> TLS | None:

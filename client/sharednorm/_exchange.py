@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -38,6 +38,7 @@ from sharednorm.errors import (
 _SHARE_BYTES = 1 << 16
 
 A = TypeVar("A", bound=Message)
+I = TypeVar("I")  # noqa: E741 - an item
 _NOTHING = memoryview(b"")
 _NOBODY = Meter(None, "", 0, 0)
 
@@ -97,6 +98,25 @@ class Exchange:
     def connection(self) -> Connection:
         """To the server."""
         return self._connection
+
+    @property
+    def whole(self) -> Exchange:
+        """Itself: there is one server, whatever a call is of."""
+        return self
+
+    def of(self, kind: str, name: str) -> Exchange:
+        """Return itself."""
+        del kind, name
+        return self
+
+    def divided(self, items: Sequence[I], layer_of: Callable[[I], str]) -> list[tuple[Exchange, list[int]]]:
+        """Return itself, and the places of all items."""
+        del layer_of
+        return [(self, list(range(len(items))))]
+
+    def settle_anew(self) -> bool:
+        """Return False: there is no other server."""
+        return False
 
     @property
     def wanted(self) -> str:

@@ -15,7 +15,7 @@ from sharednorm import _frames as frames
 from sharednorm import convert
 from sharednorm._attempts import Attempts
 from sharednorm._deadline import Deadline
-from sharednorm._exchange import Exchange
+from sharednorm._server import Exchanger
 from sharednorm.config import (
     MAX_GROUP_MEMBERS,
     MAX_GROUP_SECONDS,
@@ -25,6 +25,7 @@ from sharednorm.config import (
 from sharednorm.errors import (
     GENERATION_GONE,
     STEP_OVER,
+    GroupAborted,
     InvalidConfiguration,
     SharedNormError,
     StaleGeneration,
@@ -63,7 +64,7 @@ class _Membership:
 @dataclass(frozen=True)
 class _Home:
     # Where a group is: a server, and a namespace.
-    exchange: Exchange
+    exchange: Exchanger
     namespace: str
 
 
@@ -220,9 +221,10 @@ class Group:
             ServerUnavailable: There was no server all the time.
         """
         membership = self._membership
-        if membership is not None and membership.waiting:
+        home = self._where()
+        if membership is not None and (membership.waiting or home.exchange.settle_anew()):
             self._forget(membership)
-        self._joined(self._begin(self._where()))
+        self._joined(self._begin(home))
 
     def leave(self) -> None:
         """Leave the group in order: the others go on without this member. Does nothing if it has not joined.
@@ -237,7 +239,7 @@ class Group:
 
     # --- For layers and hubs of this library ----------------------------------------------------------------
 
-    def settle(self, exchange: Exchange, namespace: str) -> None:
+    def settle(self, exchange: Exchanger, namespace: str) -> None:
         """Be on a server, for good.
 
         Raises:
@@ -245,8 +247,8 @@ class Group:
         """
         with self._lock:
             if self._home is None:
-                self._home = _Home(exchange, namespace)
-            elif self._home.exchange is not exchange or self._home.namespace != namespace:
+                self._home = _Home(exchange.of("group", f"{namespace}\0{self._name}"), namespace)
+            elif self._home.exchange.whole is not exchange.whole or self._home.namespace != namespace:
                 raise InvalidConfiguration(
                     f"the group {self._name!r} is used with another hub already (expected: one hub; make a Group for "
                     "each)"
@@ -345,7 +347,11 @@ class Group:
                 rank=self._wish,
             )
             attempts = Attempts(left)
-            answer = home.exchange.connection.call("JoinGroup", request, service_pb2.JoinGroupResponse, attempts)
+            try:
+                answer = home.exchange.connection.call("JoinGroup", request, service_pb2.JoinGroupResponse, attempts)
+            except GroupAborted:
+                home.exchange.settle_anew()  # the others may be with another server, and come back as well
+                raise
             membership = _Membership(answer.ticket, answer.generation, answer.rank, answer.members)
             self._membership = membership
             return membership
@@ -392,6 +398,8 @@ class Group:
                 membership.steps[place] = request.step
             else:
                 self._forget(membership)
+                if isinstance(error, GroupAborted) and not isinstance(error, StaleGeneration):
+                    home.exchange.settle_anew()
             raise
         membership.steps[place] = request.step
         membership.ranks, membership.waiting = tuple(found.ranks), found.waiting

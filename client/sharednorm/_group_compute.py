@@ -6,9 +6,9 @@ import numpy as np
 
 from sharednorm import convert
 from sharednorm._client_compute import ClientComputeBackend
-from sharednorm._exchange import Exchange
 from sharednorm._group import Group
 from sharednorm._seam import ForwardResult, Gradients, Parameters, SavedForward
+from sharednorm._server import Exchanger
 from sharednorm._tensors import output
 from sharednorm.config import Array, LayerConfig, NonFinitePolicy, Vector
 from sharednorm.normalization import Wide, input_gradient, parameter_gradients
@@ -33,7 +33,7 @@ class GroupComputeBackend(ClientComputeBackend):
     """
 
     def __init__(
-        self, exchange: Exchange, ref: layer_pb2.LayerRef, config: LayerConfig, max_age: float, group: Group
+        self, exchange: Exchanger, ref: layer_pb2.LayerRef, config: LayerConfig, max_age: float, group: Group
     ) -> None:
         super().__init__(exchange, ref, config, max_age)
         self._group = group

@@ -9,11 +9,11 @@ import numpy as np
 
 from sharednorm._async_compute import AsyncComputeBackend
 from sharednorm._client_compute import ClientComputeBackend
-from sharednorm._exchange import Exchange
 from sharednorm._group import Group
 from sharednorm._group_compute import GroupComputeBackend
 from sharednorm._narrow import wire_dtype_of
 from sharednorm._push import DEFAULT_MAX_PENDING, MOST_PENDING, Sender
+from sharednorm._server import Exchanger
 from sharednorm.config import MAX_SECONDS, LayerConfig, is_finite, is_integer
 from sharednorm.errors import InvalidConfiguration
 from sharednorm.remote import RemoteBackend
@@ -82,7 +82,7 @@ class Handling:
         return None if self.group is None and self.max_pending is None else True
 
     def backend(
-        self, exchange: Exchange, sender: Sender, ref: layer_pb2.LayerRef, config: LayerConfig
+        self, exchange: Exchanger, sender: Sender, ref: layer_pb2.LayerRef, config: LayerConfig
     ) -> RemoteBackend:
         """Return what does so for a layer."""
         if self.max_pending is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sharednorm import convert
-from sharednorm._calls import Connection
+from sharednorm._server import Caller
 from sharednorm.config import LayerConfig
 from sharednorm.remote import is_train
 from sharednorm.v1 import layer_pb2, service_pb2
@@ -36,7 +36,7 @@ class LayerInfo:
     domains: int
 
 
-def list_layers(connection: Connection, namespace: str) -> list[LayerInfo]:
+def list_layers(connection: Caller, namespace: str) -> list[LayerInfo]:
     """Return all layers of a namespace, in the order of their names."""
     found: list[LayerInfo] = []
     token = ""

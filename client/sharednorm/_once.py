@@ -11,13 +11,15 @@ import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from sharednorm._attempts import Attempts
-from sharednorm._calls import Connection
 from sharednorm._deadline import Deadline
 from sharednorm.errors import KeyReused, MalformedMessage, SessionExpired
 from sharednorm.v1 import service_pb2
+
+if TYPE_CHECKING:
+    from sharednorm._server import Caller
 
 _NUMBER_BYTES = _OWN_BYTES = 8
 # Keys in doubt whose threads have not come back; each is a change that ended with a deadline.
@@ -42,7 +44,7 @@ class Session:
         connection: To the server.
     """
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Caller) -> None:
         self._connection = connection
         self._lock = threading.Lock()
         self._number = b""

@@ -24,6 +24,7 @@ class HubPlace(NamedTuple):
     namespace: str
     timeout: float
     transport: str
+    consistency: str
 
 
 class OpenHubs:
@@ -77,6 +78,12 @@ def attach_again(
 
     hub = open_hubs.find(
         place,
-        lambda: connect(place.address, namespace=place.namespace, timeout=place.timeout, transport=place.transport),
+        lambda: connect(
+            place.address,
+            namespace=place.namespace,
+            timeout=place.timeout,
+            transport=place.transport,
+            consistency=place.consistency,
+        ),
     )
     return hub.attach(layer_pb2.LayerRef.FromString(ref), config, handling, inplace, train)

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from sharednorm import _frames as frames
 from sharednorm import convert
 from sharednorm._attempts import Attempts
-from sharednorm._exchange import Exchange
 from sharednorm._once import Keys, Lane
 from sharednorm._reading import error_of, grouped, require_results
 from sharednorm._seam import Parameters
+from sharednorm._server import Exchanger
 from sharednorm.errors import (
     DeadlineExceeded,
     InternalError,
@@ -104,7 +104,7 @@ class Sender:
         exchange: With the server.
     """
 
-    def __init__(self, exchange: Exchange) -> None:
+    def __init__(self, exchange: Exchanger) -> None:
         self._exchange = exchange
         self._connection = exchange.connection
         self._changed = threading.Condition()
@@ -188,7 +188,7 @@ class Sender:
             if self._threads is not None:
                 self._threads.shutdown(wait=False)
             if unknown or lost:
-                where = self._connection.address.text
+                where = self._connection.text
                 return DeadlineExceeded(
                     f"{where} has not answered {unknown + lost} steps of earlier forwards within {seconds:g} s, and "
                     f"the hub was closed: {unknown} may or may not have been taken, and {lost} were not",
@@ -255,13 +255,21 @@ class Sender:
         return [_Refused(known, unknown=True)] * len(steps)
 
     def _call(self, steps: Sequence[_Step], attempts: Attempts) -> list[Parameters | _Refused]:
+        found: list[Parameters | _Refused | None] = [None] * len(steps)
+        for exchange, places in self._exchange.divided(steps, lambda step: step.line.ref.name):
+            results = self._call_one(exchange, [steps[place] for place in places], attempts)
+            for place, result in zip(places, results, strict=True):
+                found[place] = result
+        return [result for result in found if result is not None]
+
+    def _call_one(self, exchange: Exchanger, steps: Sequence[_Step], attempts: Attempts) -> list[Parameters | _Refused]:
         for step in steps:
             assert step.lane is not None, "a step is sent under a key"
             step.request.key.session, step.request.key.seq = step.lane.session, step.lane.seq
         request = service_pb2.PushManyRequest(pushes=[step.request for step in steps])
 
         def call() -> list[Parameters | _Refused]:
-            answer = self._exchange.plain("PushMany", frames.PUSH_MANY, request, service_pb2.PushManyResponse, attempts)
+            answer = exchange.plain("PushMany", frames.PUSH_MANY, request, service_pb2.PushManyResponse, attempts)
             require_results("PushMany", len(answer.results), len(steps))
             results = [_result(step, result) for step, result in zip(steps, answer.results, strict=True)]
             for result in results:

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from sharednorm import _frames as frames
 from sharednorm import convert
-from sharednorm._exchange import Exchange
+from sharednorm._server import Exchanger
 from sharednorm.config import MAX_BATCH_ENTRIES, MAX_BATCH_MAPS
 from sharednorm.errors import InternalError, MalformedMessage, SharedNormError
 from sharednorm.state import LayerState, require_initialized
@@ -60,6 +60,11 @@ class LayerCopy:
         self._fresh = False
         self._changes = 0  # of the handle's own
 
+    @property
+    def name(self) -> str:
+        """The layer's."""
+        return self._ref.name
+
     def current(self) -> LayerState | None:
         """Return what was read, if it may still be used."""
         with self._lock:
@@ -103,7 +108,7 @@ class LayerCopy:
 
 
 def read_many(
-    exchange: Exchange, copies: Sequence[tuple[LayerCopy, int]]
+    exchange: Exchanger, copies: Sequence[tuple[LayerCopy, int]]
 ) -> Iterator[tuple[int, SharedNormError | None]]:
     """Read many layers, in as few calls as there can be.
 
@@ -117,7 +122,15 @@ def read_many(
     Raises:
         SharedNormError: What a call as a whole has ended with.
     """
-    for indices in grouped(range(len(copies)), lambda index: copies[index][1]):
+    divided = exchange.divided(copies, lambda each: each[0].name)
+    for part, places in divided:
+        yield from _read_from(part, copies, places)
+
+
+def _read_from(
+    exchange: Exchanger, copies: Sequence[tuple[LayerCopy, int]], places: Sequence[int]
+) -> Iterator[tuple[int, SharedNormError | None]]:
+    for indices in grouped(places, lambda index: copies[index][1]):
         readings = [copies[index][0].ask() for index in indices]
         answer = exchange.plain(
             "GetManyStats",

@@ -8,9 +8,8 @@ from typing import TypeAlias
 
 from google.protobuf.message import Message
 
-from sharednorm._calls import Connection
-from sharednorm._exchange import Exchange
 from sharednorm._once import Keys
+from sharednorm._server import Caller, Exchanger
 from sharednorm.config import check_flag, is_integer
 from sharednorm.errors import InvalidConfiguration
 from sharednorm.v1 import layer_pb2, service_pb2
@@ -33,13 +32,13 @@ class SnapshotInfo:
     num_of_props: int
 
 
-def set_train(exchange: Exchange, ref: layer_pb2.LayerRef, train: bool) -> None:
+def set_train(exchange: Exchanger, ref: layer_pb2.LayerRef, train: bool) -> None:
     """Set the mode of calls that choose none."""
     request = service_pb2.SetTrainRequest(ref=ref, train=check_flag("train", train))
     _once(exchange, "SetTrain", request, service_pb2.SetTrainResponse)
 
 
-def list_snapshots(connection: Connection, ref: layer_pb2.LayerRef) -> list[SnapshotInfo]:
+def list_snapshots(connection: Caller, ref: layer_pb2.LayerRef) -> list[SnapshotInfo]:
     """Return the snapshots of a layer, the oldest first."""
     request, attempts = service_pb2.ListSnapshotsRequest(ref=ref), connection.patience()
     answer = connection.call("ListSnapshots", request, service_pb2.ListSnapshotsResponse, attempts=attempts)
@@ -49,7 +48,7 @@ def list_snapshots(connection: Connection, ref: layer_pb2.LayerRef) -> list[Snap
     ]
 
 
-def roll_back(exchange: Exchange, ref: layer_pb2.LayerRef, version: int) -> None:
+def roll_back(exchange: Exchanger, ref: layer_pb2.LayerRef, version: int) -> None:
     """Bring a layer back to a snapshot.
 
     Raises:
@@ -61,12 +60,12 @@ def roll_back(exchange: Exchange, ref: layer_pb2.LayerRef, version: int) -> None
     _once(exchange, "Rollback", request, service_pb2.RollbackResponse)
 
 
-def back_up(connection: Connection) -> str:
+def back_up(connection: Caller) -> str:
     """Have the server copy all that it keeps to a file; return the file's path."""
     return connection.call("Backup", service_pb2.BackupRequest(), service_pb2.BackupResponse).path
 
 
-def _once(exchange: Exchange, method: str, request: Request, answer: type[Message]) -> None:
+def _once(exchange: Exchanger, method: str, request: Request, answer: type[Message]) -> None:
     connection = exchange.connection
     Keys(exchange.session).once(
         request, connection.deadline(), lambda attempts: connection.call(method, request, answer, attempts=attempts)

@@ -22,13 +22,13 @@ from sharednorm import convert
 from sharednorm._calls import ServerInfo
 from sharednorm._checks import dtype_from
 from sharednorm._client_compute import refresh
-from sharednorm._exchange import Exchange
 from sharednorm._group import Group
 from sharednorm._handling import Handling
 from sharednorm._listing import LayerInfo, list_layers
 from sharednorm._places import HubPlace, attach_again
 from sharednorm._progress import Progress
 from sharednorm._push import Sender
+from sharednorm._server import Exchanger
 from sharednorm._upkeep import SnapshotInfo, back_up, list_snapshots, roll_back, set_train
 from sharednorm.config import (
     Array,
@@ -56,8 +56,9 @@ class Hub:
     answer as it should, and HubClosed after `close`.
     """
 
-    def __init__(self, exchange: Exchange, namespace: str) -> None:
+    def __init__(self, exchange: Exchanger, namespace: str, *, strong: bool = False) -> None:
         self._exchange = exchange
+        self._strong = strong
         self._connection = exchange.connection
         self._namespace = namespace
         self._sender = Sender(exchange)
@@ -93,7 +94,7 @@ class Hub:
     @property
     def address(self) -> str:
         """Where the server listens, as `connect` was told."""
-        return self._connection.address.text
+        return self._connection.text
 
     @property
     def namespace(self) -> str:
@@ -103,7 +104,8 @@ class Hub:
     @property
     def place(self) -> HubPlace:
         """What it takes to make the same hub again."""
-        return HubPlace(self.address, self._namespace, self._connection.timeout, self._exchange.wanted)
+        timeout, wanted = self._connection.timeout, self._exchange.wanted
+        return HubPlace(self.address, self._namespace, timeout, wanted, "strong" if self._strong else "bounded")
 
     @property
     def closed(self) -> bool:
@@ -223,7 +225,7 @@ class Hub:
         handling = Handling.parse(compute, max_age, wire_dtype, group, push, max_pending)
         ref = self._ref(name, domain)
         request, attempts = service_pb2.GetLayerRequest(ref=ref), self._connection.patience()
-        answer = self._connection.call("GetLayer", request, service_pb2.GetLayerResponse, attempts=attempts)
+        answer = self._for(name).connection.call("GetLayer", request, service_pb2.GetLayerResponse, attempts=attempts)
         return self._handle(answer.layer, False, handling)
 
     def delete(self, name: str) -> None:
@@ -234,7 +236,7 @@ class Hub:
             InvalidName: No layer could have it.
         """
         request = service_pb2.DeleteLayerRequest(ref=self._ref(name))
-        self._connection.call("DeleteLayer", request, service_pb2.DeleteLayerResponse)
+        self._for(name).connection.call("DeleteLayer", request, service_pb2.DeleteLayerResponse)
 
     def set_train(self, name: str, train: bool) -> None:
         """Set the mode of all handles, of whatever process, that have chosen none by trainMode() or evalMode().
@@ -244,11 +246,11 @@ class Hub:
             InvalidName: No layer could have it.
             InvalidConfiguration: `train` is neither True nor False.
         """
-        set_train(self._exchange, self._ref(name), train)
+        set_train(self._for(name), self._ref(name), train)
 
     def snapshots(self, name: str) -> list[SnapshotInfo]:
         """Return the states of a layer that the server has kept, the oldest first; raises what `delete` raises."""
-        return list_snapshots(self._connection, self._ref(name))
+        return list_snapshots(self._for(name).connection, self._ref(name))
 
     def rollback(self, name: str, version: int) -> None:
         """Bring a layer back to a snapshot, for everybody: parameters, and statistics with those of all domains.
@@ -259,7 +261,7 @@ class Hub:
             SnapshotNotFound: There is none of that version.
             LayerNotFound, InvalidName: There is no layer of that name, or could be none.
         """
-        roll_back(self._exchange, self._ref(name), version)
+        roll_back(self._for(name), self._ref(name), version)
 
     def backup(self) -> str:
         """Have the server copy all that it keeps to a file, while it works; return the file's path on its machine.
@@ -464,11 +466,12 @@ class Hub:
             first = StateUpdate(scale=state.scale) if begin is None else replace(begin, scale=state.scale)
             request.initial_state.CopyFrom(convert.update_to_proto(first))
         attempts = self._connection.patience()
-        answer = self._connection.call("CreateLayer", request, service_pb2.CreateLayerResponse, attempts=attempts)
+        connection = self._for(name).connection
+        answer = connection.call("CreateLayer", request, service_pb2.CreateLayerResponse, attempts=attempts)
         layer = answer.layer
         if domain:
             inside.uid = layer.ref.uid
-            layer = create_domain(self._connection, inside, begin)
+            layer = create_domain(connection, inside, begin)
         return self._handle(layer, inplace, handling)
 
     def _handle(self, layer: layer_pb2.Layer, inplace: bool, handling: Handling) -> RemoteBatchNorm:
@@ -483,9 +486,15 @@ class Hub:
         if handling.group is not None:
             handling.group.settle(self._exchange, self._namespace)
             self._groups.add(handling.group)
-        backend = handling.backend(self._exchange, self._sender, ref, config)
+        ref.strong = self._strong
+        backend = handling.backend(self._for(ref.name), self._sender, ref, config)
         again = attach_again, (self.place, ref.SerializeToString(), config, handling)
         return RemoteBatchNorm(backend, ref.name, inplace, train, again)
 
+    def _for(self, name: str | None) -> Exchanger:
+        return self._exchange.of("layer", check_name(name))
+
     def _ref(self, name: str | None, domain: str = "") -> layer_pb2.LayerRef:
-        return convert.ref_to_proto(self._namespace, check_name(name), domain=check_domain(domain))
+        ref = convert.ref_to_proto(self._namespace, check_name(name), domain=check_domain(domain))
+        ref.strong = self._strong
+        return ref

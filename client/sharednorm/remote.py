@@ -11,13 +11,13 @@ from google.protobuf.message import Message
 
 from sharednorm import convert, wire
 from sharednorm._attempts import Attempts
-from sharednorm._calls import BACKWARD, FORWARD, Connection
+from sharednorm._calls import BACKWARD, FORWARD
 from sharednorm._deadline import Deadline
-from sharednorm._exchange import Exchange
 from sharednorm._narrow import narrowed, widened
 from sharednorm._once import Keyed, Keys
 from sharednorm._queue import CallQueue
 from sharednorm._seam import ForwardResult, Gradients, SavedForward
+from sharednorm._server import Caller, Exchanger
 from sharednorm.config import Array, LayerConfig, NonFinitePolicy, check_domain
 from sharednorm.errors import InplaceInTraining, InputEvicted, LayerNotFound, MalformedMessage
 from sharednorm.layers import BatchNormND
@@ -44,7 +44,7 @@ class RemoteBackend:
 
     def __init__(
         self,
-        exchange: Exchange,
+        exchange: Exchanger,
         ref: layer_pb2.LayerRef,
         config: LayerConfig,
         wire_dtype: np.dtype[Any] | None = None,
@@ -65,7 +65,7 @@ class RemoteBackend:
         return self._config
 
     @property
-    def connection(self) -> Connection:
+    def connection(self) -> Caller:
         """To the server."""
         return self._connection
 
@@ -361,7 +361,7 @@ class RemoteBatchNorm(BatchNormND):
 
     def __repr__(self) -> str:
         """Name the layer and its server."""
-        config, address = self._backend.config, self._remote.connection.address.text
+        config, address = self._backend.config, self._remote.connection.text
         domain = f", domain {self.domain!r}" if self.domain else ""
         how = f"{domain} on {address}{self._remote.how}"
         return f"<RemoteBatchNorm {self.name!r}: {config.kind.label}({config.maps}){how}>"
@@ -372,9 +372,7 @@ def backend_of(layer: object) -> RemoteBackend | None:
     return layer._remote if isinstance(layer, RemoteBatchNorm) else None
 
 
-def create_domain(
-    connection: Connection, ref: layer_pb2.LayerRef, initial: StateUpdate | None = None
-) -> layer_pb2.Layer:
+def create_domain(connection: Caller, ref: layer_pb2.LayerRef, initial: StateUpdate | None = None) -> layer_pb2.Layer:
     """Have a layer keep statistics of a domain; return the layer, seen there.
 
     Args:

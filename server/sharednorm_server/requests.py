@@ -72,11 +72,12 @@ class ServiceFigures:
 
 @dataclass(frozen=True)
 class ServiceInfo:
-    """What the service is made of, for people: its release, and descriptions of its device and store."""
+    """What the service is made of: for people its release, and descriptions of its device and store; the store's id."""
 
     version: str
     device: str
     store: str
+    state_id: str
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,7 @@ class LayerService(MomentsService):
     @property
     def info(self) -> ServiceInfo:
         """What the service is made of."""
-        return ServiceInfo(__version__, self._placement.description, self._store.description)
+        return ServiceInfo(__version__, self._placement.description, self._store.description, self._store.identity)
 
     @property
     def figures(self) -> ServiceFigures:

@@ -168,6 +168,7 @@ class Servicer:
             chunk_bytes=self._limits.chunk_bytes,
             direct=self._direct,
             signals_chunks=True,
+            state_id=info.state_id,
         )
 
     def _open_session(self, _: service_pb2.OpenSessionRequest) -> service_pb2.OpenSessionResponse:

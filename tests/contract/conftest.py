@@ -11,6 +11,7 @@ import pytest
 import sharednorm
 from sharednorm_server.config import ServerConfig
 from tests.support import cuda
+from tests.support.inside import exchange_of
 from tests.support.making import MakeLayer
 from tests.support.redis import RedisProcess
 from tests.support.server import in_process, server_process
@@ -49,7 +50,7 @@ def shm_hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[sharednorm.Hub
         server_process("--state", f"sqlite://{socket.with_name('state')}", listen=f"unix:{socket}") as server,
         sharednorm.connect(server.address, transport="shm") as hub,
     ):
-        hub._exchange._share_bytes = 0
+        exchange_of(hub)._share_bytes = 0
         yield hub
 
 

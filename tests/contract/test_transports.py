@@ -27,6 +27,7 @@ from sharednorm.errors import (
 from sharednorm_server.config import ServerConfig
 from sharednorm_server.server import RunningServer
 from tests.support import oracle
+from tests.support.inside import exchange_of
 from tests.support.oracle import Array, random_tensor
 from tests.support.server import in_process
 
@@ -49,7 +50,7 @@ def hub(server: RunningServer, request: pytest.FixtureRequest) -> Iterator[share
 
 
 def regions_of(hub: sharednorm.Hub) -> SharedRegions | None:
-    way = hub._exchange._ways._way
+    way = exchange_of(hub)._ways._way
     return None if way is None else way.regions
 
 

@@ -27,6 +27,7 @@ from sharednorm.errors import (
 from sharednorm.v1 import layer_pb2, service_pb2
 from sharednorm_server import certificates
 from sharednorm_server.access import RIGHTS, Right, append, new_token
+from tests.support.inside import connection_of
 from tests.support.oracle import random_tensor
 from tests.support.server import ServerProcess, run, server_process
 from tests.support.stock import SECONDS, SERVICE, code_of, config, detail_of, ref, spec
@@ -391,4 +392,4 @@ def test_a_server_that_cannot_be_guarded_does_not_start(options: list[str], said
 
 def test_the_direct_connections_that_ask_for_nothing_are_not_there(guarded: Guarded) -> None:
     with guarded.connect("read") as hub:
-        assert hub._connection.direct is None
+        assert connection_of(hub).direct is None

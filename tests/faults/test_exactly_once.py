@@ -17,6 +17,7 @@ import pytest
 import sharednorm
 from sharednorm.errors import DeadlineExceeded, ServerUnavailable, SharedNormError
 from sharednorm.state import LayerState
+from tests.support.inside import connection_of
 from tests.support.oracle import random_tensor
 from tests.support.proxy import Faults, network
 from tests.support.server import ServerProcess, server_process
@@ -47,7 +48,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
 @pytest.fixture(scope="module")
 def direct_port(server: ServerProcess) -> int:
     with sharednorm.connect(server.address) as hub:
-        endpoint = hub._connection.direct
+        endpoint = connection_of(hub).direct
         assert endpoint is not None
         return endpoint.port
 

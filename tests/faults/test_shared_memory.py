@@ -26,6 +26,7 @@ from sharednorm_server.config import ServerConfig
 from sharednorm_server.server import RunningServer
 from tests.support import lane as lanes
 from tests.support import oracle
+from tests.support.inside import exchange_of
 from tests.support.server import in_process, server_process
 from tests.support.service import InterruptedDevice, new_service
 from tests.support.stock import StockClient, channel_to, ref, spec
@@ -314,7 +315,7 @@ def test_small_arrays_take_no_shared_memory(server: RunningServer) -> None:
 
 
 def regions_of(hub: sharednorm.Hub) -> SharedRegions:
-    way = hub._exchange._ways._way
+    way = exchange_of(hub)._ways._way
     assert way is not None
     assert way.regions is not None
     return way.regions

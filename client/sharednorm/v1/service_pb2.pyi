@@ -180,6 +180,7 @@ class GetServerInfoResponse(_message.Message):
     CHUNK_BYTES_FIELD_NUMBER: _builtins.int
     DIRECT_FIELD_NUMBER: _builtins.int
     SIGNALS_CHUNKS_FIELD_NUMBER: _builtins.int
+    STATE_ID_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     """Release of the server, for example "0.1.0"."""
     protocol: _builtins.int
@@ -198,6 +199,8 @@ class GetServerInfoResponse(_message.Message):
     """Whether the streams send their initial metadata as soon as the chunks may come: a client that waits for that sends no
     chunk of a call that is refused, or that has to wait for its turn.
     """
+    state_id: _builtins.str
+    """Names the state that the layers are in: servers with the same one share them, and any of them serves any layer."""
     @_builtins.property
     def direct(self) -> Global___DirectEndpoint:
         """Where the server takes direct connections, which carry Forward and Backward beside gRPC; absent if it takes none."""
@@ -214,10 +217,11 @@ class GetServerInfoResponse(_message.Message):
         chunk_bytes: _builtins.int = ...,
         direct: Global___DirectEndpoint | None = ...,
         signals_chunks: _builtins.bool = ...,
+        state_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["direct", b"direct"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk_bytes", b"chunk_bytes", "device", b"device", "direct", b"direct", "max_tensor_bytes", b"max_tensor_bytes", "max_unary_bytes", b"max_unary_bytes", "protocol", b"protocol", "signals_chunks", b"signals_chunks", "store", b"store", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk_bytes", b"chunk_bytes", "device", b"device", "direct", b"direct", "max_tensor_bytes", b"max_tensor_bytes", "max_unary_bytes", b"max_unary_bytes", "protocol", b"protocol", "signals_chunks", b"signals_chunks", "state_id", b"state_id", "store", b"store", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -156,6 +156,11 @@ class Store(Protocol):
         """Its URL without secrets, for example "memory:"."""
         ...
 
+    @property
+    def identity(self) -> str:
+        """Names what is remembered: of servers that share it the same, of others another."""
+        ...
+
     def open_session(self) -> int:
         """Return the number of a new session, less than 2^63: higher than those of all sessions before."""
         ...

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import secrets
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,6 +31,7 @@ class MemoryStore:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self.identity = secrets.token_hex(8)
         numbers = SessionNumbers(1)  # layers of another run do not exist any more
         self.open_session, self.session_opened = numbers.open, numbers.given
         self._records: dict[LayerKey, LayerRecord] = {}

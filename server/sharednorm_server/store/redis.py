@@ -129,7 +129,7 @@ class RedisStore:
         self._hashes = {text: hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest() for text in _SCRIPTS}
         self._sessions = f"{self._place.prefix}:sessions"
         self._highest = 0  # number of a session that is known to have been given
-        self._incarnation = b""
+        self.identity = ""
         self._told = False
         try:
             self._line = RedisLine(
@@ -318,20 +318,21 @@ class RedisStore:
             run("SCRIPT", "LOAD", script)
         key = f"{self._place.prefix}:state"
         run("HSETNX", key, "version", STATE_VERSION)
-        run("HSETNX", key, "incarnation", secrets.token_hex(8))
-        version, incarnation = run("HMGET", key, "version", "incarnation")
+        # One that has lost everything stays the same for clients: what they had is missed at each layer.
+        empty = run("HSETNX", key, "id", self.identity or secrets.token_hex(8))
+        version, identity = run("HMGET", key, "version", "id")
         if int(version) > STATE_VERSION:
             raise StoreUnavailable(
                 f"what is in {self._place.text} is of version {int(version)}, and this release knows {STATE_VERSION} "
                 "(expected: the release that wrote it, or a newer one)"
             )
-        if self._incarnation and incarnation != self._incarnation:
+        if self.identity and (empty or identity.decode() != self.identity):
             _log.error(
                 "the store %s is another one than before, or has lost everything: handles of layers that were in it "
                 "are told DATA_LOSS",
                 self._place.text,
             )
-        self._incarnation = incarnation
+        self.identity = identity.decode()
         self._highest = 0
         if not self._told:
             self._told = True

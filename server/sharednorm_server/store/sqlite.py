@@ -116,6 +116,7 @@ class SqliteStore:
     def __init__(self, directory: Path, durability: str = "os") -> None:
         self.directory = directory
         self.description = f"sqlite://{quote(str(directory))}?durability={durability}"
+        self.identity = secrets.token_hex(8)
         self._lock = threading.Lock()  # of what waits, and of the names
         self._committing = threading.Lock()  # of the connection
         self._waiting: list[_Change] = []

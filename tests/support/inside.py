@@ -1,0 +1,18 @@
+"""What is inside a hub of one server, for tests that look there."""
+
+from __future__ import annotations
+
+import sharednorm
+from sharednorm._calls import Connection
+from sharednorm._exchange import Exchange
+
+
+def exchange_of(hub: sharednorm.Hub) -> Exchange:
+    """Return what makes its calls."""
+    assert isinstance(hub._exchange, Exchange)
+    return hub._exchange
+
+
+def connection_of(hub: sharednorm.Hub) -> Connection:
+    """Return what makes those by gRPC."""
+    return exchange_of(hub).connection
