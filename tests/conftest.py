@@ -12,18 +12,20 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
 
-from tests.support.programs import NEEDS_PROGRAM
-from tests.support.redis import RedisProcess, redis_server
+if TYPE_CHECKING:
+    from tests.support.redis import RedisProcess
 
 # A machine that is busy with something else is slow; that is no defect.
 settings.register_profile("sharednorm", deadline=None, print_blob=True, derandomize="CI" in os.environ)
 settings.load_profile("sharednorm")
 
 LEFT_OUT = "SHAREDNORM_LEFT_OUT"
+NEEDS_PROGRAM = "needs a program that is not installed"
 NEEDS_TORCH = "compares with PyTorch, which is not installed"
 _MANY = {"test": ("test", "tests"), "file of tests": ("file", "files")}
 KINDS = {"torch": ("that compare{s} with PyTorch", "make test TORCH=1"),
@@ -45,6 +47,8 @@ def _state_home() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def redis_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisProcess]:
     """Give a Redis that many tests use, each with a prefix of its own."""
+    from tests.support.redis import redis_server
+
     with redis_server(tmp_path_factory.mktemp("redis")) as process:
         yield process
 

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-NEEDS_PROGRAM = "needs a program that is not installed"
+from tests.conftest import NEEDS_PROGRAM
 
 
 def program(name: str) -> str:

@@ -30,9 +30,10 @@ def _server(*names: str) -> tuple[str, ...]:
 # The rooms. What is not listed belongs to the local layers on the client's side.
 CODEC = _client("wire", "convert", "_status", "_frames")
 CONNECTION = _client("hub", "remote", "_async_compute", "_attempts", "_calls", "_channel", "_client_compute",
-                     "_connect", "_credentials", "_deadline", "_direct", "_exchange", "_group", "_group_compute",
-                     "_handling", "_link", "_listing", "_once", "_places", "_progress", "_push", "_reading",
-                     "_shared", "_torch_functions", "_tracing", "_upkeep", "_ways", "torch")  # fmt: skip
+                     "_connect", "_credentials", "_deadline", "_direct", "_exchange", "_fleet", "_group",
+                     "_group_compute", "_handling", "_link", "_listing", "_once", "_places", "_progress", "_push",
+                     "_reading", "_server", "_shared", "_torch_functions", "_tracing", "_upkeep", "_ways",
+                     "torch")  # fmt: skip
 COMPILED = _client("_numba_arithmetic", "_numba_backward", "_numba_common", "_numba_forward", "_numba_half",
                    "_numba_moments", "_numba_plan", "_numba_vector")  # fmt: skip
 EDGE = _server("__main__", "cli", "commands", "server", "servicer", "messages", "calls", "group_calls", "batches",

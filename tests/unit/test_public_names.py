@@ -64,7 +64,7 @@ def test_the_signatures_of_the_hub() -> None:
     assert str(inspect.signature(sharednorm.connect)) == (
         "(address: 'str', *, namespace: 'str' = 'default', token: 'str | None' = None, "
         "tls: 'bool | str | os.PathLike[str] | TLS | None' = None, timeout: 'float' = 30.0, transport: 'str' = 'auto', "
-        "progress: 'ProgressCallback | None' = None) -> 'Hub'"
+        "progress: 'ProgressCallback | None' = None, consistency: 'str' = 'bounded') -> 'Hub'"
     )
     names = {
         "layers": [],
