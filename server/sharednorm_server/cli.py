@@ -22,6 +22,7 @@ from sharednorm_server.config import ServerConfig, StartError
 from sharednorm_server.doctor.command import add_doctor
 from sharednorm_server.keys import add_certs, add_token
 from sharednorm_server.logs import configure
+from sharednorm_server.migration import add_migrate
 from sharednorm_server.settings import add_options, settle
 from sharednorm_server.tending import add_completion, add_delete, add_watch
 
@@ -165,6 +166,7 @@ def _parser() -> argparse.ArgumentParser:
     add_snapshots(commands)
     add_rollback(commands)
     add_backup(commands)
+    add_migrate(commands)
     add_token(commands)
     add_certs(commands)
     add_bench(commands)

@@ -27,6 +27,7 @@ from sharednorm_server.device.cpu import CpuDevice
 from sharednorm_server.device.timed import TimedDevice
 from sharednorm_server.direct import DirectServer
 from sharednorm_server.group_calls import GroupCalls
+from sharednorm_server.ledger import DEFAULT_MAX_SESSIONS
 from sharednorm_server.listen import MAX_SOCKET_PATH_BYTES, UnixEndpoint, parse_endpoint
 from sharednorm_server.movers import Movers
 from sharednorm_server.placement import Placement
@@ -172,7 +173,7 @@ def start(config: ServerConfig) -> RunningServer:
             release.
     """
     _require_private(config)
-    store = _open_store(config)
+    store = open_store(config.state, config.durability, config.max_sessions)
     try:
         placement = _open_devices(config)
         placement.warm_up()
@@ -372,12 +373,18 @@ def _devices(config: ServerConfig) -> Sequence[Device]:
     return [CudaDevice(ordinal, config.device_memory_bytes) for ordinal in ordinals]
 
 
-def _open_store(config: ServerConfig) -> Store:
-    place = parse_state(config.state)
+def open_store(state: str, durability: str = "os", max_sessions: int = DEFAULT_MAX_SESSIONS) -> Store:
+    """Return what a `--state` names.
+
+    Raises:
+        InvalidConfiguration: It names nothing.
+        StartError: It cannot be used.
+    """
+    place = parse_state(state)
     if place is None:
         return MemoryStore()
     if isinstance(place, Path):
-        return SqliteStore(place, config.durability)
+        return SqliteStore(place, durability)
     try:
         from sharednorm_server.store.redis import RedisStore  # noqa: PLC0415 - needs the extra
     except ModuleNotFoundError as error:
@@ -386,7 +393,7 @@ def _open_store(config: ServerConfig) -> Store:
         raise StartError(
             f"--state {without_secrets(place)} needs redis-py: pip install 'sharednorm[server,redis]'"
         ) from error
-    return RedisStore(place, config.durability, config.max_sessions)
+    return RedisStore(place, durability, max_sessions)
 
 
 def _options(config: ServerConfig) -> Sequence[tuple[str, int]]:

@@ -248,6 +248,43 @@ class OwnStore(Store, Protocol):
 
 
 @dataclass(frozen=True)
+class Whole:
+    """All that a store has of a layer: what it takes for another one to go on with it.
+
+    Attributes:
+        record: The record.
+        remembered: What is known of the sessions that have changed it.
+        snapshots: Earlier states, the oldest first, and when each was taken, in seconds since the epoch.
+    """
+
+    record: LayerRecord
+    remembered: Remembered
+    snapshots: tuple[tuple[float, LayerRecord], ...] = ()
+
+
+@runtime_checkable
+class LastingStore(Store, Protocol):
+    """A store whose layers can be taken elsewhere, and that takes in those of another."""
+
+    def whole(self, key: LayerKey) -> Whole | None:
+        """Return all that there is of a layer, or None."""
+        ...
+
+    def take_in(self, whole: Whole) -> bool:
+        """Keep a layer with all that comes with it; return False, and change nothing, if its key exists."""
+        ...
+
+    @property
+    def last_session(self) -> int:
+        """A number that no session before has a higher one than."""
+        ...
+
+    def begin_sessions_behind(self, number: int) -> None:
+        """Give sessions higher numbers than this one from now on, and know all up to it as given."""
+        ...
+
+
+@dataclass(frozen=True)
 class Look:
     """What a shared store has of a layer.
 

@@ -69,6 +69,37 @@ return 1
 """
 """Also keys: names of the namespace, namespaces. name, namespace, names and values... -> whether that was done."""
 
+TAKE_IN = """
+if redis.call('EXISTS', KEYS[1]) == 1 then
+  return 0
+end
+redis.call('DEL', KEYS[2], KEYS[3], KEYS[4], KEYS[5])
+local at = 4
+local function some(words, what)
+  for i = 1, tonumber(ARGV[at]) do
+    what(unpack(ARGV, at + 1 + (i - 1) * words, at + i * words))
+  end
+  at = at + 1 + tonumber(ARGV[at]) * words
+end
+some(2, function(name, value) redis.call('HSET', KEYS[1], name, value) end)
+local turn = 0
+some(2, function(session, change)
+  turn = turn + 1
+  redis.call('HSET', KEYS[2], session, change)
+  redis.call('ZADD', KEYS[3], turn, session)
+end)
+some(3, function(version, about, state)
+  redis.call('HSET', KEYS[5], version, about)
+  redis.call('HSET', KEYS[4], version, state)
+end)
+redis.call('HSET', KEYS[1], 'turn', turn, 'floor', ARGV[3])
+redis.call('ZADD', KEYS[7], 0, ARGV[1])
+redis.call('SADD', KEYS[8], ARGV[2])
+return 1
+"""
+"""Also keys: names of the namespace, namespaces. name, namespace, floor, then how many and what: names and values;
+sessions and changes, the least recent first; versions, when and steps, states -> whether that was done."""
+
 DELETE = """
 local uid = redis.call('HGET', KEYS[1], 'uid')
 if not uid or (ARGV[3] ~= '' and uid ~= ARGV[3]) then

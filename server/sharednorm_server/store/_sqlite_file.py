@@ -231,9 +231,9 @@ class Rows:
         state = replace(blank, scale=scale, bias=bias, version=version, initialized=bool(initialized))
         return LayerRecord(now.key, now.config, with_statistics(state, sets.pop("")), bool(train), sets)
 
-    def opened(self) -> int:
-        """Count how often the file has been opened, and return that."""
-        self._database.execute("UPDATE server SET runs = runs + 1")
+    def opened(self, least: int = 0) -> int:
+        """Count how often the file has been opened, or at least so often, and return that."""
+        self._database.execute("UPDATE server SET runs = max(runs + 1, ?)", (least,))
         (runs,) = self._database.execute("SELECT runs FROM server").fetchone()
         return int(runs)
 

@@ -23,7 +23,7 @@ import redis
 
 from sharednorm.errors import BackupFailed, StoreUnavailable
 from sharednorm_server.config import StartError, without_secrets
-from sharednorm_server.store import LayerKey, LayerRecord, Look, StoreCounts
+from sharednorm_server.store import LayerKey, LayerRecord, Look, StoreCounts, Whole
 from sharednorm_server.store import _redis_scripts as scripts
 from sharednorm_server.store._redis_line import RedisLine, Wire
 from sharednorm_server.store._redis_values import (
@@ -35,7 +35,7 @@ from sharednorm_server.store._redis_values import (
     to_fields,
     to_record,
 )
-from sharednorm_server.store.changes import Note
+from sharednorm_server.store.changes import Note, Remembered
 from sharednorm_server.store.snapshots import SnapshotInfo
 
 STATE_VERSION = 1
@@ -275,6 +275,41 @@ class RedisStore:
             self._highest = int(self._line.ask("GET", self._sessions) or 0)
         return number <= self._highest
 
+    # --- To and from other stores -------------------------------------------------------------------------
+
+    @property
+    def last_session(self) -> int:
+        """A number that no session before has a higher one than."""
+        return int(self._line.ask("GET", self._sessions) or 0)
+
+    def begin_sessions_behind(self, number: int) -> None:
+        """Give sessions higher numbers than this one from now on, and know all up to it as given."""
+        while self.last_session < number:
+            self._line.ask("INCRBY", self._sessions, number)
+
+    def whole(self, key: LayerKey) -> Whole | None:
+        """Return all that there is of a layer, or None; of one that nobody changes meanwhile."""
+        look, keys = self.look(key), self._keys(key)
+        if look.record is None:
+            return None
+        order, found = self._line.ask_all([("ZRANGE", keys[2], 0, -1), ("HGETALL", keys[1])])
+        changes = _pairs(found)
+        remembered = Remembered({session: change_from_bytes(changes[session]) for session in order}, look.floor)
+        earlier = [(info.taken, self.snapshot(key, info.version)) for info in self.snapshots(key)]
+        return Whole(look.record, remembered, tuple((taken, each) for taken, each in earlier if each is not None))
+
+    def take_in(self, whole: Whole) -> bool:
+        """Keep a layer with all that comes with it; return False, and change nothing, if its key exists."""
+        key, (found, _), known = whole.record.key, to_fields(whole.record), whole.remembered
+        sessions = [each for session, change in known.changes.items() for each in (session, change_to_bytes(change))]
+        snapshots: list[bytes | int] = []
+        for taken, record in whole.snapshots:
+            state = record.state
+            snapshots += [state.version, TAKEN.pack(taken, state.num_of_props), snapshot_to_bytes(record)]
+        values = [each for pair in found.items() for each in pair]
+        parts = len(found), *values, len(known.changes), *sessions, len(whole.snapshots), *snapshots
+        return bool(self._run(scripts.TAKE_IN, self._keys_and_index(key), key.name, key.namespace, known.floor, *parts))
+
     # --- Inside -------------------------------------------------------------------------------------------
 
     @property
@@ -340,7 +375,7 @@ class RedisStore:
 
 
 _PARTS = ("layer", "sessions", "turns", "snapshots", "taken", "deleted")
-_SCRIPTS = (scripts.LOOK, scripts.SWAP, scripts.CREATE, scripts.DELETE, scripts.SNAPSHOT)
+_SCRIPTS = (scripts.LOOK, scripts.SWAP, scripts.CREATE, scripts.TAKE_IN, scripts.DELETE, scripts.SNAPSHOT)
 
 
 def _facts(run: Callable[..., Any]) -> dict[str, str]:

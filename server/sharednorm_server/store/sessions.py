@@ -27,6 +27,16 @@ class SessionNumbers:
             self._given += 1
         return self._run << _COUNT_BITS | number
 
+    @property
+    def highest(self) -> int:
+        """A number that no session before has a higher one than."""
+        return (self._run << _COUNT_BITS) + max(self._given - 1, 0)
+
+    @staticmethod
+    def run_behind(number: int) -> int:
+        """Return the first run whose numbers are all higher."""
+        return (number >> _COUNT_BITS) + 1
+
     def given(self, number: int) -> bool:
         """Return whether a session may have a number."""
         run = number >> _COUNT_BITS

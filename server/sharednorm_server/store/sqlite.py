@@ -30,7 +30,7 @@ from urllib.parse import quote
 
 from sharednorm.errors import BackupFailed, StoreFailed
 from sharednorm_server.config import StartError
-from sharednorm_server.store import Kept, LayerKey, LayerRecord, StoreCounts
+from sharednorm_server.store import Kept, LayerKey, LayerRecord, StoreCounts, Whole
 from sharednorm_server.store._sqlite_file import Rows, hold, prepare
 from sharednorm_server.store.changes import Note, Remembered
 from sharednorm_server.store.sessions import SessionNumbers
@@ -149,8 +149,7 @@ class SqliteStore:
                 prepare(self._database, path, durability)
                 self._rows = Rows(self._database)
                 self._names = self._rows.names()
-                numbers = SessionNumbers(self._rows.opened())
-                self.open_session, self.session_opened = numbers.open, numbers.given
+                self._numbers = SessionNumbers(self._rows.opened())
             except BaseException:
                 self._database.close()
                 raise
@@ -185,6 +184,56 @@ class SqliteStore:
             self._next_row += 1
             self._counts[record.key.namespace] += 1
             change = self._begin(record.key, lambda: self._rows.insert(row, record), put=False)
+        change.wait()
+        return True
+
+    def open_session(self) -> int:
+        """Return the number of a new session."""
+        return self._numbers.open()
+
+    def session_opened(self, number: int) -> bool:
+        """Return whether a session was given that number."""
+        return self._numbers.given(number)
+
+    @property
+    def last_session(self) -> int:
+        """A number that no session before has a higher one than."""
+        return self._numbers.highest
+
+    def begin_sessions_behind(self, number: int) -> None:
+        """Give sessions higher numbers than this one from now on."""
+        with self._committing:
+            self._commit_all()
+            run = self._guarded(lambda: self._rows.opened(SessionNumbers.run_behind(number)))
+        self._numbers = SessionNumbers(run)
+
+    def whole(self, key: LayerKey) -> Whole | None:
+        """Return all that there is of a layer, or None."""
+        record = self.get(key)
+        if record is None:
+            return None
+        earlier = [(info.taken, self.snapshot(key, info.version)) for info in self.snapshots(key)]
+        snapshots = tuple((taken, each) for taken, each in earlier if each is not None)
+        return Whole(record, self.remembered(key), snapshots)
+
+    def take_in(self, whole: Whole) -> bool:
+        """Keep a layer with all that comes with it; return False, and change nothing, if its key exists."""
+        record, known = whole.record, whole.remembered
+        with self._lock:
+            if record.key in self._names:
+                return False
+            row = self._names[record.key] = self._next_row
+            self._next_row += 1
+            self._counts[record.key.namespace] += 1
+
+            def work() -> None:
+                self._rows.insert(row, record)
+                for session, change in known.changes.items():
+                    self._rows.note(row, Note(session, change, (b"",), known.floor))
+                for taken, each in whole.snapshots:
+                    self._rows.take_snapshot(row, each, taken, ())
+
+            change = self._begin(record.key, work, put=False)
         change.wait()
         return True
 
