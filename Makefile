@@ -57,10 +57,11 @@ test-all:  ## `make test` with each Python from 3.10 to 3.13 that pyenv has, and
 	done
 	$(MAKE) test LOWEST=1
 
-soak: $(READY)-test  ## Hours of faults: 1,000 networks that break, 200 servers that are killed, a million damaged messages; SEEDS=, KILLS= and MESSAGES= for fewer
+soak: $(READY)-test  ## Hours of faults: 1,000 networks that break, 200 servers that are killed, a million damaged messages, 5,000 steps through three servers; SEEDS=, KILLS=, MESSAGES= and STEPS= for fewer
 	SHAREDNORM_SEEDS=$(or $(SEEDS),167) SHAREDNORM_KILLS=$(or $(KILLS),200) SHAREDNORM_MESSAGES=$(or $(MESSAGES),125000) \
+	SHAREDNORM_STEPS=$(or $(STEPS),5000) \
 	    $(BIN)/python -m pytest -n auto -o timeout=36000 tests/faults/test_exactly_once.py \
-	    tests/faults/test_server_killed.py tests/unit/test_wire_agreement.py $(ARGS)
+	    tests/faults/test_server_killed.py tests/unit/test_wire_agreement.py tests/redis/test_many_servers.py $(ARGS)
 
 serve: $(READY)-server $(if $(findstring cuda,$(DEVICE)),$(READY)-gpu $(FATBIN))  ## Run a server in the foreground; LISTEN=, DEVICE= and STATE= are its options
 	exec $(BIN)/sharednorm serve --listen '$(LISTEN)' --device '$(DEVICE)' $(if $(STATE),--state '$(STATE)')
@@ -87,6 +88,7 @@ bench: $(READY)-bench $(READY)-server $(READY)-torch  ## Compare with PyTorch, g
 	$(BIN)/python -m benchmarks.groups
 	$(BIN)/python -m benchmarks.durability
 	$(BIN)/python -m benchmarks.overload
+	$(BIN)/python -m benchmarks.servers
 	$(BIN)/python -m benchmarks.plot
 	$(BIN)/python -m benchmarks.tables
 
@@ -111,9 +113,9 @@ images:  ## Build the images with Docker: sharednorm:cuda, sharednorm:cpu and sh
 	docker build --build-arg CPU_BASE --build-arg PIP_INDEX_URL --file docker/cpu.Dockerfile --tag sharednorm:cpu .
 	docker build --build-arg CPU_BASE --build-arg PIP_INDEX_URL --file docker/client.Dockerfile --tag sharednorm:client .
 
-up:  ## Build and start the server with Docker Compose: on a GPU, or with PROFILE=cpu without one
+up:  ## Build and start the server with Docker Compose: on a GPU, or with PROFILE=cpu without one; PROFILE=scale: two and Redis
 	$(call need,docker,install Docker Engine)
-	docker compose --file docker/compose.yaml --profile '$(PROFILE)' up --detach --build --wait --wait-timeout 300 '$(PROFILE)'
+	docker compose --file docker/compose.yaml --profile '$(PROFILE)' up --detach --build --wait --wait-timeout 300 $(if $(filter scale,$(PROFILE)),one two,'$(PROFILE)')
 
 down:  ## Stop the server that `make up` has started; the volume with its state stays
 	$(call need,docker,install Docker Engine)

@@ -11,7 +11,7 @@ RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[1] / "README.md"
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 PASSES = ("train", "eval", "backward")
-SHARED = {"calls": "datapath", "together": "groups", "kept": "durability"}
+SHARED = {"calls": "datapath", "together": "groups", "kept": "durability", "spread": "servers"}
 """Tables of a report that has another name."""
 SUMMARY = "summary"
 NAMES = {"train": "train forward", "eval": "eval forward", "backward": "backward"}
@@ -123,6 +123,25 @@ def kept_table(report: dict[str, Any]) -> str:
             found = rates[clients][store]
             cells += [f"{found['steps a second']:.0f}", _ms(found["ms"]["p50"])]
         lines.append(_line([*cells, _ms(rates["fsync of the disk"]["p50"])]))
+    return "\n".join(lines)
+
+
+def spread_table(report: dict[str, Any]) -> str:
+    """Return one line a place: steps a second of eight clients, and median and 99th percentile in ms of one alone."""
+    rates = report["rates"]
+    lines = ["| | 64 layers, a second | one layer, a second | one client alone, ms | p99 |", "|---|" + "---:|" * 4]
+    names = {
+        "memory": "one server, memory",
+        "SQLite": "one server, SQLite, durability os",
+        "1 server": "one server, Redis",
+        "2 servers": "two servers, Redis",
+        "3 servers": "three servers, Redis",
+        "2 servers, each for itself": "two servers, Redis, each client with one of them",
+    }
+    for place, label in names.items():
+        cells = [f"{rates[what][place]['steps a second']:.0f}" for what in ("64 layers", "1 layer")]
+        alone = rates["1 client"][place]["ms"]
+        lines.append(_line([label, *cells, _ms(alone["p50"]), _ms(alone["p99"])]))
     return "\n".join(lines)
 
 
@@ -243,6 +262,7 @@ def updated(page: str) -> str:
         "local": local_table, "datapath": datapath_table, "calls": calls_table, "remote": remote_table,
         "groups": datapath_table, "together": together_table,
         "durability": datapath_table, "kept": kept_table, "overload": datapath_table,
+        "servers": datapath_table, "spread": spread_table,
     }  # fmt: skip
     for name, table in tables.items():
         report = load(SHARED.get(name, name))

@@ -14,7 +14,7 @@ WORKDIR /build
 # pip stays behind in this stage; what is copied from it cannot install anything.
 RUN python3 -m venv tools && python3 -m venv --without-pip /opt/sharednorm
 COPY . source/
-RUN tools/bin/pip --python /opt/sharednorm/bin/python install --no-cache-dir 'source/[server,traces]'
+RUN tools/bin/pip --python /opt/sharednorm/bin/python install --no-cache-dir 'source/[server,redis,traces]'
 
 # What is in it, for those who have to know: CycloneDX.
 RUN tools/bin/pip install --no-cache-dir 'cyclonedx-bom>=7.5' \
@@ -45,7 +45,7 @@ USER 10001:10001
 WORKDIR /var/lib/sharednorm
 
 # The build fails here, and not the first start, if something that the server imports is missing.
-RUN ["/opt/sharednorm/bin/python", "-c", "import sharednorm_server.server, sharednorm_server.page, numba, ml_dtypes"]
+RUN ["/opt/sharednorm/bin/python", "-c", "import sharednorm_server.server, sharednorm_server.page, sharednorm_server.store.redis, numba, ml_dtypes"]
 
 # gRPC, the port that tensors travel by, and the page with the metrics.
 EXPOSE 50051 50052 50080

@@ -41,7 +41,7 @@ RUN tools/bin/pip wheel --no-cache-dir --no-deps --wheel-dir wheels ./source
 # it downloads what the one before does not need.
 # hadolint ignore=DL3059
 RUN for wheel in wheels/sharednorm-*.whl; do \
-        tools/bin/pip --python /opt/sharednorm/bin/python install --no-cache-dir wheels/pycuda-*.whl "${wheel}[cuda,traces]"; \
+        tools/bin/pip --python /opt/sharednorm/bin/python install --no-cache-dir wheels/pycuda-*.whl "${wheel}[cuda,redis,traces]"; \
     done
 
 # What is in it, for those who have to know: CycloneDX.
@@ -83,7 +83,7 @@ WORKDIR /var/lib/sharednorm
 
 # The build fails here, and not the first start, if this stage's Python is not the one that everything was built for.
 # PyCUDA itself can be imported only where the driver is.
-RUN ["/opt/sharednorm/bin/python", "-c", "import sharednorm_server.server, sharednorm_server.page, sharednorm_kernels.files as f, importlib.util as u; f.fatbin(); assert u.find_spec('pycuda._driver')"]
+RUN ["/opt/sharednorm/bin/python", "-c", "import sharednorm_server.server, sharednorm_server.page, sharednorm_server.store.redis, sharednorm_kernels.files as f, importlib.util as u; f.fatbin(); assert u.find_spec('pycuda._driver')"]
 
 # gRPC, the port that tensors travel by, and the page with the metrics.
 EXPOSE 50051 50052 50080

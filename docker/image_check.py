@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,12 @@ import numpy as np
 
 import sharednorm
 from tests.support import cuda
+from tests.support.redis import redis_server
 
 ROOT = Path(__file__).parents[1]
 BASE = "localhost/sharednorm-check-base"
 SUITE, PACKAGES = "bookworm", ("python3", "python3-venv", "ca-certificates")
-NEEDED = {"podman": "podman", "buildah": "buildah", "debootstrap": "debootstrap"}
+NEEDED = {"podman": "podman", "buildah": "buildah", "debootstrap": "debootstrap", "redis-server": "redis-server"}
 USER = 10001
 TOOLKIT = Path("/usr/local/cuda")
 CERTIFICATES = Path("/etc/ssl/certs")
@@ -78,6 +79,7 @@ def main() -> int:
                 say(f"a client shares memory with the CPU server, and nothing else but a directory, {address}")
                 _use(address, "shm")
                 _find(address)
+        _check_scale(cpu, worker, say)
         say("the image of the CUDA server: kernels by nvcc, PyCUDA, the server")
         toolkit = f"{TOOLKIT.resolve()}:{TOOLKIT}:ro"
         gpu = _build("cuda", f"CUDA_TOOLKIT={BASE}", f"CUDA_BASE={BASE}", volumes=[toolkit])
@@ -184,6 +186,23 @@ def _check_workers(image: str, address: str) -> None:
         version = hub.layer("example/bn").version
     if version != 10:
         raise CheckFailed(f"two workers of 5 steps each have taken {version} (expected: 10)")
+
+
+def _check_scale(image: str, worker: str, say: Callable[[str], None]) -> None:
+    """Have two servers in their containers share layers through Redis, and clients of both in theirs."""
+    with tempfile.TemporaryDirectory() as directory, redis_server(Path(directory) / "redis") as redis:
+        state = ["--state", f"redis://{redis.address}"]
+        with _served(image, state) as one, _served(image, state) as two:
+            say(f"two servers share their layers through Redis, {one} and {two}")
+            both = f"{one},{two}"
+            _use(both, "auto")
+            _leave(one)
+            _find(two)
+            _check_workers(worker, both)
+            with sharednorm.connect(one) as hub, sharednorm.connect(two) as other:
+                versions = {each.layer("example/bn").version for each in (hub, other)}
+            if versions != {10}:
+                raise CheckFailed(f"two servers have the layer of the workers at {versions} (expected: 10 at both)")
 
 
 def _check_page(address: str) -> None:

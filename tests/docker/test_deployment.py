@@ -66,6 +66,7 @@ def test_each_service_has_its_profile() -> None:
     assert {name: service["profiles"] for name, service in SERVICES.items()} == {
         "cuda": ["cuda"], "cpu": ["cpu"], "prometheus": ["monitoring"], "grafana": ["monitoring"],
         "worker": ["example"], "neighbour-server": ["example"], "neighbour": ["example"],
+        "one": ["scale"], "two": ["scale"], "redis": ["scale"],
     }  # fmt: skip
 
 
@@ -95,11 +96,28 @@ def test_what_is_mounted_is_there() -> None:
 def test_the_workers_find_their_servers() -> None:
     assert SERVICES["worker"]["command"] == ["server:50051", "200"]
     assert SERVICES["cpu"]["networks"]["default"]["aliases"] == ["server"]
-    assert SERVICES["cuda"]["networks"]["default"]["aliases"] == ["server"]
+    for name in ("cuda", "one", "two"):
+        assert SERVICES[name]["networks"]["default"]["aliases"] == ["server"]
     listen = next(word for word in SERVICES["neighbour-server"]["command"] if word.startswith("--listen="))
     assert SERVICES["neighbour"]["command"][0] == listen.removeprefix("--listen=")
     assert SERVICES["neighbour"]["volumes"] == SERVICES["neighbour-server"]["volumes"]
     assert SERVICES["neighbour"]["depends_on"]["neighbour-server"]["condition"] == "service_healthy"
+
+
+def test_servers_that_share_layers_are_told_apart_by_their_ports() -> None:
+    for name, ports in (("one", ("50061:50051", "50062:50062")), ("two", ("50071:50051", "50072:50072"))):
+        service = SERVICES[name]
+        assert [defaults(port) for port in service["ports"]] == [f"127.0.0.1:{port}" for port in ports]
+        assert f"--direct-port={ports[1].partition(':')[0]}" in service["command"]  # the one that it tells its clients
+        assert "--state=redis://redis:6379" in service["command"]
+        assert service["depends_on"]["redis"]["condition"] == "service_healthy"
+    words = [defaults(word) for word in SERVICES["redis"]["command"]]
+    for option, value in (("--appendonly", "yes"), ("--maxmemory-policy", "noeviction")):
+        assert words[words.index(option) + 1] == value
+    assert "ports" not in SERVICES["redis"]
+    planned = make("--dry-run", "up", "PROFILE=scale", "DOCKER=true").stdout
+    assert "--profile 'scale'" in planned
+    assert planned.rstrip().endswith("one two")
 
 
 def test_with_secrets_nothing_is_insecure(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,10 +139,10 @@ def test_with_secrets_nothing_is_insecure(monkeypatch: pytest.MonkeyPatch) -> No
         assert "insecure = false" in done.stdout
 
 
-@pytest.mark.parametrize("name", ["cuda", "cpu"])
+@pytest.mark.parametrize("name", ["cuda", "cpu", "one", "two"])
 def test_the_servers_understand_their_commands(name: str) -> None:
     composed = [defaults(word) for word in SERVICES[name]["command"]]
-    built = next(rest for word, rest in instructions(name) if word == "CMD")
+    built = next(rest for word, rest in instructions("cuda" if name == "cuda" else "cpu") if word == "CMD")
     for words in (composed, re.findall(r'"([^"]*)"', built)):
         assert words[0] == "serve"
         # `--workers 0` is refused when everything else has been understood.

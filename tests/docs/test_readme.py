@@ -30,6 +30,7 @@ from sharednorm_server.settings import settle
 from sharednorm_server.traces import wanted
 from tests.emulation.build import SANITIZERS
 from tests.support.make import make
+from tests.support.redis import redis_server
 from tests.support.server import server_process
 
 ROOT = Path(__file__).parents[2]
@@ -70,10 +71,18 @@ def _with_examples() -> Iterator[Any]:
 @pytest.mark.parametrize("document", list(_with_examples()))
 def test_examples_print_what_the_document_says(document: Path, tmp_path: Path) -> None:
     variables: dict[str, Any] = {"__name__": "__main__"}
-    with server_process() as server:
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(server_process())
+        boxes = {}
+        if any("box-a:50051" in code for code, _ in _examples(document)):  # several servers, and what they share
+            redis = stack.enter_context(redis_server(tmp_path / "redis"))
+            state = "--state", redis.url()
+            boxes = {f"box-{which}:50051": stack.enter_context(server_process(*state)).address for which in "ab"}
         for code, expected in _examples(document):
             printed = io.StringIO()
             local = code.replace(ADDRESS, server.address).replace("/tmp/", f"{tmp_path}/")
+            for name, address in boxes.items():
+                local = local.replace(name, address)
             with contextlib.redirect_stdout(printed):
                 exec(compile(local, str(document), "exec"), variables)
             assert printed.getvalue() == (expected or ""), code
@@ -160,7 +169,11 @@ def _check_serve(command: str) -> None:
             with server_process(*paths) as server:
                 assert server.stop() == 0
         return
-    with server_process(*arguments) as server:
+    with TemporaryDirectory() as made, contextlib.ExitStack() as stack:
+        if any(word.startswith("redis:") for word in arguments):
+            redis = stack.enter_context(redis_server(Path(made) / "redis"))
+            arguments = [word.replace("127.0.0.1:6379", redis.address) for word in arguments]
+        server = stack.enter_context(server_process(*arguments))
         assert server.stop() == 0
 
 
@@ -214,6 +227,17 @@ def _check_upkeep(command: str) -> None:
             hub.BatchNorm2D(2, name="stem/bn")(np.arange(8, dtype=np.float32).reshape(2, 2, 2, 1))
         words = [word.replace("12000", "1") for word in shlex.split(command, comments=True)[1:]]
         assert run_python("-m", "sharednorm_server", *words, "--server", server.address)
+
+
+def _check_migrate(command: str) -> None:
+    with TemporaryDirectory() as place, redis_server(Path(place) / "redis") as redis:
+        with server_process("--state", f"sqlite://{place}/state") as server, sharednorm.connect(server.address) as hub:
+            hub.BatchNorm2D(2, name="stem/bn")(np.arange(8, dtype=np.float32).reshape(2, 2, 2, 1))
+            assert server.stop() == 0
+        words = [*shlex.split(command)[1:]]
+        words = [word.replace("/var/lib/sharednorm", f"{place}/state") for word in words]
+        words = [word.replace("127.0.0.1:6379", redis.address) for word in words]
+        assert run_python("-m", "sharednorm_server", *words) == "copied 1 layer\n"
 
 
 def _check_tending(command: str) -> None:
@@ -306,6 +330,7 @@ CHECKS: dict[str, Callable[[str], None]] = {
     "sharednorm snapshots": _check_upkeep,
     "sharednorm rollback": _check_upkeep,
     "sharednorm backup": _check_upkeep,
+    "sharednorm migrate": _check_migrate,
     ".venv/bin/sharednorm doctor": _check_doctor,
     ".venv/bin/sharednorm bench": _check_bench,
     ".venv/bin/sharednorm ls": _check_query,

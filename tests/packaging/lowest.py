@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 PROJECT = Path(__file__).parents[2] / "pyproject.toml"
-USERS = ("fast", "bfloat16", "hdf5", "safetensors", "server", "traces")
+USERS = ("fast", "bfloat16", "hdf5", "safetensors", "server", "redis", "traces")
 
 _LOWEST = re.compile(r'"([\w-]+)>=([\d.]+)')
 

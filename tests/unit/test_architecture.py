@@ -38,7 +38,7 @@ COMPILED = _client("_numba_arithmetic", "_numba_backward", "_numba_common", "_nu
                    "_numba_moments", "_numba_plan", "_numba_vector")  # fmt: skip
 EDGE = _server("__main__", "cli", "commands", "server", "servicer", "messages", "calls", "group_calls", "batches",
                "listen", "tls", "keys", "certificates", "direct", "lane", "regions", "transfers", "bench",
-               "web", "page.", "archive", "tending", "traces")  # fmt: skip
+               "web", "page.", "archive", "migration", "tending", "traces")  # fmt: skip
 MEANING = _server("service", "moments", "access", "catalog", "budget", "placement", "requests", "layers",
                   "shared_layers", "registry", "ledger", "saved_inputs", "checks", "paging")  # fmt: skip
 GROUPS = _server("groups", "synchronization")

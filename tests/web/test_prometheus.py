@@ -47,7 +47,8 @@ def prometheus(directory: Path, target: str) -> Iterator[str]:
     config = yaml.safe_load((MONITORING / "prometheus.yml").read_text(encoding="utf-8"))
     config["global"] = {"scrape_interval": "500ms", "evaluation_interval": "500ms"}
     config["rule_files"] = [str(MONITORING / "alerts.yml")]
-    config["scrape_configs"][0]["static_configs"][0]["targets"] = [target]
+    assert config["scrape_configs"][0].pop("dns_sd_configs") == [{"names": ["server"], "type": "A", "port": 50080}]
+    config["scrape_configs"][0]["static_configs"] = [{"targets": [target]}]
     file = directory / "prometheus.yml"
     file.write_text(yaml.safe_dump(config))
     with socket.socket() as free:

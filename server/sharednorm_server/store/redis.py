@@ -10,6 +10,7 @@ with them, so that this is no store for a Redis Cluster.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import secrets
@@ -320,9 +321,7 @@ class RedisStore:
         return f"{self._place.prefix}:names:{namespace}"
 
     def _keys(self, key: LayerKey) -> tuple[str, ...]:
-        # The namespace has no colon here, so that no two layers have one name.
-        start = f"{self._place.prefix}:{{{quote(key.namespace, safe=' /')}:{key.name}}}"
-        return tuple(f"{start}:{what}" for what in _PARTS)
+        return _keys_of(self._place.prefix, key.namespace, key.name)
 
     def _keys_and_index(self, key: LayerKey) -> tuple[str, ...]:
         return (*self._keys(key), self._names(key.namespace), self._namespaces)
@@ -376,6 +375,13 @@ class RedisStore:
 
 _PARTS = ("layer", "sessions", "turns", "snapshots", "taken", "deleted")
 _SCRIPTS = (scripts.LOOK, scripts.SWAP, scripts.CREATE, scripts.TAKE_IN, scripts.DELETE, scripts.SNAPSHOT)
+
+
+@functools.lru_cache(1 << 14)
+def _keys_of(prefix: str, namespace: str, name: str) -> tuple[str, ...]:
+    # The namespace has no colon here, so that no two layers have one name.
+    start = f"{prefix}:{{{quote(namespace, safe=' /')}:{name}}}"
+    return tuple(f"{start}:{what}" for what in _PARTS)
 
 
 def _facts(run: Callable[..., Any]) -> dict[str, str]:
