@@ -336,6 +336,7 @@ def test_one_that_fails_over_to_an_older_replica(own: RedisProcess, tmp_path: Pa
             service.push_moments(KEY, True, moments(turn), call=CallKey(session, turn + 1))
             if turn == 4:
                 with redis.Redis(port=own.port) as client:
+                    client.set("behind", "all of that")  # what is waited for are a connection's own changes
                     assert client.wait(1, 5000) == 1
                 replica.ask("REPLICAOF", "NO", "ONE")  # from here on it gets nothing
         replica.ask("SAVE")
