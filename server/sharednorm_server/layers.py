@@ -123,6 +123,20 @@ class Layer:
         self.record  # noqa: B018 - it waits
         return found
 
+    def last_of(self, session: bytes) -> LastChange | None:
+        """Return the last change of a session, if one is remembered; only while holding the layer."""
+        return self._ledger.last(session)
+
+    def end_session(self, session: bytes, ended: Callable[[LastChange | None], LastChange]) -> LastChange | None:
+        """Return the last change of a session of another server, and see that it makes none any more.
+
+        Args:
+            session: Which one.
+            ended: Makes of its last change the one that says so; the same if it says so already.
+        """
+        del ended  # whoever could make one is gone with its process
+        return self.last_change(session)
+
     def commit(self, record: LayerRecord, call: CallKey | None = None, change: LastChange | None = None) -> None:
         """Make a record the current one. Only while holding the layer.
 
@@ -248,6 +262,14 @@ class LayerInDomain(Layer):
     def last_change(self, session: bytes) -> LastChange | None:
         """Return the last change of a session, once it is kept; None: none is remembered."""
         return self._layer.last_change(session)
+
+    def last_of(self, session: bytes) -> LastChange | None:
+        """Return the last change of a session, if one is remembered; only while holding the layer."""
+        return self._layer.last_of(session)
+
+    def end_session(self, session: bytes, ended: Callable[[LastChange | None], LastChange]) -> LastChange | None:
+        """Return the last change of a session of another server, and see that it makes none any more."""
+        return self._layer.end_session(session, ended)
 
     def commit(self, record: LayerRecord, call: CallKey | None = None, change: LastChange | None = None) -> None:
         """Make a record the current one, once the store has kept it. Only while holding the layer."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from sharednorm.config import Vector
-from sharednorm.errors import CallCancelled
+from sharednorm.errors import CallCancelled, StaleGeneration
 from sharednorm.state import Moments, accumulate_gradients, require_initialized, require_two_values, step
 from sharednorm_server.catalog import LayerCatalog
 from sharednorm_server.layers import Layer
@@ -13,6 +13,9 @@ from sharednorm_server.ledger import last_change, same_step, step_change, step_i
 from sharednorm_server.requests import BackwardCall, CallKey, PushAnswer, Sums, Together, Wanted, always
 from sharednorm_server.store import LayerKey, LayerRecord
 from sharednorm_server.store.changes import LastChange
+
+GROUP_ENDED = b"ended"
+"""What a group's last change begins with, instead of what `requests.Together` says, when its members are elsewhere."""
 
 
 class MomentsService(LayerCatalog):
@@ -59,6 +62,7 @@ class MomentsService(LayerCatalog):
         layer = self._layers.find(key)
 
         def act(record: LayerRecord) -> LayerRecord:
+            _require_not_ended(layer, together)
             require_initialized(record.state, str(key))
             require_two_values(union)
             stepped = record.with_state(step(record.state, record.config, union))
@@ -68,9 +72,20 @@ class MomentsService(LayerCatalog):
 
         return layer.attempt(act)
 
-    def last_together(self, key: LayerKey, session: bytes) -> LastChange | None:
-        """Return the last change that a group has made to a layer under a session; None: none is remembered."""
-        return self._layers.find(key).last_change(session)
+    def end_together(self, key: LayerKey, session: bytes) -> LastChange | None:
+        """Return the last change that a group on another server has made to a layer, and see that it makes no more.
+
+        None: none is remembered.
+        """
+
+        def ended(last: LastChange | None) -> LastChange:
+            if last is None:
+                return LastChange(0, GROUP_ENDED, 0, 0)
+            if last.content.startswith(GROUP_ENDED):
+                return last
+            return replace(last, content=GROUP_ENDED + last.content[len(GROUP_ENDED) :])
+
+        return self._layers.find(key).end_session(session, ended)
 
     def push_gradients(
         self,
@@ -105,6 +120,7 @@ class MomentsService(LayerCatalog):
         layer = self._layers.find(call.key)
 
         def act(record: LayerRecord) -> None:
+            _require_not_ended(layer, together)
             changed = record
             if gradients is not None and record.config.affine:
                 state = accumulate_gradients(record.state, *gradients, scale=call.scale, momentum=call.momentum)
@@ -136,6 +152,14 @@ class MomentsService(LayerCatalog):
 def _pushed(record: LayerRecord, *, train: bool) -> PushAnswer:
     state = record.state
     return PushAnswer(record, train, state.version, state.num_of_props, state.scale, state.bias)
+
+
+def _require_not_ended(layer: Layer, together: Together) -> None:
+    last = layer.last_of(together.key.session)
+    if last is not None and last.content.startswith(GROUP_ENDED):
+        raise StaleGeneration(
+            "the members of the group have gone on with another server, and this step was not taken here; join again"
+        )
 
 
 def require_wanted(wanted: Wanted) -> None:

@@ -20,7 +20,7 @@ LEAST_RATE = 250e6
 """Bytes a second, in and out, below which a tensor waits for its network rather than for this machine."""
 GRACE_SECONDS = 0.02
 """How long a turn lasts at least, and how long nothing has to move while the device computes."""
-MOST_SECONDS = 0.3
+MOST_SECONDS = 1.0
 """How long it lasts at most when nothing moves any more, however fast it was: a client that stops holds nobody up."""
 _ASK_SECONDS = 0.5  # how often a call that waits looks whether its client still does
 

@@ -146,6 +146,29 @@ class SharedLayer(Layer):
                 self._learn(session)
             return self._ledger.last(session)
 
+    def last_of(self, session: bytes) -> LastChange | None:
+        """Return the last change of a session, by whichever server; only within `attempt`."""
+        if self._ledger.last(session) is None:
+            self._learn(session)
+        return self._ledger.last(session)
+
+    def end_session(self, session: bytes, ended: Callable[[LastChange | None], LastChange]) -> LastChange | None:
+        """Return the last change of a session of another server, and see that it makes none any more.
+
+        That server may only be slow. What it commits from now on is made of a record that is not the newest, and before
+        it tries again, it reads what is kept here.
+        """
+
+        def act(record: LayerRecord) -> LastChange | None:
+            self._learn(session)
+            last = self._ledger.last(session)
+            over = ended(last)
+            if over is not last:
+                self.commit(record.with_state(record.state), CallKey(session, over.seq), over)
+            return last
+
+        return self.attempt(act)
+
     def commit(self, record: LayerRecord, call: CallKey | None = None, change: LastChange | None = None) -> None:
         """Make a record the current one, if what it was made of still is. Only within `attempt`."""
         note = None if call is None or change is None else self._ledger.note(call, change)

@@ -35,6 +35,7 @@ from sharednorm.normalization import merge, parameter_gradients
 from sharednorm.state import Moments
 from sharednorm_server.groups import Commit, Deliver, Done, Event, Failed, Group, GroupSettings, Joined, Membership
 from sharednorm_server.ledger import digest
+from sharednorm_server.moments import GROUP_ENDED
 from sharednorm_server.requests import BackwardCall, CallKey, LastChange, LayerKey, Sums, TakenStep, Together
 from sharednorm_server.service import LayerService
 
@@ -42,7 +43,7 @@ MAX_GROUPS = 1024
 """Of one server; one that nobody has used for an hour gives way to another."""
 _IDLE_SECONDS = 3600.0
 
-_STEP_OF_GROUP = b"group"
+_STEP_OF_GROUP = b"group"  # as long as GROUP_ENDED, which may stand in its place
 
 # A ticket says which group and which generation it is of, so that also another server knows, and is a secret.
 _GROUP_BYTES, _GENERATION_BYTES, _SECRET_BYTES = 8, 8, 24
@@ -278,7 +279,7 @@ class Synchronizer:
 
     def _remembered(self, place: _Place, ticket: bytes, number: int) -> Future[Any]:
         """Answer for a generation that is gone with the server that it was on, if its step had been taken there."""
-        last = self._service.last_together(place.key, _session(ticket, place))
+        last = self._service.end_together(place.key, _session(ticket, place))
         told = None if last is None else _step_of(last.content)
         future: Future[Any] = Future()
         if last is None or told is None or told[0] != number:
@@ -444,7 +445,7 @@ def _content(number: int, ranks: tuple[int, ...]) -> bytes:
 def _step_of(content: bytes) -> tuple[int, tuple[int, ...]] | None:
     # The number of a step, and the ranks of those whose parts are in it.
     head = struct.calcsize("<5sQ")
-    if len(content) < head or not content.startswith(_STEP_OF_GROUP):
+    if len(content) < head or not content.startswith((_STEP_OF_GROUP, GROUP_ENDED)):
         return None
     _, number, *ranks = struct.unpack(f"<5sQ{(len(content) - head) // 2}H", content)
     return number, tuple(ranks)

@@ -99,7 +99,7 @@ def test_the_sums_of_a_group_go_along(tmp_path: Path, redis_process: RedisProces
     migrate(source, target)
     source.close()
     service = service_of(target)
-    change = service.last_together(KEY, session)
+    change = service.end_together(KEY, session)
     assert change is not None
     assert change.step is not None
     assert (change.content, change.version) == (b"content", stepped.state.version)

@@ -5,31 +5,36 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import redis
 
 from sharednorm.errors import (
+    GENERATION_GONE,
     ConfigurationMismatch,
     DataLoss,
     KeyReused,
     LayerEmpty,
     LayerNotFound,
     SessionExpired,
+    StaleGeneration,
     StoreUnavailable,
 )
 from sharednorm.normalization import arithmetic
 from sharednorm.state import LayerState, Moments, StateUpdate, step
 from sharednorm_server.device.cpu import CpuDevice
+from sharednorm_server.groups import GroupSettings
 from sharednorm_server.placement import Placement
-from sharednorm_server.requests import CallKey, ForwardCall
+from sharednorm_server.requests import BackwardCall, CallKey, ForwardCall
 from sharednorm_server.service import LayerService
 from sharednorm_server.store.redis import RedisStore
 from sharednorm_server.store.snapshots import SnapshotPolicy
+from sharednorm_server.synchronization import GroupKey, Synchronizer
 from tests.support.oracle import random_tensor
 from tests.support.redis import RedisProcess, redis_server
 from tests.support.service import CONFIG, KEY, SHAPE, create
@@ -267,6 +272,78 @@ def test_snapshots_are_taken_by_one_and_gone_back_to_by_another(server: MakeServ
     assert (record.state.version, record.state.num_of_props) == (before.version, versions[0])
     same(one.get_layer(replace(KEY, strong=True)).state, record.state)
     assert one.list_snapshots(KEY)[-1].version == before.version  # what there was is kept
+
+
+# --- Groups -----------------------------------------------------------------------------------------------
+
+
+def joined(groups: Synchronizer) -> list[bytes]:
+    """Return the tickets of two members of a group."""
+    settings = GroupSettings(2, 2, 30.0)
+    joining = [groups.join(GroupKey("default", "group"), f"{rank}", rank, settings) for rank in range(2)]
+    return [each.result(10).ticket for each in joining]
+
+
+def test_a_step_of_a_group_whose_server_is_gone(two: tuple[LayerService, LayerService]) -> None:
+    first, second = (Synchronizer(service) for service in two)
+    tickets = joined(first)
+    asked = [first.moments(KEY, ticket, 1, moments(rank)) for rank, ticket in enumerate(tickets)]
+    assert {each.result(10).result.version for each in asked} == {1}
+    again = second.moments(KEY, tickets[0], 1, moments(0)).result(10)  # whoever has lost the answer
+    assert (again.replayed, again.result.version, again.ranks) == (True, 1, (0, 1))
+    with pytest.raises(StaleGeneration, match="this step was not taken") as caught:
+        second.moments(KEY, tickets[1], 2, moments(1))  # whoever has not, and is at the next one
+    assert GENERATION_GONE in caught.value.metadata
+    assert second.moments(KEY, tickets[0], 1, moments(0)).result(10).replayed  # that is still known
+    for each in (first, second):
+        each.close()
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_server_that_is_only_slow_takes_no_step_of_a_group_that_has_left_it(
+    two: tuple[LayerService, LayerService], monkeypatch: pytest.MonkeyPatch, backward: bool
+) -> None:
+    slow, second = (Synchronizer(service) for service in two)
+    held, going_on = threading.Event(), threading.Event()
+    name = "backward_together" if backward else "step_together"
+    take = getattr(two[0], name)
+
+    def later(*arguments: Any) -> Any:
+        held.set()
+        assert going_on.wait(20)
+        return take(*arguments)
+
+    monkeypatch.setattr(two[0], name, later)
+    tickets = joined(slow)
+
+    def bring(groups: Synchronizer, rank: int, ticket: bytes, number: int) -> Future[Any]:
+        if backward:
+            return groups.gradients(BackwardCall(KEY), ticket, number, np.full((2, 3), rank + 1.0), moments(7))
+        return groups.moments(KEY, ticket, number, moments(rank))
+
+    first = bring(slow, 0, tickets[0], 1)
+    with ThreadPoolExecutor(1) as pool:
+        last = pool.submit(lambda: bring(slow, 1, tickets[1], 1).result(20))
+        assert held.wait(10)  # all parts are there, and nothing is committed
+        for rank, ticket in enumerate(tickets):
+            with pytest.raises(StaleGeneration, match="this step was not taken"):
+                bring(second, rank, ticket, 1)
+        again = joined(second)
+        taken = [bring(second, rank, ticket, 1) for rank, ticket in enumerate(again)]
+        for each in taken:
+            each.result(10)
+        after = two[1].get_layer(replace(KEY, strong=True)).state
+        going_on.set()
+        with pytest.raises(StaleGeneration, match="have gone on with another server"):
+            last.result(20)
+        with pytest.raises(StaleGeneration):
+            first.result(20)
+    state = two[0].get_layer(replace(KEY, strong=True)).state
+    assert state.version == after.version == (0 if backward else 1)
+    np.testing.assert_array_equal(state.mean, after.mean)
+    np.testing.assert_array_equal(state.bias_grad, after.bias_grad)
+    for groups in (slow, second):
+        groups.close()
 
 
 # --- A Redis that loses things ----------------------------------------------------------------------------

@@ -23,6 +23,8 @@ from sharednorm.errors import StoreUnavailable
 
 _LOOK_SECONDS = 1.0
 """How often Redis is asked whether it is there."""
+_POLL_SECONDS, _POLLS = 0.25, 4
+"""How long whoever listens waits before it looks whether it should end, and after how many of them it asks as well."""
 _PAUSE_SECONDS = 0.1
 """Between two attempts to reach it again."""
 _MOST_COMMANDS = 128
@@ -279,7 +281,7 @@ class RedisLine:
                     if self._connection is None:
                         self._open()
                     self._trouble = ""
-            except (redis.RedisError, OSError, StoreUnavailable) as error:
+            except Exception as error:  # noqa: BLE001 - this thread has to live, or Redis is never used again
                 why = _words(error)
                 if why != self._trouble:
                     self._trouble = why
@@ -307,20 +309,25 @@ class RedisLine:
 
     def _listen(self) -> None:
         while not self._closed.is_set():
-            connection = self._make()
+            connection, idle = self._make(), 0
             try:
                 connection.connect()
                 for channel in self._channels:
                     connection.send_command("SUBSCRIBE", channel)
                 while not self._closed.is_set():
-                    if not connection.can_read(timeout=_LOOK_SECONDS):
+                    if not connection.can_read(timeout=_POLL_SECONDS):
+                        idle += 1
+                        if idle % _POLLS:
+                            continue
                         connection.send_command("PING")  # whose answer has to come in time
                     kind, channel, *message = connection.read_response()
                     if kind == b"message":
                         self._heard(channel, message[0])
                     elif kind == b"subscribe":
                         self._heard(b"", None)  # whatever came before this was missed
-            except (redis.RedisError, OSError):
+            except Exception as error:  # noqa: BLE001 - this thread has to live, or copies get as old as they may
+                if not isinstance(error, (redis.RedisError, OSError)):
+                    _log.warning("what the store %s has published was not understood: %r", self._where, error)
                 self._heard(b"", None)
                 self._closed.wait(_PAUSE_SECONDS)
             finally:
