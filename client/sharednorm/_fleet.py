@@ -18,6 +18,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import numpy as np
@@ -34,6 +35,7 @@ from sharednorm._server import A, Exchanger, I
 from sharednorm._tensors import results
 from sharednorm.config import Array
 from sharednorm.errors import (
+    DeadlineExceeded,
     HubClosed,
     IncompatibleServer,
     ServerUnavailable,
@@ -76,7 +78,10 @@ class _Member:
             if self.ended.is_set():
                 raise ServerUnavailable(f"the server at {self.address.text} is none of this hub's any more")
             if self._exchange is None:
-                self._exchange = self._make(self.address, left)
+                try:
+                    self._exchange = self._make(self.address, Deadline(min(_SILENCE_SECONDS, left.left())))
+                except DeadlineExceeded as error:  # which was not the call's
+                    raise ServerUnavailable(error.message, error.metadata) from error
             return self._exchange
 
     def give_up(self, why: str) -> None:
@@ -241,16 +246,20 @@ class Fleet:
         )
 
     def _connect(self, left: Deadline) -> None:
-        error: SharedNormError | None = None
-        for member in self._members:
+        failed: dict[_Member, SharedNormError] = {}
+
+        def connect(member: _Member) -> None:
             try:
                 member.exchange(left)
-            except IncompatibleServer:  # noqa: PERF203 - one of a few
-                raise
-            except SharedNormError as failed:
-                member.away, error = failed.message, failed
-        if error is not None and all(member.away for member in self._members):
-            raise error
+            except SharedNormError as error:
+                member.away, failed[member] = error.message, error
+
+        with ThreadPoolExecutor(len(self._members), thread_name_prefix="sharednorm-connect") as threads:
+            list(threads.map(connect, self._members))
+        errors = list(failed.values())
+        apart = next((error for error in errors if isinstance(error, IncompatibleServer)), None)
+        if apart is not None or len(errors) == len(self._members):
+            raise apart or errors[0]
 
     def _look_up(self) -> None:
         find = self._find
@@ -460,7 +469,10 @@ def _watch(what: B, look: Callable[[B], None], seconds: float, ended: threading.
             alive = held()
             if alive is None:
                 return
-            look(alive)
+            try:
+                look(alive)
+            except Exception:  # noqa: BLE001 - the thread has to live, or the server is away for ever
+                _log.exception("a server could not be looked after")  # which is done again in a moment
             del alive
 
     threading.Thread(target=run, name="sharednorm-fleet", daemon=True).start()

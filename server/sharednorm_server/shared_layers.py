@@ -116,15 +116,12 @@ class SharedLayer(Layer):
         """
         with self._lock:
             if self._doubts != self._settled:
-                self._look()
+                self._look_forward()
             for _ in range(_MOST_RACES):
                 try:
                     return act(self.latest)
                 except _Raced:  # noqa: PERF203 - each is a step of another server
-                    version = self.latest.state.version
-                    self._look()
-                    if self.latest.state.version < version:
-                        raise _went_back(self.key, version, self.latest.state.version) from None
+                    self._look_forward()
         raise ServerBusy(
             f"{self.key} was changed by other servers {_MOST_RACES} times while this one was at one change (expected: "
             "most calls of a layer by one server, as `connect` with several addresses has it)",
@@ -215,6 +212,17 @@ class SharedLayer(Layer):
             look = self._shared.look(self.key, record)
         self._take(look)
         self._settled, self._checked = doubts, sent
+
+    def _look_forward(self) -> None:
+        """Bring the copy up to date.
+
+        Raises:
+            DataLoss: What there is now is older than the copy, so that whoever was told of that must not go on.
+        """
+        version = self.latest.state.version
+        self._look()
+        if self.latest.state.version < version:
+            raise _went_back(self.key, version, self.latest.state.version)
 
     def _learn(self, session: bytes) -> None:
         with spending(STORE, "look"):

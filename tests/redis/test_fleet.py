@@ -222,6 +222,17 @@ def test_one_of_them_is_not_there_at_the_start(processes: list[ServerProcess]) -
             hub.BatchNorm2D(3, name=f"{number}")(X)
 
 
+def test_one_of_them_is_there_and_says_nothing(addresses: list[str]) -> None:
+    with socket.socket() as mute:
+        mute.bind(("127.0.0.1", 0))
+        mute.listen()
+        began = time.monotonic()
+        with sharednorm.connect(f"127.0.0.1:{mute.getsockname()[1]},{addresses[0]}", namespace="mute") as hub:
+            for number in range(10):
+                hub.BatchNorm2D(3, name=f"{number}")(X)
+        assert time.monotonic() < began + 10
+
+
 def test_servers_that_share_nothing_are_refused(addresses: list[str]) -> None:
     with in_process() as apart, pytest.raises(IncompatibleServer, match="does not share the layers of the others"):
         sharednorm.connect(f"{addresses[0]},{apart.address}")
