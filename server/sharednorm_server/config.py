@@ -89,8 +89,8 @@ def without_secrets(state: str) -> str:
         return re.sub("//[^/]*@", "//", state)
     parts = urlsplit(state)
     host = parts.netloc.rpartition("@")[2]
-    query = [pair for pair in parse_qsl(parts.query) if pair[0] in {"db", "prefix", "timeout"}]
-    return parts._replace(netloc=host, query=urlencode(query), fragment="").geturl()
+    query = urlencode([pair for pair in parse_qsl(parts.query) if pair[0] in {"db", "prefix", "timeout"}])
+    return f"{parts.scheme}://{host}{parts.path}{query and f'?{query}'}"
 
 
 def default_state() -> str:

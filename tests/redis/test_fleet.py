@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import random
 import signal
 import socket
 import threading
@@ -19,6 +20,7 @@ from sharednorm._fleet import Fleet, Spread
 from sharednorm.errors import IncompatibleServer, InvalidConfiguration, ServerUnavailable
 from sharednorm_server.config import ServerConfig
 from tests.support.oracle import random_tensor
+from tests.support.proxy import HOST, Faults, Proxy
 from tests.support.redis import RedisProcess
 from tests.support.server import ServerProcess, in_process, server_process, stopped
 
@@ -270,6 +272,32 @@ def test_a_name_with_several_addresses(url: str, monkeypatch: pytest.MonkeyPatch
             until(lambda: {home_of(hub, f"{number}") for number in range(100)} == {f"{host}:{port}" for host in hosts})
             layer(X)
             assert layer.numOfProps == 2
+
+
+def test_a_balancer_in_front_of_them(processes: list[ServerProcess]) -> None:
+    ports = [int(each.address.rpartition(":")[2]) for each in processes]
+    balancer = Proxy(ports[0], Faults(random.Random(0)), others=ports[1:])
+    try:
+        with ExitStack() as stack:
+            hubs = [
+                stack.enter_context(sharednorm.connect(f"{HOST}:{balancer.port}", namespace="balancer", timeout=60.0))
+                for _ in range(4)
+            ]
+            layers, twin = (
+                [hub.BatchNorm2D(3, name="bn", sscale=0.0) for hub in hubs],
+                sharednorm.BatchNorm2D(3, sscale=0.0),
+            )
+            for seed in range(24):
+                x = random_tensor(seed, SHAPE)
+                layers[seed % 4](x)
+                twin(x)
+                if seed == 12:
+                    processes[0].process.kill()
+            layers[3].backward(X)
+            assert layers[0].numOfProps == 24
+            np.testing.assert_array_equal(layers[0].mean, twin.mean)
+    finally:
+        balancer.close()
 
 
 def test_a_hub_that_is_closed_or_dropped_leaves_no_thread(addresses: list[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ import pytest
 from sharednorm.config import LayerConfig, LayerKind
 from sharednorm.errors import BackupFailed, StoreUnavailable
 from sharednorm.state import initial_state
+from sharednorm_server import certificates
 from sharednorm_server.config import StartError
 from sharednorm_server.store import LayerKey, LayerRecord
 from sharednorm_server.store.changes import LastChange, Note
@@ -317,6 +319,38 @@ def test_users_and_passwords(tmp_path: Path) -> None:
             RedisStore(f"redis://norm:wrong{place}")
         with pytest.raises(StartError, match=r"no permissions|NOPERM"):
             RedisStore(f"redis://norm:pass%20word@{process.address}/0?prefix=other")
+
+
+def test_over_tls_and_over_a_unix_socket(tmp_path: Path) -> None:
+    certificates.create(tmp_path / "certs", ["127.0.0.1"], 1)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = [
+        *("--tls-port", str(port), "--tls-cert-file", f"{tmp_path}/certs/server.pem"),
+        *("--tls-key-file", f"{tmp_path}/certs/server.key", "--tls-ca-cert-file", f"{tmp_path}/certs/ca.pem"),
+        *("--unixsocket", f"{tmp_path}/socket"),
+    ]
+    shown = "ssl_certfile={0}/client.pem&ssl_keyfile={0}/client.key".format(f"{tmp_path}/certs")
+    place = f"rediss://127.0.0.1:{port}/0?prefix=tls&ssl_ca_certs={tmp_path}/certs/ca.pem"
+    with redis_server(tmp_path / "redis", *words):
+        encrypted = RedisStore(f"{place}&{shown}")
+        plain = RedisStore(f"redis+unix://{tmp_path}/socket?db=0&prefix=tls")
+        assert encrypted.description == f"rediss://127.0.0.1:{port}/0?prefix=tls"
+        assert plain.description == f"redis+unix://{tmp_path}/socket?db=0&prefix=tls"
+        heard: list[object] = []
+        encrypted.on_changed(lambda key, _: heard.append(key))
+        record = make()
+        assert encrypted.create(record)
+        until(lambda: heard == [None])  # it listens
+        assert plain.swap(record, stepped(record))
+        until(lambda: KEY in heard)
+        encrypted.close()
+        plain.close()
+        with pytest.raises(StartError, match="cannot be used"):  # whoever shows no certificate
+            RedisStore(place)
+        with pytest.raises(StartError, match="certificate verify failed"):  # of an authority that is not believed
+            RedisStore(f"rediss://127.0.0.1:{port}/0?{shown}")
 
 
 # --- A Redis that is not well -----------------------------------------------------------------------------

@@ -8,7 +8,8 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
@@ -57,10 +58,11 @@ class Proxy:
         port: Where to.
         faults: What befalls the connections.
         own: Its own port; 0: any.
+        others: More ports: connections go to all of them in turn, and to the next where nobody listens.
     """
 
-    def __init__(self, port: int, faults: Faults, own: int = 0) -> None:
-        self._to = ("127.0.0.1", port)
+    def __init__(self, port: int, faults: Faults, own: int = 0, others: Sequence[int] = ()) -> None:
+        self._ports = deque([port, *others])
         self._faults = faults
         self._listener = socket.create_server((HOST, own))
         self.port: int = self._listener.getsockname()[1]
@@ -92,9 +94,8 @@ class Proxy:
                 client, _ = self._listener.accept()
             except OSError:
                 return
-            try:
-                server = socket.create_connection(self._to, 10)
-            except OSError:
+            server = self._connect()
+            if server is None:
                 client.close()
                 continue
             server.settimeout(None)
@@ -106,6 +107,14 @@ class Proxy:
             for source, sink, up in ((client, server, True), (server, client, False)):
                 fault = what if up is upwards else ""
                 threading.Thread(target=self._pump, args=(source, sink, fault, behind), daemon=True).start()
+
+    def _connect(self) -> socket.socket | None:
+        for _ in self._ports.copy():
+            port = self._ports[0]
+            self._ports.rotate(-1)
+            with suppress(OSError):
+                return socket.create_connection(("127.0.0.1", port), 10)
+        return None
 
     def _pump(self, source: socket.socket, sink: socket.socket, fault: str, left: int) -> None:
         try:

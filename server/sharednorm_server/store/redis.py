@@ -77,11 +77,11 @@ class RedisPlace:
         prefix = query.pop("prefix", "sharednorm")
         seconds = query.pop("timeout", "2")
         secret = query.pop("password_file", None)
-        plain = parts._replace(scheme=parts.scheme.removeprefix("redis+"), query=urlencode(query))
+        plain = f"{parts.scheme.removeprefix('redis+')}://{parts.netloc}{parts.path}?{urlencode(query)}"
         try:
             timeout = _between(float(seconds), 0.01, 3600.0)
             pool = redis.ConnectionPool.from_url(
-                plain.geturl(),
+                plain,
                 socket_timeout=timeout,
                 socket_connect_timeout=timeout,
                 retry=redis.retry.Retry(redis.backoff.NoBackoff(), 0),
