@@ -171,12 +171,10 @@ class SharedLayer(Layer):
         note = None if call is None or change is None else self._ledger.note(call, change)
         before, sent = self.latest, time.monotonic()
         doubts = self._doubts
-        try:
-            with spending(STORE, "swap"):
-                swapped = self._shared.swap(before, record, note)
-        except BaseException:
-            self.doubt()  # it may have been done
-            raise
+        with spending(STORE, "swap"):
+            # If this fails, nobody knows whether it was done; then the copy's mark is an old one, which the next change
+            # finds out.
+            swapped = self._shared.swap(before, record, note)
         if not swapped:
             raise _Raced
         if note is not None:

@@ -168,10 +168,37 @@ def test_what_was_changed_elsewhere_is_seen_in_evaluation(two: tuple[LayerServic
     until(lambda: two[1].forward(ForwardCall(KEY, train=False), X).version == 2, 5.0)
 
 
+def deafen(service: LayerService) -> None:
+    """Have a server hear of no change that others make."""
+    assert isinstance(service._store, RedisStore)
+    service._store.on_changed(lambda *_: None)
+
+
+def test_a_change_that_another_server_has_made_is_heard(server: MakeService) -> None:
+    one, other = server(max_age=60.0), server(max_age=60.0)
+    create(one)
+    assert other.forward(ForwardCall(KEY, train=False), X).version == 0
+    one.push_moments(KEY, True, moments(1))
+    until(lambda: other.forward(ForwardCall(KEY, train=False), X).version == 1, 5.0)
+
+
+def test_a_server_that_has_not_heard_takes_what_comes_next(server: MakeService) -> None:
+    deaf, other = server(max_age=60.0), server()
+    create(deaf)
+    deafen(deaf)
+    session = deaf.open_session() + b"lane 001"
+    deaf.push_moments(KEY, True, moments(1), call=CallKey(session, 1))
+    for seq in (2, 3):
+        other.push_moments(KEY, True, moments(seq), call=CallKey(session, seq))
+    assert deaf.push_moments(KEY, True, moments(3), call=CallKey(session, 3)).replayed
+    assert deaf.push_moments(KEY, True, moments(4), call=CallKey(session, 4)).version == 4
+    other.push_moments(KEY, True, moments(5), call=CallKey(session, 5))
+    assert deaf.push_moments(KEY, True, moments(6), call=CallKey(session, 6)).version == 6
+
+
 def test_a_copy_is_never_older_than_its_age(two: tuple[LayerService, LayerService]) -> None:
     deaf = two[1]
-    deaf._layers._changed = lambda *_: None  # type: ignore[method-assign]  # whoever cannot hear
-    deaf._store.on_changed(lambda *_: None)  # type: ignore[attr-defined]
+    deafen(deaf)
     assert deaf.forward(ForwardCall(KEY, train=False), X).version == 0
     two[0].push_moments(KEY, True, moments(1))
     changed = time.monotonic()
