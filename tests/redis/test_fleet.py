@@ -10,6 +10,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ import pytest
 import sharednorm
 from sharednorm._fleet import Fleet, Spread
 from sharednorm.errors import IncompatibleServer, InvalidConfiguration, ServerUnavailable
+from sharednorm_server import certificates
 from sharednorm_server.config import ServerConfig
 from tests.support.oracle import random_tensor
 from tests.support.proxy import HOST, Faults, Proxy
@@ -246,10 +249,10 @@ def test_addresses_that_are_none(text: str) -> None:
         sharednorm.connect(text)
 
 
-def test_a_name_with_several_addresses(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Loopback has many addresses; who asks for the name gets two of them, and later another one.
-    hosts = ["127.0.0.2", "127.0.0.3"]
-    real = socket.getaddrinfo
+@pytest.fixture
+def hosts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Give the addresses of the name "boxes.test", which a test may change. Loopback has many."""
+    hosts, real = ["127.0.0.2", "127.0.0.3"], socket.getaddrinfo
 
     def resolve(host: Any, *arguments: Any, **options: Any) -> Any:
         if host != "boxes.test":
@@ -258,6 +261,25 @@ def test_a_name_with_several_addresses(url: str, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(socket, "getaddrinfo", resolve)
     monkeypatch.setattr("sharednorm._fleet._NAME_SECONDS", 0.2)
+    return hosts
+
+
+def test_a_name_with_several_addresses_has_one_certificate(url: str, hosts: list[str], tmp_path: Path) -> None:
+    certificates.create(tmp_path, ["boxes.test"], 1)
+    config = ServerConfig(state=url, tls_cert=tmp_path / "server.pem", tls_key=tmp_path / "server.key")
+    with ExitStack() as stack:
+        first = stack.enter_context(in_process(replace(config, listen=f"{hosts[0]}:0")))
+        port = first.address.rpartition(":")[2]
+        stack.enter_context(in_process(replace(config, listen=f"{hosts[1]}:{port}")))
+        hub = sharednorm.connect(f"boxes.test:{port}", namespace="tls", tls=tmp_path / "ca.pem")
+        stack.enter_context(hub)
+        for number in range(8):
+            hub.BatchNorm2D(3, name=f"{number}")(X)
+        assert {home_of(hub, f"{number}") for number in range(100)} == {f"{host}:{port}" for host in hosts}
+        assert all(member.known is not None for member in fleet_of(hub).members)
+
+
+def test_a_name_with_several_addresses(url: str, hosts: list[str]) -> None:
     with ExitStack() as stack:
         first = stack.enter_context(in_process(ServerConfig(listen="127.0.0.2:0", state=url)))
         port = first.address.rpartition(":")[2]
