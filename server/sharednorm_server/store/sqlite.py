@@ -45,7 +45,7 @@ _MOST_CHANGES = 256
 # A commit that takes longer than this is one of a slow disk, and the next one is worth a wait for others: for this part
 # of what the last one took, behind its end. If they do not come, so many commits do not wait for them.
 _SLOW_SECONDS = 2e-3
-_PATIENCE = 0.75
+_PATIENCE = 1.5
 _COMMITS_WITHOUT = 8
 
 T = TypeVar("T")
