@@ -370,7 +370,8 @@ class RedisStore:
         self._highest = 0
         if not self._told:
             self._told = True
-            _log.info("the state in %s, of %s: %s", self._place.text, facts["name"], _kept(facts))
+            level = logging.INFO if facts.get("aof_enabled") == "1" else logging.WARNING
+            _log.log(level, "the state in %s, of %s: %s", self._place.text, facts["name"], _kept(facts))
 
 
 _PARTS = ("layer", "sessions", "turns", "snapshots", "taken", "deleted")
