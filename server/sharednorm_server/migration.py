@@ -44,7 +44,7 @@ def _migrate(arguments: argparse.Namespace) -> int:
     finally:
         source.close()
     words = f"copied {copied} layer{'' if copied == 1 else 's'}" + (
-        f"; {left} were there already, and are as they were" if left else ""
+        f"; {left} there already, and left alone" if left else ""
     )
     say(arguments, words, {"copied": copied, "left": left})
     return 0

@@ -388,7 +388,7 @@ def test_one_that_is_killed_and_comes_back(own: RedisProcess) -> None:
 
 
 def test_one_that_is_frozen_and_comes_back(own: RedisProcess) -> None:
-    store, told = RedisStore(own.url("p", timeout=0.3)), list[str]()
+    store, told = RedisStore(own.url("p", timeout=1.5)), list[str]()
     store.on_trouble(told.append)
     record = make()
     store.create(record)
@@ -396,10 +396,10 @@ def test_one_that_is_frozen_and_comes_back(own: RedisProcess) -> None:
         began = time.monotonic()
         with pytest.raises(StoreUnavailable, match="it does not answer, in the middle of a command"):
             store.swap(record, stepped(record))
-        assert time.monotonic() < began + 2
+        assert time.monotonic() < began + 10
         began = time.monotonic()
         assert "it does not answer" in refused(store)  # at once, since that is known
-        assert time.monotonic() < began + 0.2
+        assert time.monotonic() < began + 1.2
         assert told == ["it does not answer"]
     until(lambda: not refused(store))
     assert told[-1] == ""
