@@ -38,10 +38,12 @@ WAYS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    state = tmp_path_factory.mktemp("state")
-    with server_process("--state", f"sqlite://{state}", "--log-level", "warning") as process:
+@pytest.fixture(scope="module", params=["sqlite", "redis"])
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    state = f"sqlite://{tmp_path_factory.mktemp('state')}"
+    if request.param == "redis":
+        state = request.getfixturevalue("redis_process").url()
+    with server_process("--state", state, "--log-level", "warning") as process:
         yield process
 
 
