@@ -91,6 +91,29 @@ _LOG_PAGES = 4096
 _SYNCHRONOUS = {"os": "NORMAL", "fsync": "FULL"}
 
 
+# What a step changes, as one statement: several tables through a view, which is this connection's and in no file.
+_STEPS = (
+    """
+    CREATE TEMP VIEW steps (
+        layer, train, initialized, layer_version, mean, var, steps, frozen,
+        place, turn, seq, content, version, num_of_props, sums, count, batch_mean, m2, scale, bias
+    ) AS SELECT 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20
+    """,
+    """
+    CREATE TEMP TRIGGER step INSTEAD OF INSERT ON steps BEGIN
+        UPDATE layers SET train = NEW.train, initialized = NEW.initialized, version = NEW.layer_version
+            WHERE id = NEW.layer;
+        UPDATE statistics SET mean = NEW.mean, var = NEW.var, num_of_props = NEW.steps, frozen = NEW.frozen
+            WHERE layer = NEW.layer AND domain = '';
+        UPDATE changes SET turn = NEW.turn, seq = NEW.seq, content = NEW.content, version = NEW.version,
+            num_of_props = NEW.num_of_props, sums = NEW.sums, count = NEW.count, mean = NEW.batch_mean, m2 = NEW.m2,
+            scale = NEW.scale, bias = NEW.bias WHERE id = NEW.place;
+    END
+    """,
+)
+_NOT_OF_STEPS = ("scale", "bias", "scale_grad", "bias_grad", "merged")
+
+
 class Rows:
     """The layers of a file, each by the number of its row.
 
@@ -103,6 +126,8 @@ class Rows:
         self._written: dict[int, LayerRecord] = {}  # as the file has them
         self._changes: dict[int, dict[bytes, int]] = {}  # the rows of the changes of each layer's sessions
         self._turn = 0
+        for statement in _STEPS:
+            database.execute(statement)
 
     def names(self) -> dict[LayerKey, int]:
         """Return all layers."""
@@ -134,8 +159,27 @@ class Rows:
         )
         self._write(row, record, before)
 
-    def note(self, row: int, note: Note) -> None:
-        """Write the last change of a session."""
+    def step(self, row: int, record: LayerRecord, note: Note) -> bool:
+        """Do what `update` and `note` do, in one statement; return False, and do nothing, if it takes more than that.
+
+        It is enough for what steps do: change the running statistics, and what a known session has done last.
+        """
+        before = self.find(row)
+        state, old = record.state, before.state
+        place = self._changes.get(row, {}).get(note.session)
+        if place is None or note.forgotten or record.domains is not before.domains:
+            return False
+        if any(getattr(state, name) is not getattr(old, name) for name in _NOT_OF_STEPS):
+            return False
+        statistics = _to_blob(state.mean), _to_blob(state.var), state.num_of_props, state.stats_frozen
+        self._database.execute(
+            "INSERT INTO temp.steps VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (row, *_counters(record), *statistics, place, *self._values(note)),
+        )
+        self._written[row] = record
+        return True
+
+    def _values(self, note: Note) -> tuple[object, ...]:
         change, step = note.change, note.change.step
         vectors: tuple[object, ...] = (None,) * 5
         sums = None if change.sums is None else _to_wide_blob(change.sums)
@@ -144,7 +188,11 @@ class Rows:
             wide = _to_wide_blob(moments.mean), _to_wide_blob(moments.m2)
             vectors = moments.count, *wide, _to_blob(step.scale), _to_blob(step.bias)
         self._turn += 1
-        values = self._turn, change.seq, change.content, change.version, change.num_of_props, sums, *vectors
+        return self._turn, change.seq, change.content, change.version, change.num_of_props, sums, *vectors
+
+    def note(self, row: int, note: Note) -> None:
+        """Write the last change of a session."""
+        values = self._values(note)
         known = self._changes.setdefault(row, {})
         place = known.get(note.session)
         if place is not None:
@@ -366,6 +414,7 @@ def prepare(database: sqlite3.Connection, path: Path, durability: str) -> None:
             f"the state in {path} is of file version {version}, and this release knows {FILE_VERSION}: use the release "
             "that wrote it, or a newer one"
         )
+    database.execute("PRAGMA temp_store = MEMORY")
     database.execute("PRAGMA journal_mode = WAL")
     database.execute(f"PRAGMA synchronous = {_SYNCHRONOUS[durability]}")
     database.execute(f"PRAGMA wal_autocheckpoint = {_LOG_PAGES}")

@@ -21,7 +21,7 @@ import sqlite3
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -32,6 +32,7 @@ from sharednorm.errors import BackupFailed, StoreFailed
 from sharednorm_server.config import StartError
 from sharednorm_server.store import Kept, LayerKey, LayerRecord, StoreCounts, Whole
 from sharednorm_server.store._sqlite_file import Rows, hold, prepare
+from sharednorm_server.store._sqlite_waiting import Change, Waiter, Works, failed, needed
 from sharednorm_server.store.changes import Note, Remembered
 from sharednorm_server.store.sessions import SessionNumbers
 from sharednorm_server.store.snapshots import SnapshotInfo
@@ -53,53 +54,6 @@ T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
 
-class _Change:
-    # Something that waits for the next transaction, and for whom. Of a put, `note` is done also where another one of
-    # the layer follows, so that its work need not be.
-    __slots__ = ("_store", "done", "failed", "key", "note", "put", "waiters", "work")
-
-    def __init__(
-        self,
-        store: SqliteStore,
-        key: LayerKey,
-        work: Callable[[], None],
-        note: Callable[[], None] | None = None,
-        *,
-        put: bool,
-    ) -> None:
-        self._store = store
-        self.key, self.work, self.note, self.put = key, work, note, put
-        self.done = self.failed = False
-        self.waiters: list[_Waiter] = []
-
-    def wait(self) -> None:
-        """Return when the change is kept.
-
-        Raises:
-            StoreFailed: It is not known whether it is.
-        """
-        if not self.done:
-            self._store.settle(self)
-        if self.failed:
-            raise failed()
-
-
-class _Waiter:
-    # A thread that waits until a change is kept, or until it is to commit itself.
-    __slots__ = ("_signal", "leads")
-
-    def __init__(self) -> None:
-        self._signal = threading.Lock()
-        self._signal.acquire()
-        self.leads = False
-
-    def wait(self) -> None:
-        self._signal.acquire()
-
-    def wake(self) -> None:
-        self._signal.release()
-
-
 class SqliteStore:
     """Keeps records in a directory, which no other process uses meanwhile.
 
@@ -119,7 +73,7 @@ class SqliteStore:
         self.identity = secrets.token_hex(8)
         self._lock = threading.Lock()  # of what waits, and of the names
         self._committing = threading.Lock()  # of the connection
-        self._waiting: list[_Change] = []
+        self._waiting: list[Change] = []
         self._led = False  # whether a thread commits, or has been woken to
         self._siblings = 0  # changes that may come together: those of the last commit, and that waited at its end
         self._until = 0.0  # when nobody waits for them any more, by `time.perf_counter`
@@ -263,8 +217,11 @@ class SqliteStore:
             row = self._names.get(record.key)
             if row is None:
                 return None
-            noted = None if note is None else partial(self._rows.note, row, note)
-            return self._begin(record.key, partial(self._rows.update, row, record), noted, put=True)
+            update = partial(self._rows.update, row, record)
+            if note is None:
+                return self._begin(record.key, update, put=True)
+            noted, at_once = partial(self._rows.note, row, note), partial(self._rows.step, row, record, note)
+            return self._begin(record.key, update, noted, at_once, put=True)
 
     def take_snapshot(self, record: LayerRecord, taken: float, drop: Sequence[int]) -> None:
         """Keep a copy of a record that was put, unless there is one of its version. Who waits next waits for it."""
@@ -347,25 +304,31 @@ class SqliteStore:
     # --- Changes that wait ----------------------------------------------------------------------------
 
     def _begin(
-        self, key: LayerKey, work: Callable[[], None], note: Callable[[], None] | None = None, *, put: bool
-    ) -> _Change:
+        self,
+        key: LayerKey,
+        work: Callable[[], None],
+        note: Callable[[], None] | None = None,
+        at_once: Callable[[], bool] | None = None,
+        *,
+        put: bool,
+    ) -> Change:
         # Under the lock of what waits: in the order in which they come here they are done.
         if self._failed:
             raise failed()
-        change = _Change(self, key, work, note, put=put)
+        change = Change(self.settle, key, work, note, at_once, put=put)
         self._waiting.append(change)
         if len(self._waiting) == self._siblings:
             self._gathered.set()
         return change
 
-    def settle(self, change: _Change) -> None:
+    def settle(self, change: Change) -> None:
         """Return when a change is done, and with it all that came before; does it, if nobody else does."""
         waiter = None
         with self._lock:
             if change.done:
                 return
             if self._led:
-                waiter = _Waiter()
+                waiter = Waiter()
                 change.waiters.append(waiter)
             self._led = True
         if waiter is not None:
@@ -404,7 +367,7 @@ class SqliteStore:
                     return
             self._led = False
 
-    def _finish(self, changes: list[_Change], *, failed: bool) -> None:
+    def _finish(self, changes: list[Change], *, failed: bool) -> None:
         with self._lock:
             for change in changes:
                 change.failed, change.done = change.failed or failed, True
@@ -420,7 +383,7 @@ class SqliteStore:
         kept = False
         try:
             begin = time.perf_counter()
-            self._guarded(lambda: self._transact(_needed(batch)))
+            self._guarded(lambda: self._transact(needed(batch)))
             took, before = time.perf_counter() - begin, self.counts
             self.counts = StoreCounts(before.commits + 1, before.changes + len(batch), before.seconds + took)
             kept = True
@@ -436,10 +399,15 @@ class SqliteStore:
         while self._waiting:
             self._commit()
 
-    def _transact(self, works: Iterable[Callable[[], None]]) -> None:
+    def _transact(self, works: Works) -> None:
+        # One statement is a transaction by itself. Each is a moment in which other threads get the interpreter.
+        if len(works) == 1 and works[0][0] is not None and works[0][0]():
+            return
         self._database.execute("BEGIN IMMEDIATE")
-        for work in works:
-            work()
+        for at_once, parts in works:
+            if at_once is None or not at_once():
+                for part in parts:
+                    part()
         self._database.execute("COMMIT")
 
     def _guarded(self, work: Callable[[], T]) -> T:
@@ -462,25 +430,3 @@ class SqliteStore:
         self._finish(left, failed=True)
         for callback in callbacks:
             callback(reason)
-
-
-def failed() -> StoreFailed:
-    """Return the error of a store that has failed."""
-    return StoreFailed(
-        "the server cannot keep its state any more, and ends; whether it has kept this change is not known: read the "
-        "layer when the server is back"
-    )
-
-
-def _needed(batch: list[_Change]) -> list[Callable[[], None]]:
-    # Of records of one layer that follow each other the last one says it all.
-    works: list[Callable[[], None]] = []
-    behind: dict[LayerKey, bool] = {}
-    for change in reversed(batch):
-        if change.note is not None:
-            works.append(change.note)
-        if not (change.put and behind.get(change.key)):
-            works.append(change.work)
-        behind[change.key] = change.put
-    works.reverse()
-    return works
