@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import pickle
 import random
 import signal
@@ -332,6 +333,11 @@ def test_a_hub_that_is_closed_or_dropped_leaves_no_thread(addresses: list[str]) 
     hub.close()
     with pytest.raises(sharednorm.HubClosed):
         hub.layers()
+    until(lambda: looking() <= before)
+    hub = sharednorm.connect(",".join(addresses))
+    assert looking() > before
+    del hub
+    gc.collect()
     until(lambda: looking() <= before)
 
 
