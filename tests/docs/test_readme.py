@@ -230,7 +230,7 @@ def _check_upkeep(command: str) -> None:
 
 
 def _check_migrate(command: str) -> None:
-    with TemporaryDirectory() as place, redis_server(Path(place) / "redis") as redis:
+    with TemporaryDirectory() as place, redis_server(Path(place) / "redis", "--appendonly", "yes") as redis:
         with server_process("--state", f"sqlite://{place}/state") as server, sharednorm.connect(server.address) as hub:
             hub.BatchNorm2D(2, name="stem/bn")(np.arange(8, dtype=np.float32).reshape(2, 2, 2, 1))
             assert server.stop() == 0
