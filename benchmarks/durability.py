@@ -19,11 +19,9 @@ import contextlib
 import json
 import os
 import subprocess
-import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -34,7 +32,8 @@ import numpy as np
 import sharednorm
 from benchmarks.datapath import Goal
 from benchmarks.remote import machine, server, summary
-from sharednorm.config import Array, LayerConfig, LayerKind
+from benchmarks.trainers import obey, started, steps_at
+from sharednorm.config import LayerConfig, LayerKind
 from sharednorm.state import initial_state
 from sharednorm_server.store import LayerKey, LayerRecord
 from sharednorm_server.store.sqlite import SqliteStore
@@ -89,10 +88,12 @@ def rates() -> dict[str, Any]:
         for clients, threads in ((1, 1), (8, 1), (8, 4)):
             name = f"{clients * threads} clients" if clients > 1 else "1 client"
             rounds: dict[str, list[dict[str, Any]]] = {store: [] for store in STORES}
-            with _clients(clients, threads, [servers[store].address for store in STORES]) as started:
+            addresses = [servers[store].address for store in STORES]
+            words = ["benchmarks.durability", "client", str(SECONDS), str(threads), *addresses]
+            with started([words] * clients) as trainers:
                 for _ in range(ROUNDS):
                     for index, store in enumerate(STORES):
-                        rounds[store].append(_round(started, index))
+                        rounds[store].append(_round(trainers, index))
                     found.setdefault("fsync of the disk", []).extend(_fsyncs(directory))
                     found.setdefault("commit", []).extend(_commits(store_of_one))
             found[name] = {
@@ -139,36 +140,9 @@ def _slow(directory: Path, ms: float) -> Iterator[None]:
         del os.environ["LD_PRELOAD"], os.environ["SLOW_DISK_MS"]
 
 
-@contextlib.contextmanager
-def _clients(count: int, threads: int, addresses: list[str]) -> Iterator[list[subprocess.Popen[str]]]:
-    words = [sys.executable, "-m", "benchmarks.durability", "client", str(SECONDS), str(threads), *addresses]
-    with contextlib.ExitStack() as stack:
-        started = [
-            stack.enter_context(subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
-            for _ in range(count)
-        ]
-        try:
-            for each in started:
-                if _line_of(each) != "ready\n":
-                    raise RuntimeError("a client did not start")
-            yield started
-        finally:
-            for each in started:
-                each.kill()
-
-
-def _round(clients: list[subprocess.Popen[str]], index: int) -> dict[str, Any]:
-    for each in clients:
-        assert each.stdin is not None
-        each.stdin.write(f"{index}\n")
-        each.stdin.flush()
-    taken = [ms for each in clients for ms in json.loads(_line_of(each))]
+def _round(clients: Sequence[subprocess.Popen[str]], index: int) -> dict[str, Any]:
+    taken = steps_at(clients, index)
     return {"steps a second": len(taken) / SECONDS, "ms": taken}
-
-
-def _line_of(client: subprocess.Popen[str]) -> str:
-    assert client.stdout is not None
-    return client.stdout.readline()
 
 
 def _fsyncs(directory: Path) -> Iterator[float]:
@@ -201,34 +175,7 @@ def client(addresses: list[str], seconds: float, threads: int) -> None:
         for address in addresses:
             hub = stack.enter_context(sharednorm.connect(address))
             places.append([hub.BatchNorm(MAPS, name=f"{name}/{i}", compute="client") for i in range(threads)])
-        for layer in (layer for layers in places for layer in layers):
-            layer.trainMode()
-            layer(x)
-        print("ready", flush=True)
-        for line in sys.stdin:
-            print(json.dumps(_train(places[int(line)], x, seconds)), flush=True)
-
-
-def _train(layers: list[sharednorm.Layer], x: Array, seconds: float) -> list[float]:
-    taken: list[float] = []
-
-    def work(layer: sharednorm.Layer) -> None:
-        mine: list[float] = []
-        begin = time.perf_counter()
-        end = begin + seconds
-        while begin < end:
-            layer(x)
-            now = time.perf_counter()
-            mine.append(round(1e3 * (now - begin), 4))
-            begin = now
-        taken.extend(mine)
-
-    trainers = [threading.Thread(target=work, args=(layer,)) for layer in layers]
-    for trainer in trainers:
-        trainer.start()
-    for trainer in trainers:
-        trainer.join()
-    return taken
+        obey(places, x, seconds)
 
 
 def main() -> None:

@@ -23,7 +23,6 @@ import contextlib
 import json
 import socket
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -39,6 +38,7 @@ import redis
 import sharednorm
 from benchmarks.datapath import Goal
 from benchmarks.remote import machine, server
+from benchmarks.trainers import obey, started, steps_at
 from sharednorm.config import LayerConfig, LayerKind
 from sharednorm.normalization import arithmetic
 from sharednorm.state import Moments, initial_state, step
@@ -133,10 +133,11 @@ def rates(directory: Path) -> dict[str, Any]:
             ("1 client", 1, 1, 1),
         ):
             rounds: dict[str, list[list[float]]] = {place: [] for place in places}
-            with _clients(clients, layers, threads, list(places.values())) as started:
+            words = ["benchmarks.servers", "client", str(SECONDS), str(layers), str(threads)]
+            with started([[*words, str(number), *places.values()] for number in range(clients)]) as trainers:
                 for _ in range(ROUNDS):
                     for index, place in enumerate(places):
-                        rounds[place].append(_round(started, index))
+                        rounds[place].append(steps_at(trainers, index))
             found[name] = {place: _summary(taken) for place, taken in rounds.items()}
         found["hits"] = {"one": _hits(port, addresses[0], addresses[0]), "two": _hits(port, addresses[0], addresses[1])}
     return found
@@ -277,41 +278,6 @@ def ratios(report: dict[str, Any]) -> dict[str, float]:
     }
 
 
-@contextlib.contextmanager
-def _clients(count: int, layers: int, threads: int, places: list[str]) -> Iterator[list[subprocess.Popen[str]]]:
-    with contextlib.ExitStack() as stack:
-        started = []
-        for number in range(count):
-            words = [
-                sys.executable, "-m", "benchmarks.servers", "client",
-                str(SECONDS), str(layers), str(threads), str(number), *places,
-            ]  # fmt: skip
-            started.append(
-                stack.enter_context(subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
-            )
-        try:
-            for each in started:
-                if _line_of(each) != "ready\n":
-                    raise RuntimeError("a client did not start")
-            yield started
-        finally:
-            for each in started:
-                each.kill()
-
-
-def _round(clients: list[subprocess.Popen[str]], index: int) -> list[float]:
-    for each in clients:
-        assert each.stdin is not None
-        each.stdin.write(f"{index}\n")
-        each.stdin.flush()
-    return [ms for each in clients for ms in json.loads(_line_of(each))]
-
-
-def _line_of(client: subprocess.Popen[str]) -> str:
-    assert client.stdout is not None
-    return client.stdout.readline()
-
-
 def client(number: int, places: list[str], seconds: float, layers: int, threads: int) -> None:
     """Take steps in one of the places for so long, whenever its number is read; print what each took, in ms.
 
@@ -326,34 +292,7 @@ def client(number: int, places: list[str], seconds: float, layers: int, threads:
             hub = stack.enter_context(sharednorm.connect(choice[number % len(choice)]))
             names = ["one"] * threads if layers == 1 else [f"load/{number}/{each}" for each in range(threads)]
             handles.append([hub.BatchNorm(MAPS, name=f"{layers}/{name}", compute="client") for name in names])
-        for layer in (layer for each in handles for layer in each):
-            layer.trainMode()
-            layer(x)
-        print("ready", flush=True)
-        for line in sys.stdin:
-            print(json.dumps(_train(handles[int(line)], x, seconds)), flush=True)
-
-
-def _train(layers: list[sharednorm.Layer], x: np.ndarray[Any, Any], seconds: float) -> list[float]:
-    taken: list[float] = []
-
-    def work(layer: sharednorm.Layer) -> None:
-        mine: list[float] = []
-        begin = time.perf_counter()
-        end = begin + seconds
-        while begin < end:
-            layer(x)
-            now = time.perf_counter()
-            mine.append(round(1e3 * (now - begin), 4))
-            begin = now
-        taken.extend(mine)
-
-    trainers = [threading.Thread(target=work, args=(layer,)) for layer in layers]
-    for trainer in trainers:
-        trainer.start()
-    for trainer in trainers:
-        trainer.join()
-    return taken
+        obey(handles, x, seconds)
 
 
 def main() -> None:

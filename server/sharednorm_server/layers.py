@@ -116,13 +116,6 @@ class Layer:
         """
         return self._ledger.find(call, content)
 
-    def last_change(self, session: bytes) -> LastChange | None:
-        """Return the last change of a session, once it is kept; None: none is remembered."""
-        with self.exclusive():
-            found = self._ledger.last(session)
-        self.record  # noqa: B018 - it waits
-        return found
-
     def last_of(self, session: bytes) -> LastChange | None:
         """Return the last change of a session, if one is remembered; only while holding the layer."""
         return self._ledger.last(session)
@@ -135,7 +128,10 @@ class Layer:
             ended: Makes of its last change the one that says so; the same if it says so already.
         """
         del ended  # whoever could make one is gone with its process
-        return self.last_change(session)
+        with self.exclusive():
+            found = self._ledger.last(session)
+        self.record  # noqa: B018 - it waits
+        return found
 
     def commit(self, record: LayerRecord, call: CallKey | None = None, change: LastChange | None = None) -> None:
         """Make a record the current one. Only while holding the layer.
@@ -258,10 +254,6 @@ class LayerInDomain(Layer):
     def made(self, call: CallKey, content: bytes) -> LastChange | None:
         """Return the change that was made under a key, if it was; only while holding the layer."""
         return self._layer.made(call, content)
-
-    def last_change(self, session: bytes) -> LastChange | None:
-        """Return the last change of a session, once it is kept; None: none is remembered."""
-        return self._layer.last_change(session)
 
     def last_of(self, session: bytes) -> LastChange | None:
         """Return the last change of a session, if one is remembered; only while holding the layer."""

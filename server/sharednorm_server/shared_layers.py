@@ -135,14 +135,6 @@ class SharedLayer(Layer):
             self._learn(call.session)
         return super().made(call, content)
 
-    def last_change(self, session: bytes) -> LastChange | None:
-        """Return the last change of a session; None: none is remembered."""
-        with self._lock:
-            self._look()
-            if self._ledger.last(session) is None:
-                self._learn(session)
-            return self._ledger.last(session)
-
     def last_of(self, session: bytes) -> LastChange | None:
         """Return the last change of a session, by whichever server; only within `attempt`."""
         if self._ledger.last(session) is None:

@@ -57,18 +57,6 @@ return 1
 """mark of before, number of values, session or '', its change, most sessions, channel, message, names and values...,
 names of fields that go... -> whether that was done."""
 
-CREATE = """
-if redis.call('EXISTS', KEYS[1]) == 1 then
-  return 0
-end
-redis.call('DEL', KEYS[2], KEYS[3], KEYS[4], KEYS[5])
-redis.call('HSET', KEYS[1], unpack(ARGV, 3))
-redis.call('ZADD', KEYS[7], 0, ARGV[1])
-redis.call('SADD', KEYS[8], ARGV[2])
-return 1
-"""
-"""Also keys: names of the namespace, namespaces. name, namespace, names and values... -> whether that was done."""
-
 TAKE_IN = """
 if redis.call('EXISTS', KEYS[1]) == 1 then
   return 0

@@ -194,9 +194,7 @@ class RedisStore:
 
     def create(self, record: LayerRecord) -> bool:
         """Keep a new layer's record; return False, and change nothing, if its key exists."""
-        key, (found, _) = record.key, to_fields(record)
-        values = [each for pair in found.items() for each in pair]
-        return bool(self._run(scripts.CREATE, self._keys_and_index(key), key.name, key.namespace, *values))
+        return self.take_in(Whole(record, Remembered()))
 
     def delete(self, key: LayerKey) -> bool:
         """Forget a layer and its snapshots; return False if its key does not exist."""
@@ -375,7 +373,7 @@ class RedisStore:
 
 
 _PARTS = ("layer", "sessions", "turns", "snapshots", "taken", "deleted")
-_SCRIPTS = (scripts.LOOK, scripts.SWAP, scripts.CREATE, scripts.TAKE_IN, scripts.DELETE, scripts.SNAPSHOT)
+_SCRIPTS = (scripts.LOOK, scripts.SWAP, scripts.TAKE_IN, scripts.DELETE, scripts.SNAPSHOT)
 
 
 @functools.lru_cache(1 << 14)

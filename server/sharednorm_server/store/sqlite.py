@@ -131,15 +131,7 @@ class SqliteStore:
 
     def create(self, record: LayerRecord) -> bool:
         """Keep a new layer's record; return False, and change nothing, if its key exists."""
-        with self._lock:
-            if record.key in self._names:
-                return False
-            row = self._names[record.key] = self._next_row
-            self._next_row += 1
-            self._counts[record.key.namespace] += 1
-            change = self._begin(record.key, lambda: self._rows.insert(row, record), put=False)
-        change.wait()
-        return True
+        return self.take_in(Whole(record, Remembered()))
 
     def open_session(self) -> int:
         """Return the number of a new session."""
