@@ -1,7 +1,9 @@
 """Whose turn it is to move large tensors: many at a time share processors and caches, and all get less done than few.
 
 A turn is for tensors that move as fast as this machine can move them. One that waits for its network uses little of the
-machine, and does not keep others from their turns: it loses its own, and goes on without.
+machine, and does not keep others from their turns: it loses its own, and goes on without. What it moves then still
+uses the machine, so that those that have a turn may be slower by as much. Otherwise calls that are slow only because
+there are many would lose their turns to even more of them, for as long as any come.
 """
 
 from __future__ import annotations
@@ -29,21 +31,17 @@ class Turn:
     """One call's turn.
 
     Args:
-        clock: Tells the time in seconds.
+        movers: Who has given it.
+        due: When it is over unless something moves before.
     """
 
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
-        self._due = clock() + GRACE_SECONDS
-
-    @property
-    def due(self) -> float:
-        """When it is over unless more has moved."""
-        return self._due
+    def __init__(self, movers: Movers, due: float) -> None:
+        self._movers = movers
+        self.due = due
 
     def moved(self, nbytes: int) -> None:
-        """Say that so many more bytes have come, or go."""
-        self._due = min(self._due + nbytes / LEAST_RATE, self._clock() + MOST_SECONDS)
+        """Say that so many more bytes have come, or go, in this turn or after it was lost."""
+        self._movers.moved(self, nbytes)
 
 
 class Movers:
@@ -76,6 +74,16 @@ class Movers:
                     self._moving.remove(turn)
                     self._call_first()
 
+    def moved(self, turn: Turn, nbytes: int) -> None:
+        """Give a turn the time for what it has moved, or, if it is lost, all others for what went beside them."""
+        with self._lock:
+            latest = self._clock() + MOST_SECONDS
+            if turn in self._moving:
+                turn.due = min(turn.due + nbytes / LEAST_RATE, latest)
+                return
+            for other in self._moving:
+                other.due = min(other.due + nbytes / LEAST_RATE / self._most, latest)
+
     def _wait(self, wanted: Wanted) -> Turn:
         me, patience = threading.Event(), 0.0
         with self._lock:
@@ -84,7 +92,7 @@ class Movers:
             while True:
                 with self._lock:
                     if self._waiting[0] is me and self._room():
-                        turn = Turn(self._clock)
+                        turn = Turn(self, self._clock() + GRACE_SECONDS)
                         self._moving.append(turn)
                         break
                     me.clear()

@@ -88,6 +88,56 @@ def test_one_that_is_slow_loses_its_turn_and_one_that_is_fast_does_not() -> None
     assert not movers._moving
 
 
+@pytest.mark.parametrize("most", [1, 2])
+def test_what_moves_without_a_turn_slows_nobody_out_of_one(most: int) -> None:
+    clock = Clock()
+    movers, order = Movers(most, clock), list[int]()
+    with ExitStack() as stack:
+        slow = stack.enter_context(movers.turn(always))
+        clock.now += GRACE_SECONDS * 1.01
+        for _ in range(most):
+            stack.enter_context(movers.turn(always))  # the first of them finds the slow one overdue
+        waiting = Call(movers, order, 1)
+        waiting.start()
+        for _ in range(100):  # for a second, what uses the whole machine
+            clock.now += 0.01
+            slow.moved(int(most * LEAST_RATE * 0.01))
+        time.sleep(0.1)
+        assert order == []
+        for _ in range(100):  # for another one, half of it
+            clock.now += 0.01
+            slow.moved(int(most * LEAST_RATE * 0.005))
+        until(lambda: order == [1])
+    waiting.may_end.set()
+    waiting.join(10)
+    assert not movers._moving
+
+
+def test_calls_that_lost_their_turns_do_not_cost_others_theirs() -> None:
+    # A moment in which nothing moved has made two calls of one. Together they are as fast as one, each is too slow.
+    clock, machine = Clock(), 1.2 * LEAST_RATE
+    movers, order = Movers(1, clock), list[int]()
+    calls = [Call(movers, order, number) for number in range(6)]
+    with ExitStack() as stack:
+        moving = [stack.enter_context(movers.turn(always))]
+        clock.now += GRACE_SECONDS * 1.01
+        moving.append(stack.enter_context(movers.turn(always)))
+        for number, call in enumerate(calls):
+            call.start()
+            until(lambda number=number: len(movers._waiting) == number + 1)
+        for _ in range(100):
+            clock.now += 0.01
+            for turn in moving:
+                turn.moved(int(machine * 0.01 / len(moving)))
+        time.sleep(0.1)
+        assert order == []
+    for number, call in enumerate(calls):
+        until(lambda number=number: order == list(range(number + 1)))
+        call.may_end.set()
+        call.join(10)
+    assert not movers._moving
+
+
 def test_one_that_was_fast_and_stops_holds_the_others_up_for_a_moment_only() -> None:
     clock = Clock()
     movers, order = Movers(1, clock), list[int]()
