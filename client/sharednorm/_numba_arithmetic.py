@@ -44,8 +44,9 @@ class NumbaArithmetic:
         """Return the moments of a batch, per channel."""
         source = contiguous(x)
         call = _Forward(source, source, NOTHING, NOTHING, 0.0, wanted=False)
-        call.run(SUMS)
-        call.run(FINISH)
+        for task in _tasks(call.plan, threads.count):
+            if task != APPLY:
+                call.run(task)
         return call.moments
 
     def normalize(
@@ -193,7 +194,8 @@ class _Forward:
     def __init__(self, x: Array, y: Array, scale: Vector, bias: Vector, epsilon: float, *, wanted: bool = True) -> None:
         self.plan = _plan(x)
         channels = self.plan.channels
-        self._x, self._y, self._epsilon = x, y, float(epsilon)
+        self._memory, self._epsilon = (x, y), float(epsilon)  # which lives as long as its addresses are used
+        self._at = TAGS[check_dtype(x.dtype)], _address(x), _address(y), _streams(x, y)
         self._scale, self._bias = _own(scale, np.float32), _own(bias, np.float32)
         self._slots = np.empty((channels, self.plan.tiles, 2))
         self._mean, self._m2 = np.empty(channels), np.empty(channels)
@@ -206,10 +208,9 @@ class _Forward:
 
     def run(self, task: int, first: int = 0, items: int | None = None) -> None:
         """Do a task for its items, from `first` up to `items`, without it for all."""
-        plan, ticket = self.plan, np.full(1, first)
+        plan, ticket = self.plan, np.array((first,))
         items = items_of(plan, task) if items is None else items
-        tag, x, y = TAGS[check_dtype(self._x.dtype)], _address(self._x), _address(self._y)
-        streaming = _streams(self._x, self._y)
+        tag, x, y, streaming = self._at
 
         def work() -> None:
             _numba_forward.forward(tag, plan, task, items, ticket, x, y, self._slots, self._mean, self._m2, self._scale,
@@ -238,7 +239,7 @@ class _Backward:
 
     def run(self, task: int, first: int = 0, items: int | None = None) -> None:
         """Do a task for its items, from `first` up to `items`, without it for all."""
-        plan, ticket = self.plan, np.full(1, first)
+        plan, ticket = self.plan, np.array((first,))
         items = items_of(plan, task) if items is None else items
         tag, x, grad, y = TAGS[check_dtype(self.x.dtype)], _address(self.x), _address(self.grad), _address(self._y)
         streaming = _streams(self.x, self._y)

@@ -168,7 +168,8 @@ def forward(tag: Any, plan: Plan, task: int, items: int, ticket: Any, x: int, y:
         scale: Multiplier; float32 (C,).
         bias: Added after it; float32 (C,).
         epsilon: Added to the variance.
-        hi: The mean's upper part; float32 (C,), or (0,) if nothing but moments is wanted. So for the next two:
+        hi: The mean's upper part; float32 (C,), or (0,) if nothing but moments is wanted, and y is not written. So for
+            the next two:
         factor: What a deviation is multiplied by.
         offset: What is added then.
         streaming: Whether the output goes past the caches. Not if y is x.
@@ -183,7 +184,7 @@ def forward(tag: Any, plan: Plan, task: int, items: int, ticket: Any, x: int, y:
                 tile_moments(tag, plan, item, tile, x, slots, columns_mean, columns_m2)
             _finish(plan, item, slots, mean, m2, scale, bias, epsilon, hi, factor, offset)
             # The last tile read is the likeliest to be in the cache still.
-            for tile in range(plan.tiles - 1, -1, -1):
+            for tile in range(plan.tiles - 1 if len(hi) else -1, -1, -1):
                 _apply_tile(tag, plan, item, tile, x, y, hi, factor, offset, spare, streaming)
         elif task == SUMS:
             tile_moments(tag, plan, item // plan.tiles, item % plan.tiles, x, slots, columns_mean, columns_m2)

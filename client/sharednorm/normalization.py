@@ -25,6 +25,7 @@ Wide = npt.NDArray[np.float64]
 
 ARITHMETIC_VARIABLE = "SHAREDNORM_ARITHMETIC"
 INSTALL_NUMBA = "pip install 'sharednorm[fast]'"
+_LARGEST = float(np.finfo(np.float32).max)
 
 threads = Threads()
 """The one team of this process; what NumPy computes does not use it."""
@@ -266,5 +267,4 @@ def _split(mean: Wide) -> tuple[Vector, Wide]:
 
 def _clip(values: Wide) -> Vector:
     # A tiny epsilon and no variance give factors beyond float32; infinity times a deviation of 0 would be NaN.
-    largest = float(np.finfo(np.float32).max)
-    return np.clip(values, -largest, largest).astype(np.float32)
+    return np.minimum(np.maximum(values, -_LARGEST), _LARGEST).astype(np.float32)  # half the time of `np.clip`
