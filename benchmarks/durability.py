@@ -18,14 +18,16 @@ import argparse
 import contextlib
 import json
 import os
+import socket
 import subprocess
 import tempfile
 import time
+import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -59,6 +61,10 @@ GOALS = {
         for name, ms in SLOW_MS.items()
     },
     **{
+        f"{name}, shared": Goal(f"steps of 32 clients in one commit, each fsync {ms:g} ms longer")
+        for name, ms in SLOW_MS.items()
+    },
+    **{
         f"{name}, alone": Goal(
             f"what that adds to the step of one client alone, each fsync {ms:g} ms longer / one", most=1.1
         )
@@ -73,11 +79,15 @@ def rates() -> dict[str, Any]:
     with contextlib.ExitStack() as stack:
         # Beside the results: a temporary directory may well be in memory.
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=RESULTS.parent)))
+        pages = {name: f"127.0.0.1:{_free_port()}" for name in SLOW_MS}
         options = {
             "memory": (),
             "os": ("--state", f"sqlite://{directory}/os", "--durability", "os"),
             "fsync": ("--state", f"sqlite://{directory}/fsync", "--durability", "fsync"),
-            **{name: ("--state", f"sqlite://{directory}/{name}", "--durability", "fsync") for name in SLOW_MS},
+            **{
+                name: ("--state", f"sqlite://{directory}/{name}", "--durability", "fsync", "--http", page)
+                for name, page in pages.items()
+            },
         }
         store_of_one = stack.enter_context(contextlib.closing(SqliteStore(directory / "one", "fsync")))
         store_of_one.create(RECORD)
@@ -91,15 +101,18 @@ def rates() -> dict[str, Any]:
             addresses = [servers[store].address for store in STORES]
             words = ["benchmarks.durability", "client", str(SECONDS), str(threads), *addresses]
             with started([words] * clients) as trainers:
+                before = {store: _kept(page) for store, page in pages.items()}
                 for _ in range(ROUNDS):
                     for index, store in enumerate(STORES):
                         rounds[store].append(_round(trainers, index))
                     found.setdefault("fsync of the disk", []).extend(_fsyncs(directory))
                     found.setdefault("commit", []).extend(_commits(store_of_one))
+                together = {store: _kept(page) - before[store] for store, page in pages.items()}
             found[name] = {
                 store: {
                     "steps a second": median(each["steps a second"] for each in rounds[store]),
                     "ms": summary([ms for each in rounds[store] for ms in each["ms"]]),
+                    **({"changes a commit": together[store].share} if store in together else {}),
                 }
                 for store in STORES
             }
@@ -120,11 +133,40 @@ def ratios(found: dict[str, Any]) -> dict[str, float]:
         "alone": (alone["fsync"]["ms"]["p50"] - alone["memory"]["ms"]["p50"]) / found["commit"]["p50"],
         "alone, fsync": (alone["fsync"]["ms"]["p50"] - alone["memory"]["ms"]["p50"]) / one,
         **{f"{name}, 32": many[name]["steps a second"] * ms / 1e3 for name, ms in slow.items()},
+        **{f"{name}, shared": many[name]["changes a commit"] for name in SLOW_MS},
         **{
             f"{name}, alone": (alone[name]["ms"]["p50"] - alone["memory"]["ms"]["p50"]) / ms
             for name, ms in slow.items()
         },
     }
+
+
+class Kept(NamedTuple):
+    """What a store has done: its transactions, and the changes in them."""
+
+    commits: float
+    changes: float
+
+    def __sub__(self, before: Kept) -> Kept:
+        """Return what it has done since."""
+        return Kept(self.commits - before.commits, self.changes - before.changes)
+
+    @property
+    def share(self) -> float:
+        """How many changes share a transaction."""
+        return self.changes / self.commits
+
+
+def _kept(page: str) -> Kept:
+    with urllib.request.urlopen(f"http://{page}/metrics", timeout=10) as answer:
+        lines = dict(line.rsplit(" ", 1) for line in answer.read().decode().splitlines() if line[0] != "#")
+    return Kept(float(lines["sharednorm_store_commits_total"]), float(lines["sharednorm_store_changes_total"]))
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port: int = free.getsockname()[1]
+        return port
 
 
 @contextlib.contextmanager

@@ -122,17 +122,56 @@ def test_one_that_comes_alone_waits_for_nobody(store: SqliteStore, monkeypatch: 
     assert waits == []
 
 
-def test_those_who_do_not_come_are_waited_for_seldom(store: SqliteStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    waited: list[bool] = []
+@pytest.fixture
+def waited(store: SqliteStore, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether each wait for others was ended by their coming."""
+    found: list[bool] = []
     real = store._gathered.wait
 
     def wait(seconds: float | None = None) -> bool:
-        waited.append(real(seconds))
-        return waited[-1]
+        found.append(real(seconds))
+        return found[-1]
 
     monkeypatch.setattr(store._gathered, "wait", wait)
+    return found
+
+
+def test_those_who_do_not_come_are_waited_for_seldom(
+    store: SqliteStore, monkeypatch: pytest.MonkeyPatch, waited: list[bool]
+) -> None:
     slowly(store, monkeypatch, lambda _: time.sleep(0.01))
     for _ in range(9):
         store._siblings, store._until = 4, time.perf_counter() + 0.01  # as after a commit of four
         keep(store, "a").join(10)
     assert waited == [False]
+
+
+def test_those_of_whom_most_come_are_waited_for_each_time(
+    store: SqliteStore, monkeypatch: pytest.MonkeyPatch, waited: list[bool]
+) -> None:
+    slowly(store, monkeypatch, lambda _: time.sleep(0.01))
+    for _ in range(5):
+        store._siblings, store._until = 4, time.perf_counter() + 0.05
+        for thread in [keep(store, name) for name in "ab"]:
+            thread.join(10)
+    assert waited == 5 * [False]
+
+
+def test_many_that_come_at_once_are_waited_for_whatever_was_before(
+    store: SqliteStore, monkeypatch: pytest.MonkeyPatch, waited: list[bool]
+) -> None:
+    store._without, store._siblings = 8, 1  # as after a commit of one that was waited for in vain
+    threads: list[threading.Thread] = []
+
+    def others(commit: int) -> None:
+        time.sleep(0.01)
+        if not commit:
+            threads.extend(keep(store, name) for name in "bcd")
+            until(lambda: len(store._waiting) == 3)
+
+    slowly(store, monkeypatch, others)
+    for thread in [keep(store, "a")]:
+        thread.join(10)
+    assert store._siblings == 4
+    threads[0].join(10)
+    assert waited == [False]  # three of the four came

@@ -44,7 +44,8 @@ BACKUPS = "backups"
 # Changes in one transaction; the others wait for the next.
 _MOST_CHANGES = 256
 # A commit that takes longer than this is one of a slow disk, and the next one is worth a wait for others: for this part
-# of what the last one took, behind its end. If they do not come, so many commits do not wait for them.
+# of what the last one took, behind its end. If less than half of them come, so many commits do not wait for them,
+# unless there are suddenly others.
 _SLOW_SECONDS = 2e-3
 _PATIENCE = 1.5
 _COMMITS_WITHOUT = 8
@@ -347,7 +348,9 @@ class SqliteStore:
                 return
             self._gathered.clear()
         if not self._gathered.wait(left):
-            self._without = _COMMITS_WITHOUT
+            with self._lock:
+                if len(self._waiting) < self._siblings / 2:
+                    self._without = _COMMITS_WITHOUT
 
     def _hand_over(self) -> None:
         with self._lock:
@@ -380,7 +383,10 @@ class SqliteStore:
             self.counts = StoreCounts(before.commits + 1, before.changes + len(batch), before.seconds + took)
             kept = True
             with self._lock:
-                self._siblings = len(batch) + len(self._waiting)
+                siblings = len(batch) + len(self._waiting)
+                if siblings > 2 * self._siblings:
+                    self._without = 0
+                self._siblings = siblings
                 self._until = begin + took * (1 + _PATIENCE) if took > _SLOW_SECONDS else 0.0
         except StoreFailed:
             pass  # which those hear of that wait
