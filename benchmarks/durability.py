@@ -9,7 +9,8 @@ processes on this machine; each has layers of its own, and takes steps whose ten
 (`compute="client"`), so that what is measured is the state and not the tensors.
 
 `python -m benchmarks.durability client SECONDS THREADS ADDRESS...` is one client, of which each thread is one trainer:
-it reads the number of an address, trains there for so long, prints what each step took, and reads the next.
+it reads the number of an address, trains there for so long, prints what each step took, and reads the next. `python -m
+benchmarks.durability disk DIRECTORY` tells what an fsync takes there, and a commit of a step by nobody but one thread.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import json
 import os
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 import urllib.request
@@ -34,18 +36,22 @@ import numpy as np
 import sharednorm
 from benchmarks.datapath import Goal
 from benchmarks.remote import machine, server, summary
-from benchmarks.trainers import obey, started, steps_at
+from benchmarks.trainers import obey, started, steps_at, told
 from sharednorm.config import LayerConfig, LayerKind
-from sharednorm.state import initial_state
+from sharednorm.state import Moments, initial_state
+from sharednorm_server.ledger import step_change
 from sharednorm_server.store import LayerKey, LayerRecord
+from sharednorm_server.store.changes import CallKey, Note
 from sharednorm_server.store.sqlite import SqliteStore
 
 MAPS = 64
-SECONDS, ROUNDS = 1.5, 5
+SECONDS, ROUNDS, PROBES = 1.5, 5, 15
 RESULTS = Path(__file__).parent / "results" / "durability.json"
 SLOW_MS = {"slow": 16.0, "slower": 40.0}
-STORES = ("memory", "os", "fsync", *SLOW_MS)
+DISKS = ("fsync", *SLOW_MS)
+STORES = ("memory", "os", *DISKS)
 _CONFIG = LayerConfig(LayerKind.BATCH_NORM, MAPS)
+BATCH = Moments(8, np.zeros(MAPS), np.ones(MAPS))
 RECORD = LayerRecord(LayerKey("default", "one", "one"), _CONFIG, initial_state(_CONFIG, 0.1, np.random.default_rng(0)))
 
 GOALS = {
@@ -66,7 +72,7 @@ GOALS = {
     },
     **{
         f"{name}, alone": Goal(
-            f"what that adds to the step of one client alone, each fsync {ms:g} ms longer / one", most=1.1
+            f"what it adds to the step of one client alone, each fsync {ms:g} ms longer / one commit", most=1.1
         )
         for name, ms in SLOW_MS.items()
     },
@@ -76,6 +82,7 @@ GOALS = {
 def rates() -> dict[str, Any]:
     """Measure steps a second and latencies of one, 8 and 32 clients with each store, and fsyncs of the same disk."""
     found: dict[str, Any] = {}
+    alone: dict[str, dict[str, list[float]]] = {}
     with contextlib.ExitStack() as stack:
         # Beside the results: a temporary directory may well be in memory.
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=RESULTS.parent)))
@@ -89,12 +96,13 @@ def rates() -> dict[str, Any]:
                 for name, page in pages.items()
             },
         }
-        store_of_one = stack.enter_context(contextlib.closing(SqliteStore(directory / "one", "fsync")))
-        store_of_one.create(RECORD)
-        servers = {}
+        servers, probes = {}, {}
         for store in STORES:
             with _slow(directory, SLOW_MS[store]) if store in SLOW_MS else contextlib.nullcontext():
                 servers[store] = stack.enter_context(server("127.0.0.1:0", *options[store]))
+                if store in DISKS:
+                    words = ["benchmarks.durability", "disk", f"{directory}/probe-{store}"]
+                    (probes[store],) = stack.enter_context(started([words]))
         for clients, threads in ((1, 1), (8, 1), (8, 4)):
             name = f"{clients * threads} clients" if clients > 1 else "1 client"
             rounds: dict[str, list[dict[str, Any]]] = {store: [] for store in STORES}
@@ -105,8 +113,9 @@ def rates() -> dict[str, Any]:
                 for _ in range(ROUNDS):
                     for index, store in enumerate(STORES):
                         rounds[store].append(_round(trainers, index))
-                    found.setdefault("fsync of the disk", []).extend(_fsyncs(directory))
-                    found.setdefault("commit", []).extend(_commits(store_of_one))
+                    for store, probe in probes.items():
+                        for what, taken in told(probe, "measure").items():
+                            alone.setdefault(what, {}).setdefault(store, []).extend(taken)
                 together = {store: _kept(page) - before[store] for store, page in pages.items()}
             found[name] = {
                 store: {
@@ -116,28 +125,27 @@ def rates() -> dict[str, Any]:
                 }
                 for store in STORES
             }
-        for name in ("fsync of the disk", "commit"):
-            found[name] = summary(found[name])
+    for what, disks in alone.items():
+        found[what] = {store: {"ms": summary(taken)} for store, taken in disks.items()}
     return found
 
 
 def ratios(found: dict[str, Any]) -> dict[str, float]:
     """Return the figures."""
-    eight, many, alone = found["8 clients"], found["32 clients"], found["1 client"]
-    one = found["fsync of the disk"]["p50"]
-    slow = {name: one + ms for name, ms in SLOW_MS.items()}
+    eight, many = found["8 clients"], found["32 clients"]
+
+    def of(what: str, store: str) -> float:
+        return float(found[what][store]["ms"]["p50"])
+
+    added = {store: of("1 client", store) - of("1 client", "memory") for store in DISKS}
     return {
         "os": eight["os"]["steps a second"] / eight["memory"]["steps a second"],
         "fsync, 8": eight["fsync"]["steps a second"] / eight["memory"]["steps a second"],
-        "fsync, 32": many["fsync"]["steps a second"] * one / 1e3,
-        "alone": (alone["fsync"]["ms"]["p50"] - alone["memory"]["ms"]["p50"]) / found["commit"]["p50"],
-        "alone, fsync": (alone["fsync"]["ms"]["p50"] - alone["memory"]["ms"]["p50"]) / one,
-        **{f"{name}, 32": many[name]["steps a second"] * ms / 1e3 for name, ms in slow.items()},
+        **{f"{store}, 32": many[store]["steps a second"] * of("one fsync", store) / 1e3 for store in DISKS},
+        "alone": added["fsync"] / of("one commit", "fsync"),
+        "alone, fsync": added["fsync"] / of("one fsync", "fsync"),
         **{f"{name}, shared": many[name]["changes a commit"] for name in SLOW_MS},
-        **{
-            f"{name}, alone": (alone[name]["ms"]["p50"] - alone["memory"]["ms"]["p50"]) / ms
-            for name, ms in slow.items()
-        },
+        **{f"{name}, alone": added[name] / of("one commit", name) for name in SLOW_MS},
     }
 
 
@@ -187,25 +195,40 @@ def _round(clients: Sequence[subprocess.Popen[str]], index: int) -> dict[str, An
     return {"steps a second": len(taken) / SECONDS, "ms": taken}
 
 
-def _fsyncs(directory: Path) -> Iterator[float]:
-    """Yield what it takes, in ms, until 4 KiB more of a file are on the disk."""
+def disk(directory: Path) -> None:
+    """Tell, whenever that is asked for, what some fsyncs and some commits took, in ms."""
+    directory.mkdir()
+    with contextlib.closing(SqliteStore(directory, "fsync")) as store:
+        store.create(RECORD)
+        print("ready", flush=True)
+        for _ in sys.stdin:
+            print(json.dumps({"one fsync": _fsyncs(directory), "one commit": _commits(store)}), flush=True)
+
+
+def _fsyncs(directory: Path) -> list[float]:
+    """Return what it takes until 4 KiB more of a file are on the disk."""
+    taken = []
     with (directory / "probe").open("wb", buffering=0) as file:
-        for _ in range(30):
+        for _ in range(PROBES):
             file.write(bytes(4096))
             begin = time.perf_counter()
             os.fsync(file.fileno())
-            yield 1e3 * (time.perf_counter() - begin)
+            taken.append(1e3 * (time.perf_counter() - begin))
+    return taken
 
 
-def _commits(store: SqliteStore) -> Iterator[float]:
-    """Yield what it takes, in ms, until a state as large as the clients' is kept, by nobody but this thread."""
-    for number in range(30):
-        record = RECORD.with_state(replace(RECORD.state, num_of_props=number))
+def _commits(store: SqliteStore) -> list[float]:
+    """Return what it takes until a step of a state as large as the clients' is kept, by nobody but this thread."""
+    taken = []
+    for number in range(1, PROBES + 1):
+        record = RECORD.with_state(replace(RECORD.state, num_of_props=number, version=number))
+        note = Note(bytes(16), step_change(CallKey(bytes(16), number), "", BATCH, record.state))
         begin = time.perf_counter()
-        kept = store.put(record)
+        kept = store.put(record, note)
         assert kept is not None
         kept.wait()
-        yield 1e3 * (time.perf_counter() - begin)
+        taken.append(1e3 * (time.perf_counter() - begin))
+    return taken
 
 
 def client(addresses: list[str], seconds: float, threads: int) -> None:
@@ -229,7 +252,12 @@ def main() -> None:
     one.add_argument("seconds", type=float)
     one.add_argument("threads", type=int)
     one.add_argument("addresses", nargs="+")
+    probe = commands.add_parser("disk")
+    probe.add_argument("directory", type=Path)
     arguments = parser.parse_args()
+    if arguments.command == "disk":
+        disk(arguments.directory)
+        return
     if arguments.command == "client":
         client(arguments.addresses, arguments.seconds, arguments.threads)
         return
@@ -240,11 +268,9 @@ def main() -> None:
         for name, goal in GOALS.items()
     ]
     for name, row in report["rates"].items():
-        if "p50" in row:
-            print(f"{name:12} {row['p50']:.3f} ms  ({row['p10']:.3f} to {row['p90']:.3f})")
-            continue
         for store, found in row.items():
-            print(f"{name:12} {store:8} {found['steps a second']:8.0f} a second, p50 {found['ms']['p50']:.3f} ms")
+            rate = f"{found['steps a second']:8.0f} a second, " if "steps a second" in found else ""
+            print(f"{name:12} {store:8} {rate}p50 {found['ms']['p50']:.3f} ms")
     print()
     for line in report["goals"]:
         goal = f"  (goal {line['goal']}{'' if line['met'] else ': not met'})" if line["goal"] else ""

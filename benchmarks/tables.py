@@ -122,7 +122,7 @@ def kept_table(report: dict[str, Any]) -> str:
         for store in ("memory", "os", "fsync"):
             found = rates[clients][store]
             cells += [f"{found['steps a second']:.0f}", _ms(found["ms"]["p50"])]
-        lines.append(_line([*cells, _ms(rates["fsync of the disk"]["p50"])]))
+        lines.append(_line([*cells, _ms(rates["one fsync"]["fsync"]["ms"]["p50"])]))
     return "\n".join(lines)
 
 

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import sharednorm
 from sharednorm.config import Array
@@ -50,6 +51,14 @@ def steps_at(clients: Sequence[subprocess.Popen[str]], place: int) -> list[float
         each.stdin.write(f"{place}\n")
         each.stdin.flush()
     return [ms for each in clients for ms in json.loads(_line_of(each))]
+
+
+def told(process: subprocess.Popen[str], line: str) -> Any:
+    """Send a process a line, and return what it answers."""
+    assert process.stdin is not None
+    process.stdin.write(f"{line}\n")
+    process.stdin.flush()
+    return json.loads(_line_of(process))
 
 
 def _line_of(client: subprocess.Popen[str]) -> str:
