@@ -15,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,6 +24,7 @@ import numpy as np
 import sharednorm
 from benchmarks.echo import EchoClient, cut
 from benchmarks.flight_echo import FlightClient, check
+from benchmarks.goals import Goal
 from benchmarks.one_call import forget_peak, peak_bytes
 from benchmarks.remote import Calls, Server, machine, measure, process, server, torch_calls
 from benchmarks.remote_module import SHAPE, alone, remote_module
@@ -37,31 +37,6 @@ LOAD_SECONDS = 6.0
 SIZE_ROUNDS = 5
 GB = 1_000_000_000
 RESULTS = Path(__file__).parent / "results" / "datapath.json"
-
-
-@dataclass(frozen=True)
-class Goal:
-    """One line of the table.
-
-    Attributes:
-        what: What is divided by what.
-        most: The ratio that is to be reached, or less; None if `least` is there.
-        least: The ratio that is to be reached, or more. If neither is there, any ratio will do.
-    """
-
-    what: str
-    most: float | None = None
-    least: float | None = None
-
-    def met(self, ratio: float) -> bool:
-        """Return whether a ratio reaches the goal."""
-        return ratio <= self.most if self.most is not None else ratio >= (self.least or 0.0)
-
-    def words(self) -> str:
-        """Return the goal as it is printed."""
-        if self.most is not None:
-            return f"<= {self.most:g}"
-        return "" if self.least is None else f">= {self.least:g}"
 
 
 GOALS = {

@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import sharednorm
-from benchmarks.datapath import Goal
+from benchmarks.goals import Goal
 from benchmarks.remote import machine, server, summary
 from benchmarks.trainers import obey, started, steps_at, told
 from sharednorm.config import LayerConfig, LayerKind

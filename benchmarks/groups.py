@@ -26,7 +26,7 @@ import numpy as np
 
 import sharednorm
 from benchmarks.counting_proxy import HERE, THERE, CountingProxy, counting
-from benchmarks.datapath import Goal
+from benchmarks.goals import Goal
 from benchmarks.remote import machine, measure, server, summary, torch_calls
 
 ALONE_SHAPE = (32, 64, 56, 56)

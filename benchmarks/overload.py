@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 import sharednorm
-from benchmarks.datapath import Goal
+from benchmarks.goals import Goal
 from benchmarks.remote import machine, server
 from sharednorm.config import Array
 

@@ -36,7 +36,7 @@ import numpy as np
 import redis
 
 import sharednorm
-from benchmarks.datapath import Goal
+from benchmarks.goals import Goal
 from benchmarks.remote import machine, server
 from benchmarks.trainers import obey, started, steps_at
 from sharednorm.config import LayerConfig, LayerKind
