@@ -45,7 +45,7 @@ from sharednorm_server.store.changes import CallKey, Note
 from sharednorm_server.store.sqlite import SqliteStore
 
 MAPS = 64
-SECONDS, ROUNDS, PROBES = 1.5, 5, 15
+SECONDS, ROUNDS, PROBES = 4.0, 3, 25
 RESULTS = Path(__file__).parent / "results" / "durability.json"
 SLOW_MS = {"slow": 16.0, "slower": 40.0}
 DISKS = ("fsync", *SLOW_MS)
