@@ -55,6 +55,13 @@ def keep(store: SqliteStore, name: str) -> threading.Thread:
     return thread
 
 
+def ended(*threads: threading.Thread) -> None:
+    """Wait for threads, none of which hangs."""
+    for thread in threads:
+        thread.join(30)
+        assert not thread.is_alive()
+
+
 def until(condition: Callable[[], bool]) -> None:
     end = time.monotonic() + 10
     while not condition():
@@ -77,20 +84,16 @@ def test_nobody_whose_change_is_kept_waits_for_another_commit(
     together = [keep(store, "b"), keep(store, "c")]
     until(lambda: len(store._waiting) == 2)
     gates[0].set()
-    first.join(10)
-    assert not first.is_alive()
+    ended(first)
     assert reached[1].wait(10)  # both are in it
     last = keep(store, "d")
     until(lambda: len(store._waiting) == 1)
     gates[1].set()
     assert reached[2].wait(10)
-    for each in together:
-        each.join(10)
-        assert not each.is_alive()
+    ended(*together)
     assert last.is_alive()
     gates[2].set()
-    last.join(10)
-    assert not last.is_alive()
+    ended(last)
 
 
 def test_on_a_slow_disk_those_who_come_back_share_each_commit(
@@ -101,13 +104,12 @@ def test_on_a_slow_disk_those_who_come_back_share_each_commit(
 
     def train(name: str) -> None:
         for _ in range(rounds):
-            keep(store, name).join(10)
+            ended(keep(store, name))
 
     threads = [threading.Thread(target=train, args=(name,)) for name in "abcd"]
     for thread in threads:
         thread.start()
-    for thread in threads:
-        thread.join(30)
+    ended(*threads)
     commits, changes = store.counts.commits - before.commits, store.counts.changes - before.changes
     assert changes == 4 * rounds
     assert commits < 1.6 * rounds  # two cohorts would need twice as many as there are rounds
@@ -118,7 +120,7 @@ def test_one_that_comes_alone_waits_for_nobody(store: SqliteStore, monkeypatch: 
     monkeypatch.setattr(store._gathered, "wait", waits.append)
     slowly(store, monkeypatch, lambda _: time.sleep(0.01))
     for _ in range(5):
-        keep(store, "a").join(10)
+        ended(keep(store, "a"))
     assert waits == []
 
 
@@ -142,7 +144,7 @@ def test_those_who_do_not_come_are_waited_for_seldom(
     slowly(store, monkeypatch, lambda _: time.sleep(0.01))
     for _ in range(9):
         store._siblings, store._until = 4, time.perf_counter() + 0.01  # as after a commit of four
-        keep(store, "a").join(10)
+        ended(keep(store, "a"))
     assert waited == [False]
 
 
@@ -152,8 +154,7 @@ def test_those_of_whom_most_come_are_waited_for_each_time(
     slowly(store, monkeypatch, lambda _: time.sleep(0.01))
     for _ in range(5):
         store._siblings, store._until = 4, time.perf_counter() + 0.05
-        for thread in [keep(store, name) for name in "ab"]:
-            thread.join(10)
+        ended(*[keep(store, name) for name in "ab"])
     assert waited == 5 * [False]
 
 
@@ -170,8 +171,7 @@ def test_many_that_come_at_once_are_waited_for_whatever_was_before(
             until(lambda: len(store._waiting) == 3)
 
     slowly(store, monkeypatch, others)
-    for thread in [keep(store, "a")]:
-        thread.join(10)
+    ended(keep(store, "a"))
     assert store._siblings == 4
-    threads[0].join(10)
+    ended(*threads)
     assert waited == [False]  # three of the four came
