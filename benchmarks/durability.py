@@ -36,7 +36,7 @@ import numpy as np
 import sharednorm
 from benchmarks.goals import Goal
 from benchmarks.remote import machine, server, summary
-from benchmarks.trainers import obey, started, steps_at, told
+from benchmarks.trainers import answer_of, obey, started, steps_at
 from sharednorm.config import LayerConfig, LayerKind
 from sharednorm.state import Moments, initial_state
 from sharednorm_server.ledger import step_change
@@ -114,7 +114,7 @@ def rates() -> dict[str, Any]:
                     for index, store in enumerate(STORES):
                         rounds[store].append(_round(trainers, index))
                     for store, probe in probes.items():
-                        for what, taken in told(probe, "measure").items():
+                        for what, taken in answer_of(probe, "measure").items():
                             alone.setdefault(what, {}).setdefault(store, []).extend(taken)
                 together = {store: _kept(page) - before[store] for store, page in pages.items()}
             found[name] = {

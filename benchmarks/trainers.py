@@ -1,6 +1,6 @@
-"""Client processes that train when they are told to: what `durability` and `servers` measure with.
+"""Processes that measure when they are told to: those of `durability` and `servers`.
 
-Each reads the number of a place, trains there for so long, prints what each step took, and reads the next.
+A client reads the number of a place, trains there for so long, prints what each step took, and reads the next.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sharednorm.config import Array
 
 @contextlib.contextmanager
 def started(commands: Sequence[Sequence[str]]) -> Iterator[list[subprocess.Popen[str]]]:
-    """Run modules of Python as clients, each with its arguments, and wait until all are ready.
+    """Run modules of Python, each with its arguments, and wait until all are ready.
 
     Raises:
         RuntimeError: One has not started.
@@ -37,7 +37,7 @@ def started(commands: Sequence[Sequence[str]]) -> Iterator[list[subprocess.Popen
         try:
             for each in clients:
                 if _line_of(each) != "ready\n":
-                    raise RuntimeError("a client did not start")
+                    raise RuntimeError("a process did not start")
             yield clients
         finally:
             for each in clients:
@@ -47,18 +47,20 @@ def started(commands: Sequence[Sequence[str]]) -> Iterator[list[subprocess.Popen
 def steps_at(clients: Sequence[subprocess.Popen[str]], place: int) -> list[float]:
     """Have all clients train at a place at once; return what each step took, in ms."""
     for each in clients:
-        assert each.stdin is not None
-        each.stdin.write(f"{place}\n")
-        each.stdin.flush()
+        _tell(each, str(place))
     return [ms for each in clients for ms in json.loads(_line_of(each))]
 
 
-def told(process: subprocess.Popen[str], line: str) -> Any:
+def answer_of(process: subprocess.Popen[str], line: str) -> Any:
     """Send a process a line, and return what it answers."""
+    _tell(process, line)
+    return json.loads(_line_of(process))
+
+
+def _tell(process: subprocess.Popen[str], line: str) -> None:
     assert process.stdin is not None
     process.stdin.write(f"{line}\n")
     process.stdin.flush()
-    return json.loads(_line_of(process))
 
 
 def _line_of(client: subprocess.Popen[str]) -> str:

@@ -33,6 +33,9 @@ class Turn:
     Args:
         movers: Who has given it.
         due: When it is over unless something moves before.
+
+    Attributes:
+        due: The same, as it is now.
     """
 
     def __init__(self, movers: Movers, due: float) -> None:
