@@ -29,7 +29,7 @@ from benchmarks.one_call import forget_peak, peak_bytes
 from benchmarks.remote import Calls, Server, machine, measure, process, server, torch_calls
 from benchmarks.remote_module import SHAPE, alone, remote_module
 from benchmarks.socket_echo import SocketClient
-from sharednorm.config import Array
+from sharednorm.core.types import Array
 
 TINY = (8, 16, 4, 4)
 CLIENTS = 8

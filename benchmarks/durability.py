@@ -37,8 +37,9 @@ import sharednorm
 from benchmarks.goals import Goal
 from benchmarks.remote import machine, server, summary
 from benchmarks.trainers import answer_of, obey, started, steps_at
-from sharednorm.config import LayerConfig, LayerKind
-from sharednorm.state import Moments, initial_state
+from sharednorm.core.layer_config import LayerConfig
+from sharednorm.core.state import Moments, initial_state
+from sharednorm.core.types import LayerKind
 from sharednorm_server.ledger import step_change
 from sharednorm_server.store import LayerKey, LayerRecord
 from sharednorm_server.store.changes import CallKey, Note

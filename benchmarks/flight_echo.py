@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import flight
 
-from sharednorm.config import Array
+from sharednorm.core.types import Array
 
 
 class FlightClient:

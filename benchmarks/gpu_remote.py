@@ -22,7 +22,7 @@ import torch
 import sharednorm
 from benchmarks.gpu import about, result_file
 from benchmarks.remote import Calls, measure, server, torch_calls
-from sharednorm.config import Array
+from sharednorm.core.types import Array
 
 SHAPES = ((8, 16, 4, 4), (16, 64, 14, 14), (32, 64, 56, 56), (32, 256, 56, 56))
 

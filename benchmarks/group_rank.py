@@ -16,10 +16,11 @@ import torch
 
 import sharednorm
 from benchmarks import gloo_batch_norm
-from sharednorm import convert
-from sharednorm.config import Array
-from sharednorm.normalization import arithmetic, set_num_threads
-from sharednorm.state import Moments
+from sharednorm.arithmetic.select import arithmetic
+from sharednorm.arithmetic.thread_pool import set_num_threads
+from sharednorm.codec import convert
+from sharednorm.core.state import Moments
+from sharednorm.core.types import Array
 from sharednorm.v1 import layer_pb2
 
 SHAPE = (16, 64, 56, 56)

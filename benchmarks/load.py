@@ -15,7 +15,7 @@ import numpy as np
 
 import sharednorm
 from benchmarks.echo import EchoClient, cut
-from sharednorm import wire
+from sharednorm.codec import wire
 
 
 def _call(kind: str, address: str, shape: tuple[int, ...]) -> Callable[[], Any]:

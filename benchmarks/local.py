@@ -21,8 +21,10 @@ import torch
 
 from benchmarks.remote import machine, summary
 from sharednorm import BatchNorm2D
-from sharednorm.config import Array
-from sharednorm.normalization import Arithmetic, arithmetic, set_num_threads
+from sharednorm.arithmetic.base import Arithmetic
+from sharednorm.arithmetic.select import arithmetic
+from sharednorm.arithmetic.thread_pool import set_num_threads
+from sharednorm.core.types import Array
 
 SHAPES = (
     (32, 64, 112, 112),

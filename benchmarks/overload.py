@@ -23,7 +23,7 @@ import numpy as np
 import sharednorm
 from benchmarks.goals import Goal
 from benchmarks.remote import machine, server
-from sharednorm.config import Array
+from sharednorm.core.types import Array
 
 SHAPE = (64, 16, 128, 128)
 NBYTES = 64 << 20

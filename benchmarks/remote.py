@@ -25,8 +25,8 @@ import numpy as np
 
 import sharednorm
 from benchmarks.echo import EchoClient, cut
-from sharednorm import wire
-from sharednorm.config import Array
+from sharednorm.codec import wire
+from sharednorm.core.types import Array
 
 SHAPES = (
     (8, 16, 4, 4),

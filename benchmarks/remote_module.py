@@ -21,7 +21,7 @@ from torch.distributed import rpc
 from torch.distributed.nn.api.remote_module import RemoteModule
 
 from benchmarks.remote import measure
-from sharednorm.config import Array
+from sharednorm.core.types import Array
 
 SHAPE = (32, 64, 56, 56)
 

@@ -39,9 +39,10 @@ import sharednorm
 from benchmarks.goals import Goal
 from benchmarks.remote import machine, server
 from benchmarks.trainers import obey, started, steps_at
-from sharednorm.config import LayerConfig, LayerKind
-from sharednorm.normalization import arithmetic
-from sharednorm.state import Moments, initial_state, step
+from sharednorm.arithmetic.select import arithmetic
+from sharednorm.core.layer_config import LayerConfig
+from sharednorm.core.state import Moments, initial_state, step
+from sharednorm.core.types import LayerKind
 from sharednorm_server.store import LayerKey, LayerRecord
 from sharednorm_server.store.changes import LastChange, Note, TakenStep
 from sharednorm_server.store.redis import RedisStore

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import sharednorm
-from sharednorm.config import Array
+from sharednorm.core.types import Array
 
 
 @contextlib.contextmanager

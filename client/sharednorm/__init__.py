@@ -11,10 +11,8 @@ import os
 # whenever a process forks during a call, and then do nothing. See `connect` for what a forked child may do.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
-from sharednorm._connect import connect
-from sharednorm._credentials import TLS
-from sharednorm._group import Group
 from sharednorm._version import __version__
+from sharednorm.coordination.group import Group
 from sharednorm.errors import (
     BackupFailed,
     BackwardInEval,
@@ -58,9 +56,11 @@ from sharednorm.errors import (
     Unauthenticated,
     UnsupportedDType,
 )
-from sharednorm.hub import Hub, LayerInfo, Progress, ServerInfo, SnapshotInfo
-from sharednorm.layers import BatchNorm, BatchNorm1D, BatchNorm2D, BatchNorm3D, Layer, Variable
-from sharednorm.statistics import Statistics, StatisticsDelta
+from sharednorm.layers.local import BatchNorm, BatchNorm1D, BatchNorm2D, BatchNorm3D, Layer, Variable
+from sharednorm.layers.statistics import Statistics, StatisticsDelta
+from sharednorm.remote.connect import connect
+from sharednorm.remote.hub import Hub, LayerInfo, Progress, ServerInfo, SnapshotInfo
+from sharednorm.transport.credentials import TLS
 
 __all__ = [
     "TLS",
@@ -122,3 +122,10 @@ __all__ = [
     "__version__",
     "connect",
 ]
+
+# The public classes and functions belong to this package, whichever module defines them: tracebacks, help() and pickles
+# name `sharednorm`, and survive a move of that module.
+for _name in __all__:
+    if callable(_public := globals()[_name]):
+        _public.__module__ = __name__
+del _name, _public

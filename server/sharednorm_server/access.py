@@ -24,7 +24,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from urllib.parse import quote, unquote
 
-from sharednorm.config import DEFAULT_NAMESPACE, check_namespace
+from sharednorm.core.limits import DEFAULT_NAMESPACE
+from sharednorm.core.validation import check_namespace
 from sharednorm.errors import InvalidConfiguration, InvalidName, PermissionDenied, Unauthenticated
 from sharednorm_server.config import StartError
 

@@ -15,10 +15,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from sharednorm.config import Averaging, LayerConfig, LayerKind, NonFinitePolicy, check_name
+from sharednorm.core.layer_config import LayerConfig
+from sharednorm.core.state import blank_state
+from sharednorm.core.types import Averaging, LayerKind, NonFinitePolicy
+from sharednorm.core.validation import check_name
 from sharednorm.errors import ConfigurationMismatch, InvalidFile, LayerNotFound
-from sharednorm.files import save, write_whole
-from sharednorm.state import blank_state
+from sharednorm.files.state_file import save, write_whole
 from sharednorm_server.commands import FAILED, Commands, add_json, add_server, connect, say, shown, telling_of_files
 
 if TYPE_CHECKING:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from sharednorm import convert
-from sharednorm.config import DEFAULT_NAMESPACE, MAX_BATCH_ENTRIES, MAX_BATCH_MAPS
+from sharednorm.codec import convert
+from sharednorm.core.limits import DEFAULT_NAMESPACE, MAX_BATCH_ENTRIES, MAX_BATCH_MAPS
 from sharednorm.errors import CallCancelled, LimitExceeded
 from sharednorm.v1 import layer_pb2, service_pb2
 from sharednorm_server.calls import known_error

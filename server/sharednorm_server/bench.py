@@ -19,7 +19,7 @@ from sharednorm_server.config import parse_size
 
 if TYPE_CHECKING:
     from sharednorm import Hub, Layer, Progress
-    from sharednorm.config import Array
+    from sharednorm.core.types import Array
 
 MAPS = 64
 _SPACES = ((4, 4), (28, 28), (56, 56))

@@ -14,7 +14,7 @@ from typing import Any, NoReturn, ParamSpec, TypeVar
 
 import grpc
 
-from sharednorm.convert import error_to_status
+from sharednorm.codec.convert import error_to_status
 from sharednorm.errors import (
     CallCancelled,
     InternalError,

@@ -7,10 +7,9 @@ from dataclasses import fields, replace
 
 import numpy as np
 
-from sharednorm.config import LayerConfig
-from sharednorm.domains import DomainStatistics, blank_statistics, with_domain, without_domain
-from sharednorm.errors import InvalidConfiguration, SnapshotNotFound
-from sharednorm.state import (
+from sharednorm.core.domains import DomainStatistics, blank_statistics, with_domain, without_domain
+from sharednorm.core.layer_config import LayerConfig
+from sharednorm.core.state import (
     Moments,
     StateUpdate,
     initial_state,
@@ -19,6 +18,7 @@ from sharednorm.state import (
     update_params,
     updated,
 )
+from sharednorm.errors import InvalidConfiguration, SnapshotNotFound
 from sharednorm_server.checks import require_same_config
 from sharednorm_server.layers import Layer
 from sharednorm_server.paging import name_of_token, page_size, token_of_name

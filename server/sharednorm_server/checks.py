@@ -5,9 +5,11 @@ from __future__ import annotations
 import enum
 import math
 
-from sharednorm.config import LayerConfig, LayerKind, check_dtype, dtype_of
+from sharednorm.core.dtypes import check_dtype, dtype_of
+from sharednorm.core.layer_config import LayerConfig
+from sharednorm.core.state import LayerState
+from sharednorm.core.types import LayerKind
 from sharednorm.errors import ConfigurationMismatch, InvalidShape, MalformedMessage
-from sharednorm.state import LayerState
 from sharednorm_server.requests import ForwardFacts
 from sharednorm_server.store import LayerKey
 

@@ -18,7 +18,7 @@ from sharednorm_server.config import DEFAULT_LISTEN
 
 if TYPE_CHECKING:
     from sharednorm import Hub, Layer, LayerInfo
-    from sharednorm.state import LayerState
+    from sharednorm.core.state import LayerState
 
 FAILED = 1
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
-from sharednorm.config import MAX_SECONDS
+from sharednorm.core.limits import MAX_SECONDS
 from sharednorm.errors import InvalidConfiguration
 
 DEFAULT_LISTEN = "127.0.0.1:50051"

@@ -1,4 +1,4 @@
-"""Direct connections: calls with tensors over sockets of our own, beside gRPC; `sharednorm._frames` has the frames.
+"""Direct connections: calls with tensors over sockets of our own, beside gRPC. `codec/frames.py` has the frames.
 
 Here is who may connect, and for what: for calls, which `lane` does, or for memory to share. The calls are those of the
 servicer, and fail with the same errors.
@@ -17,8 +17,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from sharednorm import _frames as frames
-from sharednorm.convert import error_to_detail
+from sharednorm.codec import frames
+from sharednorm.codec.convert import error_to_detail
 from sharednorm.errors import SharedNormError
 from sharednorm_server.calls import CallPool
 from sharednorm_server.config import StartError

@@ -8,14 +8,10 @@ from typing import Any, TypeVar, final
 
 from google.protobuf.message import Message
 
-from sharednorm import convert, wire
-from sharednorm.config import (
-    MAX_GROUP_MEMBERS,
-    MAX_GROUP_SECONDS,
-    NonFinitePolicy,
-    check_group_name,
-    is_finite,
-)
+from sharednorm.codec import convert, wire
+from sharednorm.core.limits import MAX_GROUP_MEMBERS, MAX_GROUP_SECONDS
+from sharednorm.core.types import NonFinitePolicy
+from sharednorm.core.validation import check_group_name, is_finite
 from sharednorm.errors import CallCancelled, InvalidConfiguration
 from sharednorm.v1 import service_pb2
 from sharednorm_server.calls import Unary

@@ -6,7 +6,7 @@ import argparse
 import time
 from pathlib import Path
 
-from sharednorm.config import check_namespace
+from sharednorm.core.validation import check_namespace
 from sharednorm.errors import InvalidConfiguration
 from sharednorm_server.access import Right, append, new_token, parse_until
 

@@ -13,9 +13,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 
-from sharednorm import _frames as frames
-from sharednorm import wire
-from sharednorm.convert import error_to_detail, error_to_status
+from sharednorm.codec import frames, wire
+from sharednorm.codec.convert import error_to_detail, error_to_status
 from sharednorm.errors import DeadlineExceeded, MalformedMessage, SharedNormError
 from sharednorm.v1 import service_pb2
 from sharednorm_server.calls import CallPool, known_error

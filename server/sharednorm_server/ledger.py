@@ -15,8 +15,8 @@ from hashlib import blake2b
 
 import numpy as np
 
+from sharednorm.core.state import LayerState, Moments
 from sharednorm.errors import KeyReused, SessionExpired, StepOutOfOrder
-from sharednorm.state import LayerState, Moments
 from sharednorm_server.store.changes import NUMBER_BYTES, CallKey, LastChange, Note, Remembered, TakenStep
 
 DEFAULT_MAX_SESSIONS = 1024

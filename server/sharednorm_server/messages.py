@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from sharednorm import convert, wire
-from sharednorm.config import check_namespace
+from sharednorm.codec import convert, wire
+from sharednorm.core.validation import check_namespace
 from sharednorm.v1 import layer_pb2, service_pb2
 from sharednorm_server.access import require_namespace
 from sharednorm_server.requests import (

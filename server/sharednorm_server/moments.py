@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from sharednorm.config import Vector
+from sharednorm.core.state import Moments, accumulate_gradients, require_initialized, require_two_values, step
+from sharednorm.core.types import Vector
 from sharednorm.errors import CallCancelled, StaleGeneration
-from sharednorm.state import Moments, accumulate_gradients, require_initialized, require_two_values, step
 from sharednorm_server.catalog import LayerCatalog
 from sharednorm_server.layers import Layer
 from sharednorm_server.ledger import last_change, same_step, step_change, step_in

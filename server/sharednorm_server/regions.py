@@ -22,8 +22,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sharednorm import wire
-from sharednorm.config import Array
+from sharednorm.codec import wire
+from sharednorm.core.types import Array
 from sharednorm.errors import LimitExceeded, MalformedMessage
 
 AVAILABLE = hasattr(os, "memfd_create") and hasattr(fcntl, "F_ADD_SEALS") and hasattr(mmap, "MAP_POPULATE")

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from sharednorm.config import Vector
-from sharednorm.state import Moments
+from sharednorm.core.state import Moments
+from sharednorm.core.types import Vector
 from sharednorm_server.store import LayerKey, LayerRecord
 from sharednorm_server.store.changes import CallKey, LastChange, TakenStep
 from sharednorm_server.store.snapshots import SnapshotInfo

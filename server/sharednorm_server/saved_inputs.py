@@ -8,9 +8,9 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from sharednorm.config import Vector
+from sharednorm.core.state import Moments
+from sharednorm.core.types import Vector
 from sharednorm.errors import InputEvicted
-from sharednorm.state import Moments
 from sharednorm_server.device import DeviceTensor
 from sharednorm_server.layers import Layer
 

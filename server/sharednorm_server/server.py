@@ -16,9 +16,9 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from sharednorm import wire
-from sharednorm._threads import processors
-from sharednorm.config import MAX_GROUP_MEMBERS
+from sharednorm.arithmetic.thread_pool import processors
+from sharednorm.codec import wire
+from sharednorm.core.limits import MAX_GROUP_MEMBERS
 from sharednorm_server.access import TokenFile
 from sharednorm_server.calls import CallPool, Doorkeeper
 from sharednorm_server.config import ServerConfig, StartError, parse_devices, parse_state, without_secrets

@@ -15,16 +15,15 @@ from typing import TypeVar
 import numpy as np
 
 from sharednorm._version import __version__
-from sharednorm.config import Array, Vector, check_dtype, is_finite
+from sharednorm.core.dtypes import check_dtype
+from sharednorm.core.state import require_initialized, step
+from sharednorm.core.types import Array, Vector
+from sharednorm.core.validation import is_finite
 from sharednorm.errors import (
     BackwardWithoutForward,
     DeviceOutOfMemory,
     InvalidConfiguration,
     MalformedMessage,
-)
-from sharednorm.state import (
-    require_initialized,
-    step,
 )
 from sharednorm_server.budget import ByteBudget
 from sharednorm_server.checks import check_facts, require_same_tensor, same_parameters, same_statistics

@@ -13,8 +13,8 @@ from typing import Generic, TypeVar
 import grpc
 from google.protobuf.message import DecodeError, Message
 
-from sharednorm import convert, wire
-from sharednorm.config import NonFinitePolicy
+from sharednorm.codec import convert, wire
+from sharednorm.core.types import NonFinitePolicy
 from sharednorm.errors import InvalidConfiguration, MalformedMessage
 from sharednorm.v1 import service_pb2
 from sharednorm_server.access import Right, TokenFile, require

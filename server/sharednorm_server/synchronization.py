@@ -19,7 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from sharednorm.config import Vector
+from sharednorm.arithmetic.formulas import merge, parameter_gradients
+from sharednorm.core.state import Moments
+from sharednorm.core.types import Vector
 from sharednorm.errors import (
     GENERATION_GONE,
     GroupAborted,
@@ -31,8 +33,6 @@ from sharednorm.errors import (
     StaleGeneration,
     TooFewValues,
 )
-from sharednorm.normalization import merge, parameter_gradients
-from sharednorm.state import Moments
 from sharednorm_server.groups import Commit, Deliver, Done, Event, Failed, Group, GroupSettings, Joined, Membership
 from sharednorm_server.ledger import digest
 from sharednorm_server.moments import GROUP_ENDED

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Protocol
 
-from sharednorm.config import Array
+from sharednorm.core.types import Array
 
 
 class DeviceTensor(Protocol):

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from typing import Protocol
 
-from sharednorm import wire
-from sharednorm.config import Array
+from sharednorm.codec import wire
+from sharednorm.core.types import Array
 from sharednorm.errors import MalformedMessage
 from sharednorm.v1 import service_pb2
 from sharednorm_server.movers import Movers, Turn

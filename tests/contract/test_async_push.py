@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import sharednorm
-from sharednorm._async_compute import AsyncComputeBackend
+from sharednorm.remote.backends.async_push import AsyncComputeBackend
 from sharednorm_server.server import RunningServer
 from tests.support import oracle
 from tests.support.ahead import LONG, At, Gate, ahead, eventually, gated

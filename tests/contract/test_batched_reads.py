@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 import sharednorm
-from sharednorm._reading import LayerCopy, grouped, require_results
-from sharednorm.config import MAX_BATCH_ENTRIES, MAX_BATCH_MAPS
+from sharednorm.coordination.batching import grouped, require_results
+from sharednorm.coordination.state_cache import LayerCopy
+from sharednorm.core.limits import MAX_BATCH_ENTRIES, MAX_BATCH_MAPS
 from sharednorm.errors import InvalidConfiguration, LayerEmpty, LayerNotFound, LimitExceeded, MalformedMessage
-from sharednorm.remote import RemoteBatchNorm
+from sharednorm.remote.handle import RemoteBatchNorm
 from sharednorm.v1 import layer_pb2, service_pb2, tensor_pb2
 from sharednorm_server import messages, servicer
 from sharednorm_server.requests import LayerRecord

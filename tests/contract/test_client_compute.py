@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 import sharednorm
-from sharednorm._direct import DirectLink
 from sharednorm.errors import (
     InvalidConfiguration,
     LayerEmpty,
@@ -21,6 +20,7 @@ from sharednorm.errors import (
     SharedNormError,
     TooFewValues,
 )
+from sharednorm.transport.direct import DirectLink
 from sharednorm.v1 import layer_pb2, service_pb2, tensor_pb2
 from sharednorm_server.server import RunningServer
 from tests.support import oracle

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import sharednorm
-from sharednorm.config import Array
+from sharednorm.core.types import Array
 from sharednorm.errors import InvalidName, LayerEmpty, LayerNotFound
 from tests.support import oracle
 from tests.support.making import MakeLayer

@@ -11,8 +11,8 @@ import pytest
 
 import sharednorm
 from sharednorm import Statistics, StatisticsDelta
+from sharednorm.core.state import MAX_MERGED
 from sharednorm.errors import InvalidConfiguration, InvalidShape, LayerEmpty, NonFiniteInput, UnsupportedDType
-from sharednorm.state import MAX_MERGED
 from tests.support import oracle
 from tests.support.making import MakeLayer
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 import sharednorm
-from sharednorm.layers import BatchNormND, LayerBackend, LocalBackend
-from sharednorm.remote import RemoteBackend, RemoteBatchNorm
+from sharednorm.layers.local import BatchNormND, LayerBackend, LocalBackend
+from sharednorm.remote.backends.server_compute import RemoteBackend
+from sharednorm.remote.handle import RemoteBatchNorm
 from tests.support.making import MakeLayer
 from tests.support.oracle import KINDS, random_tensor, shape_of
 

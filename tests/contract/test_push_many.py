@@ -8,7 +8,7 @@ from typing import Any
 import grpc
 import pytest
 
-from sharednorm.config import MAX_BATCH_ENTRIES, MAX_BATCH_MAPS
+from sharednorm.core.limits import MAX_BATCH_ENTRIES, MAX_BATCH_MAPS
 from sharednorm.v1 import layer_pb2, service_pb2, tensor_pb2
 from sharednorm_server.server import RunningServer
 from tests.support.server import in_process

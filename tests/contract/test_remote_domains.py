@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import sharednorm
-from sharednorm.config import MAX_DOMAINS
+from sharednorm.core.limits import MAX_DOMAINS
 from sharednorm.errors import (
     GroupAborted,
     InvalidConfiguration,

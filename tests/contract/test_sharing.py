@@ -14,11 +14,13 @@ import numpy as np
 import pytest
 
 import sharednorm
-from sharednorm import wire
-from sharednorm.config import MAX_MAPS, LayerConfig, LayerKind
+from sharednorm.arithmetic.select import arithmetic
+from sharednorm.codec import wire
+from sharednorm.core.layer_config import LayerConfig
+from sharednorm.core.limits import MAX_MAPS
+from sharednorm.core.state import LayerState, step
+from sharednorm.core.types import LayerKind
 from sharednorm.errors import InvalidConfiguration, LayerNotFound
-from sharednorm.normalization import arithmetic
-from sharednorm.state import LayerState, step
 from tests.support.server import ServerProcess, server_process
 from tests.support.sharing import MAPS, NAME, Steps, batch, in_processes, read_statistics, train
 from tests.support.unchanged import unchanged

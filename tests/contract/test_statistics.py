@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from sharednorm.core.state import StateUpdate
 from sharednorm.errors import InvalidConfiguration, LayerEmpty, NonFiniteInput
-from sharednorm.state import StateUpdate
 from tests.support import oracle
 from tests.support.making import MakeLayer
 

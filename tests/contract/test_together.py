@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from sharednorm.errors import InvalidConfiguration, InvalidShape, NonFiniteInput, TooFewValues
-from sharednorm.remote import RemoteBatchNorm
+from sharednorm.remote.handle import RemoteBatchNorm
 from tests.support import oracle
 from tests.support.members import Members, all_of, at_once
 from tests.support.server import in_process

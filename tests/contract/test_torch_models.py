@@ -21,7 +21,7 @@ from sharednorm.errors import (
     LayerNotFound,
     ServerUnavailable,
 )
-from sharednorm.remote import backend_of
+from sharednorm.remote.handle import backend_of
 from tests.support.server import in_process
 from tests.support.torch_modules import COMPUTE, KINDS, SHAPES, close, names, ours, tensor, theirs
 

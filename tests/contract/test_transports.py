@@ -13,7 +13,6 @@ import pytest
 
 import sharednorm
 from sharednorm import Progress
-from sharednorm._shared import SharedRegions
 from sharednorm.errors import (
     DeadlineExceeded,
     InvalidConfiguration,
@@ -24,6 +23,7 @@ from sharednorm.errors import (
     ServerUnavailable,
     UnsupportedDType,
 )
+from sharednorm.transport.shared_memory import SharedRegions
 from sharednorm_server.config import ServerConfig
 from sharednorm_server.server import RunningServer
 from tests.support import oracle

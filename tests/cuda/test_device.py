@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sharednorm.config import Averaging, LayerConfig, LayerKind
+from sharednorm.core.layer_config import LayerConfig
+from sharednorm.core.state import LayerState, StateUpdate, blank_state, step, updated
+from sharednorm.core.types import Averaging, LayerKind
 from sharednorm.errors import LimitExceeded, UnsupportedDType
-from sharednorm.state import LayerState, StateUpdate, blank_state, step, updated
 from sharednorm_server.device import Device, DeviceTensor, Incoming
 from tests.support import oracle
 from tests.support.cuda import REAL

@@ -12,9 +12,10 @@ import numpy.typing as npt
 import pytest
 
 import sharednorm
-from sharednorm.config import LayerConfig, LayerKind
+from sharednorm.core.layer_config import LayerConfig
+from sharednorm.core.state import StateUpdate
+from sharednorm.core.types import LayerKind
 from sharednorm.errors import DeviceOutOfMemory, InternalError, ServerUnavailable
-from sharednorm.state import StateUpdate
 from sharednorm_server.cli import DEVICE_LOST
 from sharednorm_server.device import Device, DeviceFault
 from sharednorm_server.placement import Placement

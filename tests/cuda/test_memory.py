@@ -10,9 +10,10 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from sharednorm.config import LayerConfig, LayerKind
+from sharednorm.core.layer_config import LayerConfig
+from sharednorm.core.state import StateUpdate, blank_state
+from sharednorm.core.types import LayerKind
 from sharednorm.errors import DeviceOutOfMemory, InputEvicted
-from sharednorm.state import StateUpdate, blank_state
 from sharednorm_server.device import Device
 from sharednorm_server.placement import Placement
 from sharednorm_server.requests import BackwardCall, ForwardCall, LayerKey

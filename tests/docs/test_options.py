@@ -6,7 +6,8 @@ import importlib.util
 import re
 from pathlib import Path
 
-from sharednorm import config, wire
+from sharednorm.codec import wire
+from sharednorm.core import limits
 from sharednorm_server.regions import MAX_REGIONS
 from sharednorm_server.synchronization import MAX_GROUPS
 from sharednorm_server.web import MAX_CONNECTIONS
@@ -30,17 +31,17 @@ def test_what_is_fixed_is_what_it_says() -> None:
     rows = dict(re.findall(r"^\| (.+?) \| (.+?) \|$", page, re.MULTILINE))
     numbers = {what: [int(each) for each in re.findall(r"\d+", told)] for what, told in rows.items() if what != "---"}
     assert numbers == {
-        "maps of a layer": [config.MAX_MAPS],
+        "maps of a layer": [limits.MAX_MAPS],
         "axes of a tensor": [wire.MAX_RANK, 2, 5],
-        "bytes of a layer's name": [config.MAX_NAME_BYTES],
+        "bytes of a layer's name": [limits.MAX_NAME_BYTES],
         "characters of a namespace, of a domain's name, of a group's name": [
-            config.MAX_NAMESPACE_CHARACTERS, config.MAX_DOMAIN_NAME_CHARACTERS, config.MAX_GROUP_NAME_CHARACTERS
+            limits.MAX_NAMESPACE_CHARACTERS, limits.MAX_DOMAIN_NAME_CHARACTERS, limits.MAX_GROUP_NAME_CHARACTERS
         ],
-        "domains of a layer": [config.MAX_DOMAINS],
-        "members of a group; groups of a server": [config.MAX_GROUP_MEMBERS, MAX_GROUPS],
-        "seconds of a group's timeout": [config.MAX_GROUP_SECONDS],
+        "domains of a layer": [limits.MAX_DOMAINS],
+        "members of a group; groups of a server": [limits.MAX_GROUP_MEMBERS, MAX_GROUPS],
+        "seconds of a group's timeout": [limits.MAX_GROUP_SECONDS],
         "requests in one `PushMany` or `GetManyStats`, and maps of them all": [
-            config.MAX_BATCH_ENTRIES, config.MAX_BATCH_MAPS
+            limits.MAX_BATCH_ENTRIES, limits.MAX_BATCH_MAPS
         ],
         "bytes of a tensor in one message; larger ones come as a stream, or on a direct connection": [
             wire.MAX_UNARY_BYTES

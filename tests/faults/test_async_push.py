@@ -16,7 +16,7 @@ import pytest
 
 import sharednorm
 from sharednorm.errors import DeadlineExceeded, ServerUnavailable
-from sharednorm.remote import RemoteBatchNorm
+from sharednorm.remote.handle import RemoteBatchNorm
 from tests.support.oracle import random_tensor
 from tests.support.server import ServerProcess, server_process
 

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 
 import sharednorm
-from sharednorm import convert, wire
-from sharednorm._channel import SERVICE
-from sharednorm.config import Array, LayerConfig, LayerKind
+from sharednorm.codec import convert, wire
+from sharednorm.core.layer_config import LayerConfig
+from sharednorm.core.state import Moments
+from sharednorm.core.types import Array, LayerKind
 from sharednorm.errors import MalformedMessage
-from sharednorm.state import Moments
+from sharednorm.transport.channel import SERVICE
 from sharednorm.v1 import layer_pb2, service_pb2, tensor_pb2
 
 MAPS = 3

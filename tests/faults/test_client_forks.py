@@ -14,7 +14,7 @@ import pytest
 
 import sharednorm
 from sharednorm.errors import LayerNotFound, ServerUnavailable
-from sharednorm.remote import backend_of
+from sharednorm.remote.handle import backend_of
 from tests.support.server import server_process
 
 # Forks need a process of their own: one without the threads of the tests, and of which nothing else depends.

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import sharednorm
-from sharednorm.config import Array
+from sharednorm.core.types import Array
 from sharednorm.errors import (
     DeadlineExceeded,
     HubClosed,

@@ -15,8 +15,6 @@ from pathlib import Path
 import grpc
 import pytest
 
-from sharednorm._channel import SERVICE
-from sharednorm._connect import connect
 from sharednorm.errors import (
     DeadlineExceeded,
     IncompatibleServer,
@@ -24,6 +22,8 @@ from sharednorm.errors import (
     ServerUnavailable,
     SharedNormError,
 )
+from sharednorm.remote.connect import connect
+from sharednorm.transport.channel import SERVICE
 from sharednorm.v1 import service_pb2
 
 

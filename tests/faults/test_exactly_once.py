@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 import sharednorm
+from sharednorm.core.state import LayerState
 from sharednorm.errors import DeadlineExceeded, ServerUnavailable, SharedNormError
-from sharednorm.state import LayerState
 from tests.support.inside import connection_of
 from tests.support.oracle import random_tensor
 from tests.support.proxy import Faults, network

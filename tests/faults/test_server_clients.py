@@ -13,9 +13,10 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from sharednorm.config import Array, LayerConfig
-from sharednorm.normalization import arithmetic
-from sharednorm.state import LayerState
+from sharednorm.arithmetic.select import arithmetic
+from sharednorm.core.layer_config import LayerConfig
+from sharednorm.core.state import LayerState
+from sharednorm.core.types import Array
 from sharednorm.v1 import layer_pb2, service_pb2
 from sharednorm_server.config import ServerConfig
 from sharednorm_server.device import DeviceTensor, TrainedBatch

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 import sharednorm
-from sharednorm.config import Array
+from sharednorm.core.types import Array
 from sharednorm.errors import DataLoss
 from tests.support.oracle import random_tensor
 from tests.support.server import ServerProcess, run, server_process

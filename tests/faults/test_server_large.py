@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from sharednorm import wire
+from sharednorm.codec import wire
 from sharednorm.v1 import layer_pb2, service_pb2
 from tests.support import server
 from tests.support.stock import Floats, StockClient, channel_to, raw_stream, ref, spec

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from sharednorm import wire
+from sharednorm.codec import wire
 from sharednorm.v1 import service_pb2
 from sharednorm_server.config import ServerConfig
 from tests.support import oracle, server

@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 
 import sharednorm
-from sharednorm._deadline import Deadline
-from sharednorm._shared import SharedRegions
 from sharednorm.errors import HubClosed
+from sharednorm.transport.deadline import Deadline
+from sharednorm.transport.shared_memory import SharedRegions
 from sharednorm.v1 import layer_pb2, service_pb2
 from sharednorm_server.config import ServerConfig
 from sharednorm_server.server import RunningServer

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sharednorm.config import Averaging, LayerConfig, LayerKind, NonFinitePolicy
-from sharednorm.state import LayerState, Moments, step
+from sharednorm.core.layer_config import LayerConfig
+from sharednorm.core.state import LayerState, Moments, step
+from sharednorm.core.types import Averaging, LayerKind, NonFinitePolicy
 from sharednorm_kernels import entry, plan
 from tests.support.kernel_checks import H200, VERSIONS, batch_of, run_version
 from tests.support.kernel_run import Batch, Buffer, Kernels

@@ -98,7 +98,7 @@ def test_serving_without_the_extra_says_what_to_install(installed: Environment, 
 @pytest.mark.parametrize(
     ("code", "extra"),
     [
-        ("from sharednorm.normalization import arithmetic; arithmetic('numba')", "fast"),
+        ("from sharednorm.arithmetic.select import arithmetic; arithmetic('numba')", "fast"),
         ("from sharednorm import BatchNorm2D; BatchNorm2D(3, name='a').save('layer.hdf')", "hdf5"),
         ("from sharednorm import BatchNorm2D; BatchNorm2D(3, name='a').save('layer.safetensors')", "safetensors"),
     ],

@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 
 import sharednorm
-from sharednorm._fleet import Fleet, Spread
 from sharednorm.errors import IncompatibleServer, InvalidConfiguration, ServerUnavailable
+from sharednorm.transport.cluster import Fleet, Spread
 from sharednorm_server import certificates
 from sharednorm_server.config import ServerConfig
 from tests.support.oracle import random_tensor
@@ -261,7 +261,7 @@ def hosts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return [found for each in hosts for found in real(each, *arguments, **options)]
 
     monkeypatch.setattr(socket, "getaddrinfo", resolve)
-    monkeypatch.setattr("sharednorm._fleet._NAME_SECONDS", 0.2)
+    monkeypatch.setattr("sharednorm.transport.cluster._NAME_SECONDS", 0.2)
     return hosts
 
 

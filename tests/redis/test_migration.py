@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 import sharednorm
+from sharednorm.arithmetic.select import arithmetic
+from sharednorm.core.state import Moments, StateUpdate
 from sharednorm.errors import KeyReused, SessionExpired
-from sharednorm.normalization import arithmetic
-from sharednorm.state import Moments, StateUpdate
 from sharednorm_server.device.cpu import CpuDevice
 from sharednorm_server.migration import migrate
 from sharednorm_server.placement import Placement

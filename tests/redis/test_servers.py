@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import redis
 
+from sharednorm.arithmetic.select import arithmetic
+from sharednorm.core.state import LayerState, Moments, StateUpdate, step
 from sharednorm.errors import (
     GENERATION_GONE,
     ConfigurationMismatch,
@@ -25,8 +27,6 @@ from sharednorm.errors import (
     StaleGeneration,
     StoreUnavailable,
 )
-from sharednorm.normalization import arithmetic
-from sharednorm.state import LayerState, Moments, StateUpdate, step
 from sharednorm_server.device.cpu import CpuDevice
 from sharednorm_server.groups import GroupSettings
 from sharednorm_server.placement import Placement

@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sharednorm.config import LayerConfig, LayerKind
+from sharednorm.core.layer_config import LayerConfig
+from sharednorm.core.state import initial_state
+from sharednorm.core.types import LayerKind
 from sharednorm.errors import BackupFailed, StoreUnavailable
-from sharednorm.state import initial_state
 from sharednorm_server import certificates
 from sharednorm_server.config import StartError
 from sharednorm_server.store import LayerKey, LayerRecord

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 import sharednorm
-from sharednorm.config import Array
-from sharednorm.remote import RemoteBatchNorm
+from sharednorm.core.types import Array
+from sharednorm.remote.handle import RemoteBatchNorm
 from sharednorm.v1 import service_pb2
 from sharednorm_server import batches
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sharednorm
-from sharednorm._calls import Connection
-from sharednorm._exchange import Exchange
+from sharednorm.transport.client import Exchange
+from sharednorm.transport.grpc import Connection
 
 
 def exchange_of(hub: sharednorm.Hub) -> Exchange:

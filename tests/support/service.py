@@ -8,9 +8,10 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from sharednorm.config import Array, LayerConfig, LayerKind
-from sharednorm.normalization import arithmetic
-from sharednorm.state import LayerState, Moments, StateUpdate
+from sharednorm.arithmetic.select import arithmetic
+from sharednorm.core.layer_config import LayerConfig
+from sharednorm.core.state import LayerState, Moments, StateUpdate
+from sharednorm.core.types import Array, LayerKind
 from sharednorm_server.device import DeviceTensor, Output, TrainedBatch
 from sharednorm_server.device.cpu import CpuDevice
 from sharednorm_server.placement import Placement

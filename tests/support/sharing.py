@@ -13,13 +13,15 @@ from typing import Any, TypeVar
 import numpy as np
 
 import sharednorm
-from sharednorm._address import parse_address
-from sharednorm._calls import Connection
-from sharednorm._exchange import Exchange
-from sharednorm.config import Array, LayerConfig
-from sharednorm.convert import ref_to_proto
-from sharednorm.layers import BatchNormND, ForwardResult
-from sharednorm.remote import RemoteBackend
+from sharednorm.codec.convert import ref_to_proto
+from sharednorm.core.address import parse_address
+from sharednorm.core.layer_config import LayerConfig
+from sharednorm.core.types import Array
+from sharednorm.layers.local import BatchNormND, ForwardResult
+from sharednorm.remote.backends.server_compute import RemoteBackend
+from sharednorm.remote.context import HubContext
+from sharednorm.transport.client import Exchange
+from sharednorm.transport.grpc import Connection
 
 T = TypeVar("T")
 
@@ -61,7 +63,7 @@ def train(address: str, namespace: str, config: LayerConfig, first_seed: int, st
     connection = Connection(parse_address(address), 30.0)
     connection.greet()
     exchange = Exchange(connection, "auto", None)
-    backend = Recorder(exchange, ref_to_proto(namespace, NAME), config)
+    backend = Recorder(HubContext(exchange), ref_to_proto(namespace, NAME), config)
     backend.versions = []
     layer = BatchNormND(backend, NAME, inplace=False, train=None)
     seen = []

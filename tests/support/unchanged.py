@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 import sharednorm
-from sharednorm.state import ARRAY_FIELDS
+from sharednorm.core.state import ARRAY_FIELDS
 
 
 def seen(layer: sharednorm.Layer) -> dict[str, Any]:

@@ -18,7 +18,8 @@ import grpc
 import pytest
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from sharednorm import __version__, wire
+from sharednorm import __version__
+from sharednorm.codec import wire
 from sharednorm.v1 import service_pb2
 from sharednorm_server.servicer import SERVICE_NAME
 from tests.support import server

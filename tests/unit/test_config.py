@@ -8,18 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sharednorm.config import (
-    Averaging,
-    LayerConfig,
-    LayerKind,
-    NonFinitePolicy,
-    check_dtype,
-    check_name,
-    check_namespace,
-    dtype_of,
-    is_finite,
-    is_integer,
-)
+from sharednorm.core.dtypes import check_dtype, dtype_of
+from sharednorm.core.layer_config import LayerConfig
+from sharednorm.core.types import Averaging, LayerKind, NonFinitePolicy
+from sharednorm.core.validation import check_name, check_namespace, is_finite, is_integer
 from sharednorm.errors import InvalidConfiguration, InvalidName, InvalidShape, TooFewValues, UnsupportedDType
 from tests.support.oracle import dtype
 

@@ -12,14 +12,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sharednorm import convert
-from sharednorm.config import Averaging, LayerConfig, LayerKind, NonFinitePolicy
+from sharednorm.codec import convert
+from sharednorm.core.layer_config import LayerConfig
+from sharednorm.core.state import Moments
+from sharednorm.core.types import Averaging, LayerKind, NonFinitePolicy
 from sharednorm.errors import (
     InvalidConfiguration,
     InvalidName,
     MalformedMessage,
 )
-from sharednorm.state import Moments
 from sharednorm.v1 import layer_pb2, tensor_pb2
 
 NAN, INF = math.nan, math.inf

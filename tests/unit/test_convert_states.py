@@ -13,10 +13,10 @@ from google.protobuf.message_factory import GetMessageClass
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sharednorm import convert
-from sharednorm._fields import field_header
+from sharednorm.codec import convert
+from sharednorm.codec.protobuf_wire import field_header
+from sharednorm.core.state import ARRAY_FIELDS, LayerState, StateUpdate
 from sharednorm.errors import InvalidConfiguration, InvalidShape, MalformedMessage, SharedNormError, UnsupportedDType
-from sharednorm.state import ARRAY_FIELDS, LayerState, StateUpdate
 from sharednorm.v1 import layer_pb2, tensor_pb2
 
 NAN, INF = math.nan, math.inf

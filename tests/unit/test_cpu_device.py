@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sharednorm.config import Array, LayerConfig, LayerKind
+from sharednorm.arithmetic.select import arithmetic
+from sharednorm.arithmetic.thread_pool import num_threads, set_num_threads
+from sharednorm.core.layer_config import LayerConfig
+from sharednorm.core.state import LayerState
+from sharednorm.core.types import Array, LayerKind
 from sharednorm.errors import LimitExceeded, UnsupportedDType
-from sharednorm.normalization import arithmetic, num_threads, set_num_threads
-from sharednorm.state import LayerState
 from sharednorm_server.device import DeviceTensor, Incoming, Output
 from sharednorm_server.device.cpu import CpuDevice
 from tests.support import oracle

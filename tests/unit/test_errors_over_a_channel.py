@@ -12,7 +12,7 @@ import grpc
 import pytest
 
 from sharednorm import errors
-from sharednorm.convert import ERROR_KEY, error_from_call, error_to_status
+from sharednorm.codec.convert import ERROR_KEY, error_from_call, error_to_status
 from sharednorm.errors import (
     CallCancelled,
     DeadlineExceeded,

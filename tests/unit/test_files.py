@@ -20,10 +20,11 @@ import safetensors.numpy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sharednorm import files
-from sharednorm.config import LayerConfig, LayerKind
+from sharednorm.core.layer_config import LayerConfig
+from sharednorm.core.state import LayerState, StateUpdate, blank_state, updated
+from sharednorm.core.types import LayerKind
 from sharednorm.errors import InvalidConfiguration, InvalidFile, InvalidName
-from sharednorm.state import LayerState, StateUpdate, blank_state, updated
+from sharednorm.files import state_file
 
 CONFIG = LayerConfig(LayerKind.BATCH_NORM_2D, 3)
 SCALE, BIAS, MEAN, VAR = ([n + 0.5, n + 1.5, n + 2.5] for n in (1, -3, 5, 7))
@@ -33,12 +34,12 @@ FORMATS = ("h5", "npz", "safetensors")
 
 def saved(extension: str, folder: Path, layer: str = "stem", state: LayerState = STATE) -> Path:
     path = folder / f"layer.{extension}"
-    assert files.save(path, layer, CONFIG, state) is None
+    assert state_file.save(path, layer, CONFIG, state) is None
     return path
 
 
 def assert_loads(source: Any, layer: str = "stem", steps: int = 17, config: LayerConfig = CONFIG) -> None:
-    after = updated(blank_state(config), config, files.load(source, layer, config))
+    after = updated(blank_state(config), config, state_file.load(source, layer, config))
     for name, wanted in (("scale", SCALE), ("bias", BIAS), ("mean", MEAN), ("var", VAR)):
         assert getattr(after, name).tolist() == wanted
     assert after.num_of_props == steps
@@ -99,7 +100,7 @@ def test_without_a_number_of_steps_the_average_counts_as_settled(
 
 
 def test_statistics_that_have_taken_in_nothing_begin_anew() -> None:
-    update = files.load(puzzlelib_file(mean=[0, 0, 0], var=[1, 1, 1]), "", CONFIG)
+    update = state_file.load(puzzlelib_file(mean=[0, 0, 0], var=[1, 1, 1]), "", CONFIG)
     assert update.num_of_props == 0
 
 
@@ -149,40 +150,40 @@ def test_reading_goes_by_the_content(extension: str, tmp_path: Path) -> None:
 
 
 def test_the_same_state_gives_the_same_hdf5_bytes() -> None:
-    assert files.save(None, "stem", CONFIG, STATE) == files.save(None, "stem", CONFIG, STATE)
+    assert state_file.save(None, "stem", CONFIG, STATE) == state_file.save(None, "stem", CONFIG, STATE)
 
 
 def test_a_group_inside_a_file_will_do(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "model.h5", "w") as file:
         group = file.create_group("encoder")
-        files.save(group, "stem", CONFIG, STATE)
+        state_file.save(group, "stem", CONFIG, STATE)
         assert_loads(group)
-        files.save(file, "other", CONFIG, STATE)
+        state_file.save(file, "other", CONFIG, STATE)
         with pytest.raises(InvalidFile, match=r"has no stem\.scale"):
-            files.load(file, "stem", CONFIG)
+            state_file.load(file, "stem", CONFIG)
 
 
 def test_an_open_file_keeps_what_it_has_when_a_layer_cannot_be_added(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "model.h5", "w") as file:
-        files.save(file, "stem", CONFIG, STATE)
+        state_file.save(file, "stem", CONFIG, STATE)
         with pytest.raises(InvalidFile, match="has a layer 'stem' already"):
-            files.save(file, "stem", CONFIG, STATE)
+            state_file.save(file, "stem", CONFIG, STATE)
         # "stem.mean" is an array: nothing can be inside it.
         with pytest.raises(InvalidFile, match="cannot add layer"):
-            files.save(file, "stem.mean/x", CONFIG, STATE)
+            state_file.save(file, "stem.mean/x", CONFIG, STATE)
         assert_loads(file)
     with h5py.File(tmp_path / "model.h5", "r") as file, pytest.raises(InvalidFile, match="cannot add layer 'other'"):
-        files.save(file, "other", CONFIG, STATE)
+        state_file.save(file, "other", CONFIG, STATE)
     with pytest.raises(InvalidFile):
-        files.load(file, "stem", CONFIG)  # closed
+        state_file.load(file, "stem", CONFIG)  # closed
 
 
 @pytest.mark.parametrize("layer", ["a\x00b", "x" * 513, "a\nb"])
 def test_names_that_no_layer_can_have(layer: str, tmp_path: Path) -> None:
     with pytest.raises(InvalidName):
-        files.save(tmp_path / "layer.h5", layer, CONFIG, STATE)
+        state_file.save(tmp_path / "layer.h5", layer, CONFIG, STATE)
     with pytest.raises(InvalidName):
-        files.load(puzzlelib_file(), layer, CONFIG)
+        state_file.load(puzzlelib_file(), layer, CONFIG)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -220,7 +221,7 @@ BAD_HDF5: dict[str, tuple[dict[str, Any], str]] = {
 def test_hdf5_files_that_are_not_a_layers(case: str) -> None:
     changes, said = BAD_HDF5[case]
     with pytest.raises(InvalidFile, match=said):
-        files.load(rewritten(**changes), "", CONFIG)
+        state_file.load(rewritten(**changes), "", CONFIG)
 
 
 def test_a_group_where_an_array_should_be() -> None:
@@ -229,7 +230,7 @@ def test_a_group_where_an_array_should_be() -> None:
         del file["params/0"]
         file.create_group("params/0")
     with pytest.raises(InvalidFile, match="params/0 is not an array inside the file"):
-        files.load(stream.getvalue(), "", CONFIG)
+        state_file.load(stream.getvalue(), "", CONFIG)
 
 
 def test_an_array_whose_values_are_in_another_file(tmp_path: Path) -> None:
@@ -239,7 +240,7 @@ def test_an_array_whose_values_are_in_another_file(tmp_path: Path) -> None:
         del file["params/0"]
         file.create_dataset("params/0", (1, 3, 1, 1), "f4", external=[(str(tmp_path / "secret"), 0, 12)])
     with pytest.raises(InvalidFile, match="params/0 is not an array inside the file"):
-        files.load(stream.getvalue(), "", CONFIG)
+        state_file.load(stream.getvalue(), "", CONFIG)
 
 
 def test_a_declared_size_is_refused_before_it_is_allocated() -> None:
@@ -248,7 +249,7 @@ def test_a_declared_size_is_refused_before_it_is_allocated() -> None:
         del file["attrs/.mean"]
         file.create_dataset("attrs/.mean", shape=(1 << 50,), dtype="f4", chunks=(1 << 20,))
     with pytest.raises(InvalidFile, match="1125899906842624 values"):
-        files.load(stream.getvalue(), "", CONFIG)
+        state_file.load(stream.getvalue(), "", CONFIG)
 
 
 def npz(header: bytes, content: bytes) -> bytes:
@@ -281,19 +282,19 @@ BAD_NPZ = [
 @pytest.mark.parametrize(("header", "content"), BAD_NPZ)
 def test_npz_files_that_are_not_a_layers(header: bytes, content: bytes) -> None:
     with pytest.raises(InvalidFile):
-        files.load(npz(header, content), "stem", CONFIG)
+        state_file.load(npz(header, content), "stem", CONFIG)
 
 
 def test_an_npz_file_made_by_hand() -> None:
     content = np.array(MEAN, ">f8").tobytes()
-    update = files.load(npz(HEADER.format(">f8", 3).encode(), content), "stem", CONFIG)
+    update = state_file.load(npz(HEADER.format(">f8", 3).encode(), content), "stem", CONFIG)
     assert updated(blank_state(CONFIG), CONFIG, update).mean.tolist() == MEAN
 
 
 def test_a_safetensors_file_that_declares_more_than_it_has() -> None:
     header = json.dumps({"stem.scale": {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 1 << 42]}}).encode()
     with pytest.raises(InvalidFile, match="damaged"):
-        files.load(len(header).to_bytes(8, "little") + header, "stem", CONFIG)
+        state_file.load(len(header).to_bytes(8, "little") + header, "stem", CONFIG)
 
 
 @pytest.mark.parametrize("steps", [-1, 2**53 + 1])
@@ -301,11 +302,11 @@ def test_a_number_of_steps_out_of_range(steps: int) -> None:
     tensors = {f"stem.{name}": GOOD_SHAPE + 1 for name in ("scale", "bias", "mean", "var")}
     content = safetensors.numpy.save({**tensors, "stem.numOfProps": np.array(steps)})
     with pytest.raises(InvalidFile, match="numOfProps is"):
-        files.load(content, "stem", CONFIG)
+        state_file.load(content, "stem", CONFIG)
     for bad in (np.array(1.5), np.array([1, 2]), np.array([], np.int64)):
         content = safetensors.numpy.save({**tensors, "stem.numOfProps": bad})
         with pytest.raises(InvalidFile, match="numOfProps is not an integer"):
-            files.load(content, "stem", CONFIG)
+            state_file.load(content, "stem", CONFIG)
 
 
 CONTENTS: dict[str, bytes] = {}
@@ -321,7 +322,7 @@ def contents(tmp_path_factory: pytest.TempPathFactory) -> None:
 def test_a_truncated_file(extension: str, cut: float) -> None:
     content = CONTENTS[extension]
     with pytest.raises(InvalidFile):
-        files.load(content[: int(len(content) * cut)], "stem", CONFIG)
+        state_file.load(content[: int(len(content) * cut)], "stem", CONFIG)
 
 
 @given(
@@ -329,7 +330,7 @@ def test_a_truncated_file(extension: str, cut: float) -> None:
 )
 def test_random_bytes(content: bytes, start: bytes) -> None:
     with pytest.raises(InvalidFile):
-        files.load(start + content, "stem", CONFIG)
+        state_file.load(start + content, "stem", CONFIG)
 
 
 @given(
@@ -341,7 +342,7 @@ def test_a_changed_byte_is_found_or_harmless(extension: str, place: float, value
     content = bytearray(CONTENTS[extension])
     content[int(len(content) * place)] ^= value
     try:
-        update = files.load(bytes(content), "stem", CONFIG)
+        update = state_file.load(bytes(content), "stem", CONFIG)
     except InvalidFile:
         return
     # No checksum covers what was changed: then it still is a state that the layer takes.
@@ -352,11 +353,11 @@ def test_missing_packages_are_named_with_the_command(monkeypatch: pytest.MonkeyP
     npz, hdf5, tensors = (saved(extension, tmp_path) for extension in ("npz", "h5", "safetensors"))
     for package in ("h5py", "safetensors", "safetensors.numpy"):
         monkeypatch.setitem(sys.modules, package, None)
-    for call in (lambda: files.load(hdf5, "stem", CONFIG), lambda: files.save(None, "stem", CONFIG, STATE)):
+    for call in (lambda: state_file.load(hdf5, "stem", CONFIG), lambda: state_file.save(None, "stem", CONFIG, STATE)):
         with pytest.raises(InvalidConfiguration, match=r"needs? the package h5py: pip install 'sharednorm\[hdf5\]'"):
             call()
     with pytest.raises(InvalidConfiguration, match=r"pip install 'sharednorm\[safetensors\]'"):
-        files.load(tensors, "stem", CONFIG)
+        state_file.load(tensors, "stem", CONFIG)
     assert_loads(npz)
 
 
@@ -366,7 +367,7 @@ def test_a_file_is_replaced_whole_and_keeps_its_link(tmp_path: Path) -> None:
     link.symlink_to(path.name)
     mask = os.umask(0o027)
     try:
-        files.save(link, "stem", CONFIG, updated(STATE, CONFIG, StateUpdate(num_of_props=18)))
+        state_file.save(link, "stem", CONFIG, updated(STATE, CONFIG, StateUpdate(num_of_props=18)))
     finally:
         os.umask(mask)
     assert link.is_symlink()
@@ -404,9 +405,9 @@ def test_a_full_disk_leaves_the_file_as_it_was(extension: str, room: int, tmp_pa
 def test_a_folder_that_cannot_be_written_to(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
-        files.save(tmp_path / "file" / "layer.npz", "stem", CONFIG, STATE)
+        state_file.save(tmp_path / "file" / "layer.npz", "stem", CONFIG, STATE)
     (tmp_path / "folder.npz").mkdir()
     with pytest.raises(IsADirectoryError):
-        files.save(tmp_path / "folder.npz", "stem", CONFIG, STATE)
+        state_file.save(tmp_path / "folder.npz", "stem", CONFIG, STATE)
     assert sorted(each.name for each in tmp_path.iterdir()) == ["file", "folder.npz"]
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sharednorm import _frames as frames
+from sharednorm.codec import frames
 
 
 @pytest.fixture

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sharednorm._address import MAX_SOCKET_PATH_BYTES, parse_address
-from sharednorm._calls import Connection
-from sharednorm._channel import SERVICE, channel_options, proxy_hint
-from sharednorm._connect import connect
-from sharednorm._deadline import Deadline
+from sharednorm.core.address import MAX_SOCKET_PATH_BYTES, parse_address
 from sharednorm.errors import HubClosed, InvalidConfiguration, InvalidName
+from sharednorm.remote.connect import connect
+from sharednorm.transport.channel import SERVICE, channel_options, proxy_hint
+from sharednorm.transport.deadline import Deadline
+from sharednorm.transport.grpc import Connection
 from sharednorm.v1 import service_pb2
 
 PROXIES = ("grpc_proxy", "https_proxy", "http_proxy", "no_grpc_proxy", "no_proxy")

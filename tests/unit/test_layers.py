@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 
 from sharednorm import BatchNorm, BatchNorm1D, BatchNorm2D, BatchNorm3D, InplaceInTraining, InvalidShape, TooFewValues
-from sharednorm._numpy_arithmetic import NumpyArithmetic
-from sharednorm.config import Array, LayerConfig, LayerKind, Vector
+from sharednorm.arithmetic.numpy_impl import NumpyArithmetic
+from sharednorm.core.layer_config import LayerConfig
+from sharednorm.core.state import LayerState, Moments, StateUpdate, blank_state, step
+from sharednorm.core.types import Array, LayerKind, Vector
 from sharednorm.errors import BackwardInEval, InvalidName, NonFiniteInput
-from sharednorm.layers import BatchNormND, ForwardResult, Layer, LocalBackend, SavedForward
-from sharednorm.state import LayerState, Moments, StateUpdate, blank_state, step
+from sharednorm.layers.local import BatchNormND, ForwardResult, Layer, LocalBackend, SavedForward
 from tests.support.oracle import Model, random_tensor
 
 CONFIG = LayerConfig(LayerKind.BATCH_NORM_2D, 3)

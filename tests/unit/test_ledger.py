@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from sharednorm.core.state import Moments
 from sharednorm.errors import KeyReused, SessionExpired, StepOutOfOrder
-from sharednorm.state import Moments
 from sharednorm_server.ledger import Ledger, digest, same_step
 from sharednorm_server.store.changes import CallKey, LastChange, Remembered, TakenStep
 from sharednorm_server.store.sessions import SessionNumbers

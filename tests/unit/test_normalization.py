@@ -7,9 +7,12 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from sharednorm.arithmetic.base import Arithmetic
+from sharednorm.arithmetic.formulas import Affine, affine
+from sharednorm.arithmetic.select import arithmetic
+from sharednorm.core.state import Moments
+from sharednorm.core.types import Wide
 from sharednorm.errors import InvalidConfiguration
-from sharednorm.normalization import Affine, Arithmetic, Wide, affine, arithmetic
-from sharednorm.state import Moments
 from tests.support import oracle
 
 EPSILON = 1e-5

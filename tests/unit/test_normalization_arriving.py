@@ -7,8 +7,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from sharednorm.config import Array
-from sharednorm.normalization import Arithmetic, arithmetic
+from sharednorm.arithmetic.base import Arithmetic
+from sharednorm.arithmetic.select import arithmetic
+from sharednorm.core.types import Array
 from tests.support import oracle
 
 # Rows, columns, columns with folds and a rest, several units of columns, one channel, one value a row.

@@ -13,17 +13,18 @@ import numpy as np
 import pytest
 
 import sharednorm
-from sharednorm import _numba_backward, _numba_forward
-from sharednorm.normalization import arithmetic
+from sharednorm.arithmetic.numba import backward as backward_kernels
+from sharednorm.arithmetic.numba import forward as forward_kernels
+from sharednorm.arithmetic.select import arithmetic
 from tests.support import oracle
 
 # What the two files of kernels are made of, besides themselves.
-PARTS = ("_numba_common.py", "_numba_half.py", "_numba_moments.py", "_numba_plan.py", "_numba_vector.py")
+PARTS = ("half.py", "moments.py", "simd.py", "tile_access.py", "tiling.py")
 
 USE = """
 import numpy as np
-from sharednorm import _numba_backward, _numba_forward
-from sharednorm.normalization import arithmetic
+from sharednorm.arithmetic.numba import backward as backward_kernels, forward as forward_kernels
+from sharednorm.arithmetic.select import arithmetic
 ones = np.ones(3, np.float32)
 x = np.random.default_rng(1).normal(size=(4, 3, 5)).astype(np.float32)
 y, batch = arithmetic("numba").forward(x, ones, ones, 1e-5)
@@ -35,7 +36,7 @@ for kernel in ({kernels}):
 
 def use(cache: Path) -> list[str]:
     """Run the kernels in a new process, and return the hits and misses of the cache for each."""
-    code = USE.format(kernels="_numba_forward.forward, _numba_backward.backward")
+    code = USE.format(kernels="forward_kernels.forward, backward_kernels.backward")
     return run(code, NUMBA_CACHE_DIR=str(cache)).stdout.splitlines()
 
 
@@ -65,21 +66,21 @@ def test_where_nothing_can_be_written_they_are_compiled_each_time(tmp_path: Path
     shutil.copytree(
         Path(sharednorm.__file__).parent, tmp_path / "sharednorm", ignore=shutil.ignore_patterns("__pycache__")
     )
-    for blocked in (tmp_path / "sharednorm" / "__pycache__", tmp_path / "home"):
+    for blocked in (tmp_path / "sharednorm" / "arithmetic" / "numba" / "__pycache__", tmp_path / "home"):
         blocked.write_text("")
     places = {name: str(tmp_path / "home" / name) for name in ("HOME", "XDG_CACHE_HOME", "IPYTHONDIR")} | {
         "NUMBA_CACHE_DIR": ""
     }
-    found = run(USE.format(kernels="_numba_forward.forward,"), PYTHONPATH=str(tmp_path), **places)
+    found = run(USE.format(kernels="forward_kernels.forward,"), PYTHONPATH=str(tmp_path), **places)
     assert found.stdout.splitlines() == ["0 1"]
     assert "set NUMBA_CACHE_DIR to a folder that can be written" in found.stderr
 
 
 def test_the_kernels_files_name_what_they_are_made_of() -> None:
     # numba looks at the file that holds a kernel alone; so a change of another one must change that file too.
-    package = Path(sharednorm.__file__).parent
+    package = Path(forward_kernels.__file__).parent
     found = hashlib.sha256(b"".join((package / part).read_bytes() for part in PARTS)).hexdigest()[:16]
-    for module in (_numba_forward, _numba_backward):
+    for module in (forward_kernels, backward_kernels):
         assert found == module.MADE_OF, f'{module.__name__}: the line must be MADE_OF = "{found}"'
 
 
@@ -94,5 +95,5 @@ def test_one_specialization_for_each_element_type() -> None:
             compute.moments(x)
             compute.backward(x, y, batch, frozen[::-1], 1e-5)
             compute.backward(x, y, batch, frozen, np.float64(1e-5), input_grad=False)
-    assert len(_numba_forward.forward.signatures) == 3
-    assert len(_numba_backward.backward.signatures) == 3
+    assert len(forward_kernels.forward.signatures) == 3
+    assert len(backward_kernels.backward.signatures) == 3

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sharednorm.normalization import Arithmetic, arithmetic
+from sharednorm.arithmetic.base import Arithmetic
+from sharednorm.arithmetic.select import arithmetic
 from tests.support import oracle
 
 HALF_TYPES = ("float16", "bfloat16")
@@ -65,13 +66,13 @@ def test_statistics_are_wide(compute: Arithmetic, name: str) -> None:
 @pytest.mark.skipif(platform.machine() not in {"x86_64", "AMD64"}, reason="only x86 has processors without F16C")
 def test_every_value_on_a_processor_without_float16(tmp_path: Path) -> None:
     code = """
-from sharednorm.normalization import arithmetic
+from sharednorm.arithmetic.select import arithmetic
 from tests.unit import test_normalization_half as this
-from sharednorm import _numba_forward
+from sharednorm.arithmetic.numba import forward as forward_kernels
 for name in this.HALF_TYPES:
     for columns in (True, False):
         this.check(arithmetic("numba"), name, columns=columns)
-print("vcvtph2ps" in "".join(_numba_forward.forward.inspect_asm().values()))
+print("vcvtph2ps" in "".join(forward_kernels.forward.inspect_asm().values()))
 """
     environment = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": "", "NUMBA_CACHE_DIR": str(tmp_path)}
     done = subprocess.run(

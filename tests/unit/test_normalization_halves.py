@@ -7,9 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from sharednorm.arithmetic.base import Arithmetic
+from sharednorm.arithmetic.formulas import input_gradient, merge
+from sharednorm.arithmetic.select import arithmetic
+from sharednorm.core.state import Moments
 from sharednorm.errors import InvalidShape
-from sharednorm.normalization import Arithmetic, arithmetic, input_gradient, merge
-from sharednorm.state import Moments
 from tests.support import oracle
 
 EPSILON = 1e-5

@@ -8,8 +8,9 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from sharednorm.arithmetic.base import Arithmetic
+from sharednorm.arithmetic.select import arithmetic
 from sharednorm.errors import InvalidShape, UnsupportedDType
-from sharednorm.normalization import Arithmetic, arithmetic
 from tests.support import oracle
 
 EPSILON = 1e-5

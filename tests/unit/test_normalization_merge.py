@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sharednorm.normalization import merge
-from sharednorm.state import Moments
+from sharednorm.arithmetic.formulas import merge
+from sharednorm.core.state import Moments
 from tests.support import oracle
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from sharednorm._numba_common import (
+from sharednorm.arithmetic.numba.tile_access import (
     APPLY,
     CHUNK,
     FINISH,
@@ -21,7 +21,7 @@ from sharednorm._numba_common import (
     row_tile,
     tile_count,
 )
-from sharednorm._numba_plan import BLOCK, PIECE, Plan, plan_of
+from sharednorm.arithmetic.numba.tiling import BLOCK, PIECE, Plan, plan_of
 
 sizes = st.one_of(st.integers(1, 40), st.sampled_from([127, 1023, 1024, 1025, 5000]))
 

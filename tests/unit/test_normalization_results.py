@@ -10,8 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from sharednorm._memory import IDLE_BYTES, LARGE_BYTES, ResultMemory
-from sharednorm.normalization import Arithmetic, arithmetic
+from sharednorm.arithmetic.base import Arithmetic
+from sharednorm.arithmetic.select import arithmetic
+from sharednorm.core.buffer_pool import IDLE_BYTES, LARGE_BYTES, ResultMemory
 from tests.support import oracle
 
 FLOAT = np.dtype(np.float32)

@@ -15,9 +15,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from sharednorm._threads import Threads
+from sharednorm.arithmetic.select import arithmetic
+from sharednorm.arithmetic.thread_pool import Threads, num_threads, set_num_threads
 from sharednorm.errors import InvalidConfiguration
-from sharednorm.normalization import arithmetic, num_threads, set_num_threads
 from tests.support import oracle
 
 EPSILON = 1e-5
@@ -164,18 +164,18 @@ class TestTeam:
 
 class TestNumber:
     def test_default_is_what_this_process_may_use(self) -> None:
-        code = "from sharednorm.normalization import num_threads; print(num_threads())"
+        code = "from sharednorm.arithmetic.thread_pool import num_threads; print(num_threads())"
         assert 1 <= int(run(code, SHAREDNORM_NUM_THREADS="")) <= len(os.sched_getaffinity(0))
 
     def test_environment(self) -> None:
-        code = "from sharednorm.normalization import num_threads; print(num_threads())"
+        code = "from sharednorm.arithmetic.thread_pool import num_threads; print(num_threads())"
         assert run(code, SHAREDNORM_NUM_THREADS="7") == "7"
 
     @pytest.mark.parametrize("value", ["0", "-1", "two", "1.5", "²"])
     def test_bad_environment(self, value: str) -> None:
         code = """
             from sharednorm.errors import InvalidConfiguration
-            from sharednorm.normalization import num_threads
+            from sharednorm.arithmetic.thread_pool import num_threads
             try:
                 num_threads()
             except InvalidConfiguration as error:
@@ -203,7 +203,8 @@ class TestProcesses:
             import os
             import signal
             import numpy as np
-            from sharednorm.normalization import arithmetic, set_num_threads
+            from sharednorm.arithmetic.select import arithmetic
+            from sharednorm.arithmetic.thread_pool import set_num_threads
             set_num_threads(3)
             x = np.random.default_rng(1).normal(size=(40, 64, 14, 14)).astype(np.float32)
             ones = np.ones(64, np.float32)
@@ -223,7 +224,8 @@ class TestProcesses:
         code = """
             import atexit
             import numpy as np
-            from sharednorm.normalization import arithmetic, set_num_threads
+            from sharednorm.arithmetic.select import arithmetic
+            from sharednorm.arithmetic.thread_pool import set_num_threads
             set_num_threads(3)
             x = np.ones((40, 64, 14, 14), np.float32)
             atexit.register(lambda: print(arithmetic("numba").moments(x).mean.sum()))
@@ -235,10 +237,10 @@ class TestImport:
     def test_numba_is_not_imported_until_it_is_asked_for(self) -> None:
         code = """
             import sys
-            import sharednorm.normalization
-            sharednorm.normalization.arithmetic("numpy")
+            import sharednorm.arithmetic.select
+            sharednorm.arithmetic.select.arithmetic("numpy")
             print("numba" in sys.modules)
-            sharednorm.normalization.arithmetic("numba")
+            sharednorm.arithmetic.select.arithmetic("numba")
             print("numba" in sys.modules)
         """
         assert run(code).split() == ["False", "True"]
@@ -251,7 +253,7 @@ class TestImport:
             importlib.util.find_spec = lambda name, package=None: None if name == "numba" else find(name, package)
             sys.modules["numba"] = None
             from sharednorm.errors import InvalidConfiguration
-            from sharednorm.normalization import arithmetic
+            from sharednorm.arithmetic.select import arithmetic
             print(arithmetic().name)
             try:
                 arithmetic("numba")

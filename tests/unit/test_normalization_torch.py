@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sharednorm.normalization import Arithmetic, arithmetic
+from sharednorm.arithmetic.base import Arithmetic
+from sharednorm.arithmetic.select import arithmetic
 from tests.support import oracle
 
 torch = pytest.importorskip("torch")

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from sharednorm._queue import CallQueue
+from sharednorm.layers.call_queue import CallQueue
 
 
 def test_calls_run_one_after_the_other_in_order() -> None:

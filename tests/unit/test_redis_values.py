@@ -7,9 +7,10 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 
-from sharednorm.config import LayerConfig, LayerKind
-from sharednorm.domains import DomainStatistics
-from sharednorm.state import Moments, initial_state
+from sharednorm.core.domains import DomainStatistics
+from sharednorm.core.layer_config import LayerConfig
+from sharednorm.core.state import Moments, initial_state
+from sharednorm.core.types import LayerKind
 from sharednorm_server.store import LayerKey, LayerRecord
 from sharednorm_server.store._redis_values import (
     change_from_bytes,

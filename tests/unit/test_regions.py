@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from sharednorm import wire
+from sharednorm.codec import wire
 from sharednorm.errors import LimitExceeded, MalformedMessage
 from sharednorm_server.regions import InRegions, Session, SharedMemory
 

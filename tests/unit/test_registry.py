@@ -9,9 +9,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from sharednorm.config import LayerConfig, LayerKind
+from sharednorm.core.layer_config import LayerConfig
+from sharednorm.core.state import initial_state
+from sharednorm.core.types import LayerKind
 from sharednorm.errors import DataLoss, LayerNotFound
-from sharednorm.state import initial_state
 from sharednorm_server.layers import Layer
 from sharednorm_server.registry import LayerRegistry
 from sharednorm_server.store import LayerKey, LayerRecord

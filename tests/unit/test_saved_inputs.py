@@ -7,9 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from sharednorm.config import LayerConfig, LayerKind
+from sharednorm.core.layer_config import LayerConfig
+from sharednorm.core.state import Moments, initial_state
+from sharednorm.core.types import LayerKind
 from sharednorm.errors import InputEvicted
-from sharednorm.state import Moments, initial_state
 from sharednorm_server.device.cpu import CpuTensor
 from sharednorm_server.layers import Layer
 from sharednorm_server.ledger import Ledger

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from sharednorm.config import Array
+from sharednorm.core.types import Array
 from sharednorm.errors import (
     BackwardWithoutForward,
     CallCancelled,

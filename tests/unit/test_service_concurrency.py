@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from sharednorm.arithmetic.select import arithmetic
+from sharednorm.core.state import StateUpdate
 from sharednorm.errors import InputEvicted, LayerNotFound, NonFiniteInput
-from sharednorm.normalization import arithmetic
-from sharednorm.state import StateUpdate
 from sharednorm_server.device.cpu import CpuDevice
 from sharednorm_server.requests import BackwardCall, ForwardAnswer, ForwardCall, LayerKey
 from sharednorm_server.service import LayerService

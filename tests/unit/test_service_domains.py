@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from sharednorm.core.state import StateUpdate
 from sharednorm.errors import CallCancelled, InputEvicted, LayerNotFound
-from sharednorm.state import StateUpdate
 from sharednorm_server.requests import BackwardCall, ForwardCall
 from sharednorm_server.service import LayerService
 from sharednorm_server.store import LayerRecord

@@ -7,7 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from sharednorm.config import Array, LayerConfig, LayerKind, NonFinitePolicy
+from sharednorm.core.layer_config import LayerConfig
+from sharednorm.core.types import Array, LayerKind, NonFinitePolicy
 from sharednorm.errors import (
     CallCancelled,
     InvalidShape,

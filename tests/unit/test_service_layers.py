@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 from sharednorm import __version__
-from sharednorm.config import LayerConfig, LayerKind, NonFinitePolicy
+from sharednorm.core.layer_config import LayerConfig
+from sharednorm.core.state import StateUpdate
+from sharednorm.core.types import LayerKind, NonFinitePolicy
 from sharednorm.errors import (
     ConfigurationMismatch,
     InvalidConfiguration,
@@ -20,7 +22,6 @@ from sharednorm.errors import (
     LayerEmpty,
     LayerNotFound,
 )
-from sharednorm.state import StateUpdate
 from sharednorm_server.requests import ForwardCall, LayerKey
 from sharednorm_server.service import LayerService
 from tests.support import oracle

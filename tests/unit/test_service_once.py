@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from sharednorm.core.state import Moments, StateUpdate
 from sharednorm.errors import (
     CallCancelled,
     KeyReused,
@@ -20,7 +21,6 @@ from sharednorm.errors import (
     SessionExpired,
     StepOutOfOrder,
 )
-from sharednorm.state import Moments, StateUpdate
 from sharednorm_server.device.cpu import CpuDevice
 from sharednorm_server.placement import Placement
 from sharednorm_server.requests import BackwardCall, CallKey, ForwardAnswer, ForwardCall, LayerRecord

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sharednorm.core.state import LayerState, Moments, StateUpdate
 from sharednorm.errors import BackupFailed, LayerNotFound, SnapshotNotFound
-from sharednorm.state import LayerState, Moments, StateUpdate
 from sharednorm_server.device.cpu import CpuDevice
 from sharednorm_server.placement import Placement
 from sharednorm_server.requests import CallKey

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sharednorm.state import initial_state
+from sharednorm.core.state import initial_state
 from sharednorm_server.store import LayerKey, LayerRecord
 from sharednorm_server.store.sqlite import SqliteStore
 from tests.support.service import CONFIG

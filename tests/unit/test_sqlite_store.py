@@ -15,10 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sharednorm.config import Averaging, LayerConfig, LayerKind, NonFinitePolicy
-from sharednorm.domains import blank_statistics
+from sharednorm.core.domains import blank_statistics
+from sharednorm.core.layer_config import LayerConfig
+from sharednorm.core.state import ARRAY_FIELDS, LayerState, Moments, StateUpdate, initial_state, merge_delta, step
+from sharednorm.core.types import Averaging, LayerKind, NonFinitePolicy
 from sharednorm.errors import LayerNotFound, StoreFailed
-from sharednorm.state import ARRAY_FIELDS, LayerState, Moments, StateUpdate, initial_state, merge_delta, step
 from sharednorm_server.config import StartError
 from sharednorm_server.requests import ForwardCall
 from sharednorm_server.store import LayerKey, LayerRecord

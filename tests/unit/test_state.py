@@ -9,16 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sharednorm.config import Averaging, LayerConfig, LayerKind, NonFinitePolicy
-from sharednorm.errors import (
-    InvalidConfiguration,
-    InvalidShape,
-    LayerEmpty,
-    NonFiniteInput,
-    UnsupportedDType,
-    error_classes,
-)
-from sharednorm.state import (
+from sharednorm.core.layer_config import LayerConfig
+from sharednorm.core.state import (
     ARRAY_FIELDS,
     LayerState,
     Moments,
@@ -30,6 +22,15 @@ from sharednorm.state import (
     step,
     update_params,
     updated,
+)
+from sharednorm.core.types import Averaging, LayerKind, NonFinitePolicy
+from sharednorm.errors import (
+    InvalidConfiguration,
+    InvalidShape,
+    LayerEmpty,
+    NonFiniteInput,
+    UnsupportedDType,
+    error_classes,
 )
 from tests.support.oracle import Model, batch_moments, random_tensor
 

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sharednorm.config import LayerConfig, LayerKind
-from sharednorm.state import initial_state
+from sharednorm.core.layer_config import LayerConfig
+from sharednorm.core.state import initial_state
+from sharednorm.core.types import LayerKind
 from sharednorm_server.store import LayerKey, LayerRecord, OwnStore, Store
 from sharednorm_server.store.changes import LastChange, Note, Remembered
 from sharednorm_server.store.memory import MemoryStore

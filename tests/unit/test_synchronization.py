@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sharednorm.core.state import StateUpdate
 from sharednorm.errors import GENERATION_GONE, LayerNotFound, StaleGeneration
-from sharednorm.state import StateUpdate
 from sharednorm_server.groups import GroupSettings, Membership
 from sharednorm_server.requests import BackwardCall
 from sharednorm_server.service import LayerService

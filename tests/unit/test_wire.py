@@ -14,10 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from sharednorm.config import DTYPE_NAMES, Array, dtype_of
+from sharednorm.codec.wire import TensorLayout, as_array, decode, encode, layout_of, payload, spec_of
+from sharednorm.core.dtypes import DTYPE_NAMES, dtype_of
+from sharednorm.core.types import Array
 from sharednorm.errors import LimitExceeded, MalformedMessage, UnsupportedDType
 from sharednorm.v1 import layer_pb2, service_pb2, tensor_pb2
-from sharednorm.wire import TensorLayout, as_array, decode, encode, layout_of, payload, spec_of
 
 SIZES = [0, 1, 3, 4, 127, 128, (1 << 14) - 1, 1 << 14, (1 << 21) - 4, 1 << 21, (1 << 21) + 5]
 

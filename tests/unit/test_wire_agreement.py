@@ -15,9 +15,9 @@ from google.protobuf.message import DecodeError, Message
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sharednorm.codec.wire import DATA_FIELD, decode
 from sharednorm.errors import MalformedMessage
 from sharednorm.v1 import layer_pb2, service_pb2, tensor_pb2
-from sharednorm.wire import DATA_FIELD, decode
 
 MessageClass: TypeAlias = type[Any]
 

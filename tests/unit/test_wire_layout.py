@@ -9,9 +9,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from sharednorm.codec.wire import TensorLayout, layout_of, spec_of
 from sharednorm.errors import InvalidShape, LimitExceeded, UnsupportedDType
 from sharednorm.v1 import tensor_pb2
-from sharednorm.wire import TensorLayout, layout_of, spec_of
 
 
 def spec(*shape: int, dtype: int = tensor_pb2.DATA_TYPE_FLOAT32) -> tensor_pb2.TensorSpec:

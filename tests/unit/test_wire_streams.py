@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sharednorm.codec.wire import ChunkOrder, chunks, decode, encode_chunk
 from sharednorm.errors import MalformedMessage
 from sharednorm.v1 import service_pb2
-from sharednorm.wire import ChunkOrder, chunks, decode, encode_chunk
 
 STREAMED = (
     service_pb2.ForwardStreamRequest,

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 import sharednorm
-from sharednorm.config import LayerConfig, LayerKind
-from sharednorm.state import blank_state
+from sharednorm.core.layer_config import LayerConfig
+from sharednorm.core.state import blank_state
+from sharednorm.core.types import LayerKind
 from sharednorm_server.config import ServerConfig
 from sharednorm_server.page.attached import Attached
 from sharednorm_server.page.charts import channels_chart, drift_chart

@@ -10,8 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from sharednorm.config import Array, LayerConfig, Vector
-from sharednorm.state import LayerState, Moments, RunningStatistics
+from sharednorm.core.layer_config import LayerConfig
+from sharednorm.core.state import LayerState, Moments, RunningStatistics
+from sharednorm.core.types import Array, Vector
 from sharednorm_server.tensors import DeviceTensor, Incoming, Output
 
 __all__ = ["Device", "DeviceFault", "DeviceTensor", "Gradients", "Incoming", "Output", "TrainedBatch"]

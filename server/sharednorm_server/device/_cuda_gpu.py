@@ -17,7 +17,7 @@ import numpy.typing as npt
 import pycuda.driver as cuda
 import pycuda.tools
 
-from sharednorm.config import Vector
+from sharednorm.core.types import Vector
 from sharednorm.errors import DeviceOutOfMemory
 from sharednorm_kernels import DeviceLimits
 from sharednorm_server.device._cuda_kernels import Kernels

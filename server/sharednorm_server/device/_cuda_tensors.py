@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sharednorm.config import Array, dtype_of
+from sharednorm.core.dtypes import dtype_of
+from sharednorm.core.types import Array
 from sharednorm_kernels import Plan
 from sharednorm_server.device._cuda_compute import Tensors
 from sharednorm_server.device._cuda_gpu import Bytes, DeviceBuffer, Gpu

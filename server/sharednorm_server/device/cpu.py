@@ -12,20 +12,15 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from sharednorm._tensors import results
-from sharednorm.config import Array, LayerConfig, LayerKind, Vector, check_dtype, dtype_of
+from sharednorm.arithmetic.base import Arithmetic, ArrivingGradient, ArrivingInput, WriteRange
+from sharednorm.arithmetic.select import arithmetic
+from sharednorm.arithmetic.thread_pool import num_threads, set_num_threads
+from sharednorm.core.arrays import results
+from sharednorm.core.dtypes import check_dtype, dtype_of
+from sharednorm.core.layer_config import LayerConfig
+from sharednorm.core.state import LayerState, Moments, blank_state
+from sharednorm.core.types import Array, LayerKind, Vector, Wide
 from sharednorm.errors import LimitExceeded
-from sharednorm.normalization import (
-    Arithmetic,
-    ArrivingGradient,
-    ArrivingInput,
-    Wide,
-    WriteRange,
-    arithmetic,
-    num_threads,
-    set_num_threads,
-)
-from sharednorm.state import LayerState, Moments, blank_state
 from sharednorm_server.device import DeviceTensor, Gradients, Output, TrainedBatch
 
 
@@ -53,7 +48,7 @@ class CpuDevice:
     """Computes with one implementation of the arithmetic.
 
     Args:
-        implementation: The arithmetic; None for the one that `sharednorm.normalization` chooses.
+        implementation: The arithmetic; None for the one that `arithmetic()` chooses.
         threads: Threads that one computation uses; None for one a CPU of this process.
     """
 

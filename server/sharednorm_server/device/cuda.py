@@ -17,10 +17,12 @@ import numpy as np
 import numpy.typing as npt
 import pycuda.driver as cuda
 
-from sharednorm.config import Array, LayerConfig, LayerKind, Vector, check_dtype, dtype_of
+from sharednorm.arithmetic.select import arithmetic
+from sharednorm.core.dtypes import check_dtype, dtype_of
+from sharednorm.core.layer_config import LayerConfig
+from sharednorm.core.state import LayerState, Moments, RunningStatistics, batch_weight, blank_state
+from sharednorm.core.types import Array, LayerKind, Vector
 from sharednorm.errors import LimitExceeded, SharedNormError
-from sharednorm.normalization import arithmetic
-from sharednorm.state import LayerState, Moments, RunningStatistics, batch_weight, blank_state
 from sharednorm_kernels import DeviceLimits, FatbinMissing, Plan, fatbin, plan
 from sharednorm_server.config import StartError
 from sharednorm_server.device import DeviceFault, DeviceTensor, Gradients, Output, TrainedBatch, _cuda_compute

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from sharednorm.config import Array, LayerConfig, Vector
-from sharednorm.state import LayerState, Moments
+from sharednorm.core.layer_config import LayerConfig
+from sharednorm.core.state import LayerState, Moments
+from sharednorm.core.types import Array, Vector
 from sharednorm_server.device import Device, DeviceTensor, Gradients, Incoming, Output, TrainedBatch
 from sharednorm_server.watching import DEVICE, current, spending
 

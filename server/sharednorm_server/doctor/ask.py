@@ -13,9 +13,9 @@ from collections.abc import Mapping
 import grpc
 
 import sharednorm
-from sharednorm._address import Address, parse_address
-from sharednorm.config import MAX_SECONDS
-from sharednorm.convert import error_from_call
+from sharednorm.codec.convert import error_from_call
+from sharednorm.core.address import Address, parse_address
+from sharednorm.core.limits import MAX_SECONDS
 from sharednorm.errors import (
     DeadlineExceeded,
     IncompatibleServer,

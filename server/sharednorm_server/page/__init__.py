@@ -16,7 +16,9 @@ from urllib.parse import urlencode
 
 import jinja2
 
-from sharednorm.config import DEFAULT_NAMESPACE, LayerConfig, check_namespace
+from sharednorm.core.layer_config import LayerConfig
+from sharednorm.core.limits import DEFAULT_NAMESPACE
+from sharednorm.core.validation import check_namespace
 from sharednorm.errors import LayerNotFound
 from sharednorm_server.access import TokenFile
 from sharednorm_server.metrics import CONTENT_TYPE, Metrics

@@ -17,9 +17,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from sharednorm.config import LayerConfig
-from sharednorm.domains import Domains, swapped
-from sharednorm.state import LayerState, blank_state
+from sharednorm.core.domains import Domains, swapped
+from sharednorm.core.layer_config import LayerConfig
+from sharednorm.core.state import LayerState, blank_state
 from sharednorm_server.store.changes import LastChange, Note, Remembered
 from sharednorm_server.store.snapshots import SnapshotInfo
 

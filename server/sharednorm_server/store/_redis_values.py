@@ -13,9 +13,10 @@ from dataclasses import fields, replace
 import numpy as np
 import numpy.typing as npt
 
-from sharednorm.config import LayerConfig, Vector
-from sharednorm.domains import Domains, DomainStatistics, statistics_of, with_statistics
-from sharednorm.state import LayerState, Moments, blank_state
+from sharednorm.core.domains import Domains, DomainStatistics, statistics_of, with_statistics
+from sharednorm.core.layer_config import LayerConfig
+from sharednorm.core.state import LayerState, Moments, blank_state
+from sharednorm.core.types import Vector
 from sharednorm_server.store import LayerKey, LayerRecord
 from sharednorm_server.store._values import config_from_text, config_to_text, names_from_bytes, names_to_bytes
 from sharednorm_server.store.changes import LastChange, TakenStep

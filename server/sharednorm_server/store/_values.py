@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any
 
-from sharednorm.config import Averaging, LayerConfig, LayerKind, NonFinitePolicy
+from sharednorm.core.layer_config import LayerConfig
+from sharednorm.core.types import Averaging, LayerKind, NonFinitePolicy
 
 
 def config_to_text(config: LayerConfig) -> str:

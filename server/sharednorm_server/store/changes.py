@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from sharednorm.config import Vector
-from sharednorm.state import Moments
+from sharednorm.core.state import Moments
+from sharednorm.core.types import Vector
 
 NUMBER_BYTES = 8
 """So many of a session's bytes are its number, big-endian: sessions that were opened later have higher ones."""

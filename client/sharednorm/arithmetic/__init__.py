@@ -1,0 +1,1 @@
+"""The arithmetic of batch normalization: its interface, its formulas, and two implementations."""

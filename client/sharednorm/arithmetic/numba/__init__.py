@@ -1,0 +1,1 @@
+"""The implementation that numba compiles for the processor it runs on."""

@@ -1,0 +1,1 @@
+"""Values as bytes and bytes as values: tensors, messages, errors, frames."""

@@ -1,0 +1,1 @@
+"""Work that spans calls and processes: idempotency, caches, push queues, groups."""

@@ -1,0 +1,1 @@
+"""What every other room uses: types, limits, checks, the state of a layer."""

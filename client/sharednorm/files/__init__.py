@@ -1,0 +1,1 @@
+"""The files that `save` writes and `load` reads."""

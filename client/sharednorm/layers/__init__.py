@@ -1,0 +1,1 @@
+"""The API of a layer, and layers that live in this process."""

@@ -1,0 +1,1 @@
+"""Layers on a server: hubs, handles, and the ways in which they compute."""

@@ -1,0 +1,1 @@
+"""Calls to one server or a cluster: channels, connections, shared memory, retries."""
