@@ -40,10 +40,10 @@ from benchmarks.trainers import answer_of, obey, started, steps_at
 from sharednorm.core.layer_config import LayerConfig
 from sharednorm.core.state import Moments, initial_state
 from sharednorm.core.types import LayerKind
-from sharednorm_server.ledger import step_change
-from sharednorm_server.store import LayerKey, LayerRecord
-from sharednorm_server.store.changes import CallKey, Note
-from sharednorm_server.store.sqlite import SqliteStore
+from sharednorm_server.layers.idempotency import step_change
+from sharednorm_server.store.base import LayerKey, LayerRecord
+from sharednorm_server.store.records import CallKey, Note
+from sharednorm_server.store.sqlite.store import SqliteStore
 
 MAPS = 64
 SECONDS, ROUNDS, PROBES = 4.0, 3, 25

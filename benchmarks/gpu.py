@@ -32,8 +32,8 @@ import torch
 from benchmarks.gpu_passes import TRIPS, Call, Launches, Layer, Set, our_calls, torch_calls, verify
 from benchmarks.remote import machine
 from sharednorm_kernels import fatbin, plan
-from sharednorm_server.device._cuda_gpu import limits_of
-from sharednorm_server.device._cuda_kernels import Kernels
+from sharednorm_server.device.cuda.context import limits_of
+from sharednorm_server.device.cuda.module import Kernels
 
 PER_IMAGE = (
     (64, 112, 112),

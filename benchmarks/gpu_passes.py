@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from sharednorm_kernels import Plan
-from sharednorm_server.device import _cuda_compute as compute
-from sharednorm_server.device._cuda_kernels import Kernels
+from sharednorm_server.device.cuda import launches as compute
+from sharednorm_server.device.cuda.module import Kernels
 
 TRIPS = {"train": 2, "eval": 2, "backward": 3}
 """How often each pass has to move the tensor."""

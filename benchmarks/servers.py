@@ -43,9 +43,9 @@ from sharednorm.arithmetic.select import arithmetic
 from sharednorm.core.layer_config import LayerConfig
 from sharednorm.core.state import Moments, initial_state, step
 from sharednorm.core.types import LayerKind
-from sharednorm_server.store import LayerKey, LayerRecord
-from sharednorm_server.store.changes import LastChange, Note, TakenStep
-from sharednorm_server.store.redis import RedisStore
+from sharednorm_server.store.base import LayerKey, LayerRecord
+from sharednorm_server.store.records import LastChange, Note, TakenStep
+from sharednorm_server.store.redis.store import RedisStore
 
 MAPS = 64
 SECONDS, ROUNDS = 1.5, 5

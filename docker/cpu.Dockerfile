@@ -47,7 +47,7 @@ USER 10001:10001
 WORKDIR /var/lib/sharednorm
 
 # The build fails here, and not the first start, if something that the server imports is missing.
-RUN ["/opt/sharednorm/bin/python", "-c", "import sharednorm_server.server, sharednorm_server.page, sharednorm_server.store.redis, numba, ml_dtypes"]
+RUN ["/opt/sharednorm/bin/python", "-c", "import sharednorm_server.server, sharednorm_server.http.pages, sharednorm_server.store.redis.store, numba, ml_dtypes"]
 
 # gRPC, the port that tensors travel by, and the page with the metrics.
 EXPOSE 50051 50052 50080

@@ -85,7 +85,7 @@ WORKDIR /var/lib/sharednorm
 
 # The build fails here, and not the first start, if this stage's Python is not the one that everything was built for.
 # PyCUDA itself can be imported only where the driver is.
-RUN ["/opt/sharednorm/bin/python", "-c", "import sharednorm_server.server, sharednorm_server.page, sharednorm_server.store.redis, sharednorm_kernels.files as f, importlib.util as u; f.fatbin(); assert u.find_spec('pycuda._driver')"]
+RUN ["/opt/sharednorm/bin/python", "-c", "import sharednorm_server.server, sharednorm_server.http.pages, sharednorm_server.store.redis.store, sharednorm_kernels.files as f, importlib.util as u; f.fatbin(); assert u.find_spec('pycuda._driver')"]
 
 # gRPC, the port that tensors travel by, and the page with the metrics.
 EXPOSE 50051 50052 50080

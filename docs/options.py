@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sharednorm_server.config import OPTIONS
-from sharednorm_server.settings import PREFIX, default_text
+from sharednorm_server.config.options import OPTIONS
+from sharednorm_server.config.sources import PREFIX, default_text
 
 PAGE = Path(__file__).with_name("configuration.md")
 BEGIN, END = "<!-- options -->\n", "<!-- end -->"

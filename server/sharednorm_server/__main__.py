@@ -2,6 +2,6 @@
 
 import sys
 
-from sharednorm_server.cli import main
+from sharednorm_server.cli.main import main
 
 sys.exit(main())

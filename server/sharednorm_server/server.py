@@ -19,32 +19,34 @@ from grpc_reflection.v1alpha import reflection
 from sharednorm.arithmetic.thread_pool import processors
 from sharednorm.codec import wire
 from sharednorm.core.limits import MAX_GROUP_MEMBERS
-from sharednorm_server.access import TokenFile
-from sharednorm_server.calls import CallPool, Doorkeeper
-from sharednorm_server.config import ServerConfig, StartError, parse_devices, parse_state, without_secrets
-from sharednorm_server.device import Device
+from sharednorm_server.auth.tls import CertificateFiles
+from sharednorm_server.auth.tokens import TokenFile
+from sharednorm_server.config.options import ServerConfig, parse_devices, parse_state, without_secrets
+from sharednorm_server.device.base import Device
 from sharednorm_server.device.cpu import CpuDevice
 from sharednorm_server.device.timed import TimedDevice
-from sharednorm_server.direct import DirectServer
-from sharednorm_server.group_calls import GroupCalls
-from sharednorm_server.ledger import DEFAULT_MAX_SESSIONS
-from sharednorm_server.listen import MAX_SOCKET_PATH_BYTES, UnixEndpoint, parse_endpoint
-from sharednorm_server.movers import Movers
-from sharednorm_server.placement import Placement
-from sharednorm_server.regions import AVAILABLE, SharedMemory
-from sharednorm_server.service import LayerService
-from sharednorm_server.servicer import SERVICE_NAME, Limits, Servicer
-from sharednorm_server.store import Store
+from sharednorm_server.direct.listener import DirectServer
+from sharednorm_server.direct.shared_memory import AVAILABLE, SharedMemory
+from sharednorm_server.errors import StartError
+from sharednorm_server.groups.coordinator import Synchronizer
+from sharednorm_server.layers.idempotency import DEFAULT_MAX_SESSIONS
+from sharednorm_server.layers.placement import Placement
+from sharednorm_server.layers.service import LayerService
+from sharednorm_server.observability.instrumentation import NOBODY, Watcher, Watchers
+from sharednorm_server.observability.tracing import open_traces, wanted
+from sharednorm_server.rpc.call_pool import CallPool
+from sharednorm_server.rpc.endpoints import MAX_SOCKET_PATH_BYTES, UnixEndpoint, parse_endpoint
+from sharednorm_server.rpc.group_methods import GroupCalls
+from sharednorm_server.rpc.interceptors import Doorkeeper
+from sharednorm_server.rpc.servicer import SERVICE_NAME, Limits, Servicer
+from sharednorm_server.rpc.transfer_scheduler import Movers
+from sharednorm_server.store.base import Store
 from sharednorm_server.store.memory import MemoryStore
 from sharednorm_server.store.snapshots import SnapshotPolicy
-from sharednorm_server.store.sqlite import SqliteStore
-from sharednorm_server.synchronization import Synchronizer
-from sharednorm_server.tls import CertificateFiles
-from sharednorm_server.traces import open_traces, wanted
-from sharednorm_server.watching import NOBODY, Watcher, Watchers
+from sharednorm_server.store.sqlite.store import SqliteStore
 
 if TYPE_CHECKING:
-    from sharednorm_server.page import Pages
+    from sharednorm_server.http.pages import Pages
 
 # A message beside its tensor: names and shapes, and 20 bytes a map of moments and scale, or 24 of a whole state.
 _HEADER_ROOM = 4 << 20
@@ -261,8 +263,8 @@ class _Watch:
         self._traces = open_traces(os.environ, SERVICE_NAME)
         watchers: list[Watcher] = [] if self._traces is None else [self._traces]
         if config.http is not None:
-            from sharednorm_server.metrics import Metrics  # noqa: PLC0415 - most servers tell nobody
-            from sharednorm_server.page.attached import Attached  # noqa: PLC0415 - as above
+            from sharednorm_server.http.recent_callers import Attached  # noqa: PLC0415 - as above
+            from sharednorm_server.observability.metrics import Metrics  # noqa: PLC0415 - most servers tell nobody
 
             self._metrics, self._attached = Metrics(), Attached()
             watchers += [self._metrics, self._attached]
@@ -283,8 +285,8 @@ class _Watch:
     ) -> None:
         if config.http is None:
             return
-        from sharednorm_server.figures import register  # noqa: PLC0415 - as above
-        from sharednorm_server.page import Pages  # noqa: PLC0415 - as above
+        from sharednorm_server.http.collectors import register  # noqa: PLC0415 - as above
+        from sharednorm_server.http.pages import Pages  # noqa: PLC0415 - as above
 
         register(self._metrics, service, groups, direct)
         self._web = Pages(service, groups, self._metrics, direct.peers, self._attached.recent, why_not_ready)
@@ -359,7 +361,7 @@ def _devices(config: ServerConfig) -> Sequence[Device]:
     if not ordinals:
         return [CpuDevice(threads=config.threads)]
     try:
-        from sharednorm_server.device.cuda import CudaDevice  # noqa: PLC0415 - needs the extra, and a driver
+        from sharednorm_server.device.cuda.device import CudaDevice  # noqa: PLC0415 - needs the extra, and a driver
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "pycuda":
             raise
@@ -386,7 +388,7 @@ def open_store(state: str, durability: str = "os", max_sessions: int = DEFAULT_M
     if isinstance(place, Path):
         return SqliteStore(place, durability)
     try:
-        from sharednorm_server.store.redis import RedisStore  # noqa: PLC0415 - needs the extra
+        from sharednorm_server.store.redis.store import RedisStore  # noqa: PLC0415 - needs the extra
     except ModuleNotFoundError as error:
         if error.name != "redis":
             raise

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import sharednorm
-from sharednorm_server.config import ServerConfig
+from sharednorm_server.config.options import ServerConfig
 from tests.support import cuda
 from tests.support.inside import exchange_of
 from tests.support.making import MakeLayer

@@ -20,8 +20,8 @@ from sharednorm.errors import (
     NonFiniteInput,
 )
 from sharednorm.v1 import layer_pb2, service_pb2
+from sharednorm_server.rpc.servicer import Servicer
 from sharednorm_server.server import RunningServer
-from sharednorm_server.servicer import Servicer
 from tests.support.ahead import LONG, At, Gate, ahead, eventually, gated
 from tests.support.oracle import random_tensor
 from tests.support.server import in_process

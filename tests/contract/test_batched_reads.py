@@ -16,10 +16,10 @@ from sharednorm.core.limits import MAX_BATCH_ENTRIES, MAX_BATCH_MAPS
 from sharednorm.errors import InvalidConfiguration, LayerEmpty, LayerNotFound, LimitExceeded, MalformedMessage
 from sharednorm.remote.handle import RemoteBatchNorm
 from sharednorm.v1 import layer_pb2, service_pb2, tensor_pb2
-from sharednorm_server import messages, servicer
-from sharednorm_server.requests import LayerRecord
+from sharednorm_server.layers.requests import LayerRecord
+from sharednorm_server.rpc import converters, servicer
+from sharednorm_server.rpc.servicer import Servicer
 from sharednorm_server.server import RunningServer
-from sharednorm_server.servicer import Servicer
 from tests.support import oracle
 from tests.support.oracle import random_tensor
 from tests.support.server import in_process, server_process
@@ -48,7 +48,7 @@ READS = Reads()
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[RunningServer]:
-    one, many = messages.stats_of, Servicer.get_many_stats
+    one, many = converters.stats_of, Servicer.get_many_stats
 
     def get_stats(record: LayerRecord, request: service_pb2.GetStatsRequest) -> service_pb2.GetStatsResponse:
         READS.one.append(one(record, request))

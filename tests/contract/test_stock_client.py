@@ -12,7 +12,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from sharednorm.v1 import layer_pb2, service_pb2, tensor_pb2
-from sharednorm_server.config import ServerConfig
+from sharednorm_server.config.options import ServerConfig
 from tests.support import oracle, server
 from tests.support.stock import (
     MAPS,

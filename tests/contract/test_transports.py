@@ -24,7 +24,7 @@ from sharednorm.errors import (
     UnsupportedDType,
 )
 from sharednorm.transport.shared_memory import SharedRegions
-from sharednorm_server.config import ServerConfig
+from sharednorm_server.config.options import ServerConfig
 from sharednorm_server.server import RunningServer
 from tests.support import oracle
 from tests.support.inside import exchange_of

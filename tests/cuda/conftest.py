@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from sharednorm_server.device import Device
+from sharednorm_server.device.base import Device
 from tests.support import cuda
 
 
@@ -20,7 +20,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def device() -> Iterator[Device]:
     """Give the first GPU; what a test leaves on it fails the test."""
     cuda.prepare()
-    from sharednorm_server.device.cuda import CudaDevice
+    from sharednorm_server.device.cuda.device import CudaDevice
 
     before = cuda.held()
     device = CudaDevice()

@@ -13,8 +13,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import sharednorm
 from sharednorm.errors import DeviceLost
-from sharednorm_server.device import Device
-from sharednorm_server.requests import ForwardCall
+from sharednorm_server.device.base import Device
+from sharednorm_server.layers.requests import ForwardCall
 from tests.cuda.test_failures import KEY, SHAPE, service_on
 from tests.emulation.load import fail
 from tests.support import cuda, oracle
@@ -25,7 +25,7 @@ from tests.support.server import in_process
 def doomed() -> Iterator[Device]:
     """A GPU that a test may lose: its thread stays behind."""
     cuda.prepare()
-    from sharednorm_server.device.cuda import CudaDevice
+    from sharednorm_server.device.cuda.device import CudaDevice
 
     device = CudaDevice()
     yield device

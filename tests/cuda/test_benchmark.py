@@ -20,8 +20,8 @@ def test_our_passes(shape: tuple[int, ...], name: str) -> None:
     from benchmarks.gpu import DTYPES, make_sets
     from benchmarks.gpu_passes import Launches, Layer, our_calls, verify
     from sharednorm_kernels import fatbin, plan
-    from sharednorm_server.device._cuda_gpu import limits_of
-    from sharednorm_server.device._cuda_kernels import Kernels
+    from sharednorm_server.device.cuda.context import limits_of
+    from sharednorm_server.device.cuda.module import Kernels
 
     driver.init()
     device = driver.Device(0)

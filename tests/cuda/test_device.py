@@ -11,7 +11,7 @@ from sharednorm.core.layer_config import LayerConfig
 from sharednorm.core.state import LayerState, StateUpdate, blank_state, step, updated
 from sharednorm.core.types import Averaging, LayerKind
 from sharednorm.errors import LimitExceeded, UnsupportedDType
-from sharednorm_server.device import Device, DeviceTensor, Incoming
+from sharednorm_server.device.base import Device, DeviceTensor, Incoming
 from tests.support import oracle
 from tests.support.cuda import REAL
 

@@ -14,10 +14,10 @@ from sharednorm.core.layer_config import LayerConfig
 from sharednorm.core.state import StateUpdate, blank_state
 from sharednorm.core.types import LayerKind
 from sharednorm.errors import DeviceOutOfMemory, InputEvicted
-from sharednorm_server.device import Device
-from sharednorm_server.placement import Placement
-from sharednorm_server.requests import BackwardCall, ForwardCall, LayerKey
-from sharednorm_server.service import LayerService
+from sharednorm_server.device.base import Device
+from sharednorm_server.layers.placement import Placement
+from sharednorm_server.layers.requests import BackwardCall, ForwardCall, LayerKey
+from sharednorm_server.layers.service import LayerService
 from sharednorm_server.store.memory import MemoryStore
 from tests.emulation.load import fail
 from tests.support import cuda, oracle
@@ -32,7 +32,7 @@ KEY = LayerKey("default", "bn")
 def small() -> Iterator[Device]:
     """A GPU of which no more than five tensors and a little may be used."""
     cuda.prepare()
-    from sharednorm_server.device.cuda import CudaDevice
+    from sharednorm_server.device.cuda.device import CudaDevice
 
     device = CudaDevice(memory_bytes=5 * TENSOR_BYTES + (64 << 10))
     yield device
@@ -157,7 +157,7 @@ def test_an_idle_device_holds_nothing_of_the_last_call(device: Device) -> None:
 @pytest.mark.skipif(cuda.REAL, reason="the counts are the emulated driver's: they need PyCUDA on it")
 def test_a_closed_device_leaves_nothing() -> None:
     cuda.prepare()
-    from sharednorm_server.device.cuda import CudaDevice
+    from sharednorm_server.device.cuda.device import CudaDevice
 
     before = cuda.held()
     device = CudaDevice()

@@ -26,9 +26,9 @@ def test_the_device_is_right_in_every_order_of_its_streams(order: str) -> None:
 
 def test_a_computation_waits_for_the_copies_into_its_input(device: Any) -> None:
     # All of it in one task, in which nobody asks how far the copy is: nothing but the event orders the two streams.
-    from sharednorm_server.device import _cuda_compute
-    from sharednorm_server.device._cuda_gpu import Gpu, Part
-    from sharednorm_server.device._cuda_worker import Issued
+    from sharednorm_server.device.cuda import launches
+    from sharednorm_server.device.cuda.context import Gpu, Part
+    from sharednorm_server.device.cuda.worker import Issued
 
     x = np.arange(2 * 3 * 8, dtype=np.float32).reshape(2, 3, 8)
     ones, zeros = np.ones(3, np.float32), np.zeros(3, np.float32)
@@ -38,9 +38,9 @@ def test_a_computation_waits_for_the_copies_into_its_input(device: Any) -> None:
         source[:] = x.reshape(-1).view(np.uint8)
         before, after = gpu.allocate(x.nbytes), gpu.allocate(x.nbytes)
         gpu.copy_in(source, before, 0)
-        tensors = _cuda_compute.Tensors(plan(x.shape, 4, gpu.limits), "float32", gpu.wait_for_copies_into(before))
-        affine = _cuda_compute.Affine(gpu.vector(ones), gpu.vector(zeros), 1e-5)
-        _cuda_compute.evaluate(gpu, tensors, affine, gpu.vector(zeros), gpu.vector(ones), after.address)
+        tensors = launches.Tensors(plan(x.shape, 4, gpu.limits), "float32", gpu.wait_for_copies_into(before))
+        affine = launches.Affine(gpu.vector(ones), gpu.vector(zeros), 1e-5)
+        launches.evaluate(gpu, tensors, affine, gpu.vector(zeros), gpu.vector(ones), after.address)
         return Issued(gpu.copy_out([Part(after, 0, x.nbytes)], target), (target, before, after))
 
     target = device._worker.submit(task).result()[0]

@@ -55,7 +55,7 @@ def takers(staging: Any, number: int) -> list[str]:
 @pytest.fixture
 def staging_on() -> Callable[[Any], Any]:
     cuda.prepare()
-    from sharednorm_server.device._cuda_staging import Staging
+    from sharednorm_server.device.cuda.staging import Staging
 
     return Staging
 

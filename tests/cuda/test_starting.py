@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 import sharednorm
-from sharednorm_server.device import Device
-from sharednorm_server.placement import Placement
-from sharednorm_server.requests import LayerKey
+from sharednorm_server.device.base import Device
+from sharednorm_server.layers.placement import Placement
+from sharednorm_server.layers.requests import LayerKey
 from tests.support import cuda, oracle
 from tests.support.server import run, server_process
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from sharednorm_server.cli import DEVICE_LOST
-from sharednorm_server.config import ServerConfig
+from sharednorm_server.cli.main import DEVICE_LOST
+from sharednorm_server.config.options import ServerConfig
 from tests.support.make import make
 from tests.support.server import run
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from sharednorm.codec import wire
 from sharednorm.core import limits
-from sharednorm_server.regions import MAX_REGIONS
-from sharednorm_server.synchronization import MAX_GROUPS
-from sharednorm_server.web import MAX_CONNECTIONS
+from sharednorm_server.direct.shared_memory import MAX_REGIONS
+from sharednorm_server.groups.coordinator import MAX_GROUPS
+from sharednorm_server.http.server import MAX_CONNECTIONS
 
 ROOT = Path(__file__).parents[2]
 

@@ -26,8 +26,8 @@ import yaml
 import sharednorm
 from benchmarks.tables import updated
 from sharednorm.errors import error_classes
-from sharednorm_server.settings import settle
-from sharednorm_server.traces import wanted
+from sharednorm_server.config.sources import settle
+from sharednorm_server.observability.tracing import wanted
 from tests.emulation.build import SANITIZERS
 from tests.support.make import make
 from tests.support.redis import redis_server

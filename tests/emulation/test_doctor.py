@@ -162,9 +162,9 @@ def test_a_verdict_is_what_a_server_then_does(settings: dict[str, str], device: 
 
 def test_the_oldest_gpu_is_the_same_for_the_server() -> None:
     load()
-    from sharednorm_server.device import cuda
+    from sharednorm_server.device.cuda import device
 
-    assert cuda.LEAST_CAPABILITY == LEAST_CAPABILITY
+    assert device.LEAST_CAPABILITY == LEAST_CAPABILITY
 
 
 # --- Drivers that break ---------------------------------------------------------------------------------

@@ -25,8 +25,8 @@ from sharednorm.errors import (
     Unauthenticated,
 )
 from sharednorm.v1 import layer_pb2, service_pb2
-from sharednorm_server import certificates
-from sharednorm_server.access import RIGHTS, Right, append, new_token
+from sharednorm_server.auth import certificates
+from sharednorm_server.auth.tokens import RIGHTS, Right, append, new_token
 from tests.support.inside import connection_of
 from tests.support.oracle import random_tensor
 from tests.support.server import ServerProcess, run, server_process

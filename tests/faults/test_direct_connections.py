@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import sharednorm
-from sharednorm_server.config import ServerConfig
+from sharednorm_server.config.options import ServerConfig
 from sharednorm_server.server import RunningServer
 from tests.support import lane as lanes
 from tests.support import oracle, server

@@ -10,7 +10,7 @@ import pytest
 
 import sharednorm
 from sharednorm.v1 import service_pb2
-from sharednorm_server.lane import Lane
+from sharednorm_server.direct.connection import Lane
 from sharednorm_server.server import RunningServer
 from tests.support import oracle, server
 from tests.support.lane import RawLane, lane_to

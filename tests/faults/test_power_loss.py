@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 import sharednorm
-from sharednorm_server.store import LayerKey
-from sharednorm_server.store.sqlite import FILE_NAME, SqliteStore
+from sharednorm_server.store.base import LayerKey
+from sharednorm_server.store.sqlite.store import FILE_NAME, SqliteStore
 from tests.faults.test_server_killed import all_have_trained, training
 from tests.support import disk
 from tests.support.oracle import random_tensor

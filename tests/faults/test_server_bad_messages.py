@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from sharednorm.v1 import layer_pb2, service_pb2, tensor_pb2
-from sharednorm_server.config import ServerConfig
+from sharednorm_server.config.options import ServerConfig
 from tests.support import oracle, server
 from tests.support.stock import (
     MAPS,

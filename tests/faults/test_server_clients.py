@@ -18,8 +18,8 @@ from sharednorm.core.layer_config import LayerConfig
 from sharednorm.core.state import LayerState
 from sharednorm.core.types import Array
 from sharednorm.v1 import layer_pb2, service_pb2
-from sharednorm_server.config import ServerConfig
-from sharednorm_server.device import DeviceTensor, TrainedBatch
+from sharednorm_server.config.options import ServerConfig
+from sharednorm_server.device.base import DeviceTensor, TrainedBatch
 from sharednorm_server.device.cpu import CpuDevice
 from sharednorm_server.server import RunningServer
 from tests.support import oracle, server

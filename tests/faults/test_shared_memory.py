@@ -22,7 +22,7 @@ from sharednorm.errors import HubClosed
 from sharednorm.transport.deadline import Deadline
 from sharednorm.transport.shared_memory import SharedRegions
 from sharednorm.v1 import layer_pb2, service_pb2
-from sharednorm_server.config import ServerConfig
+from sharednorm_server.config.options import ServerConfig
 from sharednorm_server.server import RunningServer
 from tests.support import lane as lanes
 from tests.support import oracle

@@ -67,7 +67,7 @@ def test_the_metadata_names_the_command_the_license_and_three_dependencies(distr
         metadata = email.message_from_bytes(archive.read(f"{info}/METADATA"))
         commands = archive.read(f"{info}/entry_points.txt").decode()
         assert f"{info}/licenses/LICENSE" in archive.namelist()
-    assert "sharednorm = sharednorm_server.cli:main" in commands
+    assert "sharednorm = sharednorm_server.cli.main:main" in commands
     assert (metadata["License-Expression"], metadata["Requires-Python"]) == ("Apache-2.0", ">=3.10")
     required = [text for text in metadata.get_all("Requires-Dist", []) if "extra ==" not in text]
     assert sorted(text.partition(">")[0].partition("<")[0] for text in required) == ["grpcio", "numpy", "protobuf"]

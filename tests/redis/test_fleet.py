@@ -21,8 +21,8 @@ import pytest
 import sharednorm
 from sharednorm.errors import IncompatibleServer, InvalidConfiguration, ServerUnavailable
 from sharednorm.transport.cluster import Fleet, Spread
-from sharednorm_server import certificates
-from sharednorm_server.config import ServerConfig
+from sharednorm_server.auth import certificates
+from sharednorm_server.config.options import ServerConfig
 from tests.support.oracle import random_tensor
 from tests.support.proxy import HOST, Faults, Proxy
 from tests.support.redis import RedisProcess

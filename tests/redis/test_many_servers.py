@@ -22,7 +22,7 @@ import pytest
 
 import sharednorm
 from sharednorm.errors import StoreUnavailable
-from sharednorm_server.config import ServerConfig
+from sharednorm_server.config.options import ServerConfig
 from tests.support.oracle import random_tensor
 from tests.support.programs import program
 from tests.support.redis import redis_server

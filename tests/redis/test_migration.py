@@ -14,15 +14,15 @@ import sharednorm
 from sharednorm.arithmetic.select import arithmetic
 from sharednorm.core.state import Moments, StateUpdate
 from sharednorm.errors import KeyReused, SessionExpired
+from sharednorm_server.cli.migrate import migrate
 from sharednorm_server.device.cpu import CpuDevice
-from sharednorm_server.migration import migrate
-from sharednorm_server.placement import Placement
-from sharednorm_server.requests import CallKey, LayerKey, Together
-from sharednorm_server.service import LayerService
-from sharednorm_server.store import LastingStore
-from sharednorm_server.store.redis import RedisStore
+from sharednorm_server.layers.placement import Placement
+from sharednorm_server.layers.requests import CallKey, LayerKey, Together
+from sharednorm_server.layers.service import LayerService
+from sharednorm_server.store.base import LastingStore
+from sharednorm_server.store.redis.store import RedisStore
 from sharednorm_server.store.snapshots import SnapshotPolicy
-from sharednorm_server.store.sqlite import SqliteStore
+from sharednorm_server.store.sqlite.store import SqliteStore
 from tests.support.oracle import random_tensor
 from tests.support.redis import RedisProcess
 from tests.support.server import run, server_process

@@ -28,13 +28,13 @@ from sharednorm.errors import (
     StoreUnavailable,
 )
 from sharednorm_server.device.cpu import CpuDevice
-from sharednorm_server.groups import GroupSettings
-from sharednorm_server.placement import Placement
-from sharednorm_server.requests import BackwardCall, CallKey, ForwardCall
-from sharednorm_server.service import LayerService
-from sharednorm_server.store.redis import RedisStore
+from sharednorm_server.groups.coordinator import GroupKey, Synchronizer
+from sharednorm_server.groups.state_machine import GroupSettings
+from sharednorm_server.layers.placement import Placement
+from sharednorm_server.layers.requests import BackwardCall, CallKey, ForwardCall
+from sharednorm_server.layers.service import LayerService
+from sharednorm_server.store.redis.store import RedisStore
 from sharednorm_server.store.snapshots import SnapshotPolicy
-from sharednorm_server.synchronization import GroupKey, Synchronizer
 from tests.support.oracle import random_tensor
 from tests.support.redis import RedisProcess, redis_server
 from tests.support.service import CONFIG, KEY, SHAPE, create

@@ -17,11 +17,11 @@ from sharednorm.core.layer_config import LayerConfig
 from sharednorm.core.state import initial_state
 from sharednorm.core.types import LayerKind
 from sharednorm.errors import BackupFailed, StoreUnavailable
-from sharednorm_server import certificates
-from sharednorm_server.config import StartError
-from sharednorm_server.store import LayerKey, LayerRecord
-from sharednorm_server.store.changes import LastChange, Note
-from sharednorm_server.store.redis import STATE_VERSION, RedisStore
+from sharednorm_server.auth import certificates
+from sharednorm_server.errors import StartError
+from sharednorm_server.store.base import LayerKey, LayerRecord
+from sharednorm_server.store.records import LastChange, Note
+from sharednorm_server.store.redis.store import STATE_VERSION, RedisStore
 from tests.support.redis import RedisProcess, redis_server
 
 CONFIG = LayerConfig(LayerKind.BATCH_NORM_2D, 2)

@@ -15,7 +15,7 @@ import sharednorm
 from sharednorm.core.types import Array
 from sharednorm.remote.handle import RemoteBatchNorm
 from sharednorm.v1 import service_pb2
-from sharednorm_server import batches
+from sharednorm_server.rpc import batch_methods
 
 LONG = 30.0
 
@@ -49,7 +49,7 @@ def gated() -> Iterator[Gate]:
 
     def push_many(request: service_pb2.PushManyRequest, push: Any) -> service_pb2.PushManyResponse:
         made.enter(request)
-        return batches.push_many(request, push)
+        return batch_methods.push_many(request, push)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sharednorm_server.servicer.push_many", push_many)

@@ -19,7 +19,7 @@ class DeviceKernels:
         from pycuda import driver
 
         from sharednorm_kernels import fatbin
-        from sharednorm_server.device._cuda_gpu import limits_of
+        from sharednorm_server.device.cuda.context import limits_of
 
         driver.init()
         device = driver.Device(0)

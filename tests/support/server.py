@@ -16,9 +16,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
-from sharednorm_server.config import ServerConfig
+from sharednorm_server.config.options import ServerConfig
+from sharednorm_server.layers.service import LayerService
 from sharednorm_server.server import RunningServer, serve, start
-from sharednorm_server.service import LayerService
 
 START_SECONDS = 60.0
 STOP_SECONDS = 30.0

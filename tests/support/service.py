@@ -12,14 +12,14 @@ from sharednorm.arithmetic.select import arithmetic
 from sharednorm.core.layer_config import LayerConfig
 from sharednorm.core.state import LayerState, Moments, StateUpdate
 from sharednorm.core.types import Array, LayerKind
-from sharednorm_server.device import DeviceTensor, Output, TrainedBatch
+from sharednorm_server.device.base import DeviceTensor, Output, TrainedBatch
 from sharednorm_server.device.cpu import CpuDevice
-from sharednorm_server.placement import Placement
-from sharednorm_server.requests import LayerKey, LayerRecord
-from sharednorm_server.service import LayerService
-from sharednorm_server.store import Kept, Store
-from sharednorm_server.store.changes import Note
+from sharednorm_server.layers.placement import Placement
+from sharednorm_server.layers.requests import LayerKey, LayerRecord
+from sharednorm_server.layers.service import LayerService
+from sharednorm_server.store.base import Kept, Store
 from sharednorm_server.store.memory import MemoryStore
+from sharednorm_server.store.records import Note
 
 KEY = LayerKey("default", "bn")
 MAPS = 3

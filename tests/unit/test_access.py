@@ -9,9 +9,18 @@ import pytest
 
 from sharednorm.errors import InvalidConfiguration, PermissionDenied, Unauthenticated
 from sharednorm.v1 import service_pb2
-from sharednorm_server import access
-from sharednorm_server.access import RIGHTS, Right, Token, TokenFile, append, new_token, parse_until
-from sharednorm_server.config import StartError
+from sharednorm_server.auth.tokens import (
+    RIGHTS,
+    Right,
+    Token,
+    TokenFile,
+    append,
+    new_token,
+    parse_until,
+    require,
+    require_namespace,
+)
+from sharednorm_server.errors import StartError
 
 
 def metadata(token: str, namespace: str | None = None) -> dict[str, str | bytes]:
@@ -130,16 +139,16 @@ def test_no_time(text: str) -> None:
 def test_the_body_of_a_call_is_of_the_namespace_that_it_was_admitted_in(path: Path) -> None:
     text = given(path, namespaces=("*",))
     tokens = TokenFile(path)
-    access.require_namespace("anything")  # nobody asks where there are no tokens
-    access.require(Right.ADMIN)
+    require_namespace("anything")  # nobody asks where there are no tokens
+    require(Right.ADMIN)
     with tokens.as_caller("Forward", metadata(text, "a")):
-        access.require_namespace("a")
-        access.require(Right.TRAIN)
+        require_namespace("a")
+        require(Right.TRAIN)
         with pytest.raises(PermissionDenied):
-            access.require_namespace("b")
+            require_namespace("b")
         with pytest.raises(PermissionDenied):
-            access.require(Right.ADMIN)
-    access.require_namespace("b")
+            require(Right.ADMIN)
+    require_namespace("b")
 
 
 # --- The file ---------------------------------------------------------------------------------------

@@ -1,11 +1,15 @@
-"""The arrows of the house: which module may import which, read from the source and not from what happened to load.
+"""The arrows of the house: which room may import which, read from the source and not from what happened to load.
 
-A rule names a module or, with a trailing dot, everything in a package. Imports inside functions count too.
+A room is a package directly below `sharednorm` or `sharednorm_server`, or a module that stands there by itself. The
+drawings in docs/architecture.md say which rooms may import which; this test reads them there. Imports inside functions,
+and those for type checkers alone, count too.
 """
 
 from __future__ import annotations
 
 import ast
+import re
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,38 +18,20 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SOURCES = (ROOT / "client", ROOT / "server", ROOT / "kernels")
-GENERATED = ("sharednorm.v1.",)
-PROTOBUF = ("google.", *GENERATED)
-GRPC = ("grpc.", "grpc_health.", "grpc_reflection.")
+PAGE = ROOT / "docs" / "architecture.md"
+MAX_FILES = 18
+"""Most files of a folder. A room has about 15."""
 
-
-def _client(*names: str) -> tuple[str, ...]:
-    return tuple(f"sharednorm.{name}" for name in names)
-
-
-def _server(*names: str) -> tuple[str, ...]:
-    return tuple(f"sharednorm_server.{name}" for name in names)
-
-
-# The rooms. What is not listed belongs to the local layers on the client's side.
-CODEC = _client("wire", "convert", "_status", "_frames")
-CONNECTION = _client("hub", "remote", "_async_compute", "_attempts", "_calls", "_channel", "_client_compute",
-                     "_connect", "_credentials", "_deadline", "_direct", "_exchange", "_fleet", "_group",
-                     "_group_compute", "_handling", "_link", "_listing", "_once", "_places", "_progress", "_push",
-                     "_reading", "_server", "_shared", "_torch_functions", "_tracing", "_upkeep", "_ways",
-                     "torch")  # fmt: skip
-COMPILED = _client("_numba_arithmetic", "_numba_backward", "_numba_common", "_numba_forward", "_numba_half",
-                   "_numba_moments", "_numba_plan", "_numba_vector")  # fmt: skip
-EDGE = _server("__main__", "cli", "commands", "server", "servicer", "messages", "calls", "group_calls", "batches",
-               "listen", "tls", "keys", "certificates", "direct", "lane", "regions", "transfers", "bench",
-               "web", "page.", "archive", "migration", "tending", "traces")  # fmt: skip
-MEANING = _server("service", "moments", "access", "catalog", "budget", "placement", "requests", "layers",
-                  "shared_layers", "registry", "ledger", "saved_inputs", "checks", "paging")  # fmt: skip
-GROUPS = _server("groups", "synchronization")
-CUDA = ("cuda", "_cuda_gpu", "_cuda_kernels", "_cuda_worker")
-DEVICE, STORE = _server("device."), _server("store.")
-DOCTOR = _server("doctor.")
-KERNELS = ("sharednorm_kernels.",)
+GENERATED = ("sharednorm.v1",)
+PROTOBUF = ("google", *GENERATED)
+GRPC = ("grpc", "grpc_health", "grpc_reflection")
+OPTIONAL = {
+    "cryptography", "grpc_health", "grpc_reflection", "h5py", "hiredis", "jinja2", "llvmlite", "matplotlib",
+    "ml_dtypes", "numba", "opentelemetry", "prometheus_client", "pycuda", "redis", "safetensors", "shtab", "tomli",
+    "torch", "tqdm",
+}  # fmt: skip
+REQUIRED = {"numpy", "grpc", "google"}
+OURS = {"sharednorm", "sharednorm_server", "sharednorm_kernels"}
 
 
 @dataclass(frozen=True)
@@ -89,160 +75,75 @@ def _imports(module: str, path: Path) -> list[Import]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{module}:{node.lineno} has a relative import; the house uses full names"
             base = node.module or ""
-            names = [f"{base}.{a.name}" if _is_module(f"{base}.{a.name}") else base for a in node.names]
+            names = [f"{base}.{a.name}" if f"{base}.{a.name}" in MODULES else base for a in node.names]
         else:
             continue
         found += [Import(module, name, node.lineno, id(node) not in lazy) for name in dict.fromkeys(names)]
     return found
 
 
-def _is_module(name: str) -> bool:
-    return name in MODULES or name in {"google.protobuf", "grpc_health.v1", "grpc_reflection.v1alpha"}
-
-
 IMPORTS = [found for module, path in MODULES.items() for found in _imports(module, path)]
 
 
-def _within(name: str, rules: tuple[str, ...]) -> bool:
-    return any(name.startswith(rule) or name == rule[:-1] if rule.endswith(".") else name == rule for rule in rules)
+def _room(module: str) -> str:
+    """Return the room of a module, "sharednorm.codec" for example; the package itself for what stands in its root."""
+    parts = module.split(".")
+    return ".".join(parts[:1] if parts[1:] in (["_version"], ["__main__"]) else parts[:2])
 
 
-def _offenders(importers: tuple[str, ...], forbidden: tuple[str, ...]) -> list[str]:
-    checked = [found for found in IMPORTS if _within(found.importer, importers)]
-    assert checked, f"no module of {importers} imports anything: the rule has lost its subject"
-    return [str(found) for found in checked if _within(found.imported, forbidden)]
+def _within(module: str, prefixes: tuple[str, ...]) -> bool:
+    return any(module == prefix or module.startswith(f"{prefix}.") for prefix in prefixes)
 
 
-LOCAL = tuple(m for m in MODULES if _within(m, ("sharednorm.",)) and m != "sharednorm"
-              and not _within(m, (*CODEC, *CONNECTION, *GENERATED)))  # fmt: skip
+def _drawing(package: str) -> dict[str, set[str]]:
+    """Return the rooms of a package, and which each may import: whatever an arrow of the drawing leads to, and on."""
+    page = PAGE.read_text(encoding="utf-8")
+    found = re.search(rf"%% {package}\n(.*?)```", page, re.DOTALL)
+    assert found, f"{PAGE.name} has no drawing of {package}"
+    arrows: dict[str, set[str]] = {}
+    for line in found[1].splitlines():
+        steps = [[name.strip() for name in step.split("&")] for step in line.split("-->")]
+        for names, following in zip(steps, [*steps[1:], []], strict=True):
+            for name in names:
+                arrows.setdefault(name, set()).update(following)
+    arrows.pop("", None)
+
+    def reached(room: str) -> set[str]:
+        return arrows[room].union(*(reached(each) for each in arrows[room]))
+
+    return {f"{package}.{room}": {f"{package}.{each}" for each in reached(room)} for room in arrows}
 
 
-@pytest.mark.parametrize(
-    ("importers", "forbidden"),
-    [
-        pytest.param(("sharednorm.",), ("sharednorm_server.",), id="the client library knows no server"),
-        pytest.param(LOCAL, (*PROTOBUF, *GRPC, *CODEC, *CONNECTION), id="a local layer knows no transport"),
-        pytest.param(CODEC, (*CONNECTION, *_client("layers", "_handle", "_local")), id="the codec knows no handles"),
-        pytest.param(MEANING, (*PROTOBUF, *GRPC, *CODEC, *EDGE), id="the service knows no transport"),
-        pytest.param(GROUPS, (*PROTOBUF, *GRPC, *CODEC, *EDGE, *DEVICE, *STORE), id="groups know no transport"),
-        pytest.param((*MEANING, *DEVICE, *STORE), GROUPS, id="a layer knows no groups"),
-        pytest.param(DEVICE, (*PROTOBUF, *GRPC, *CODEC, *EDGE, *MEANING, *STORE), id="a device only computes"),
-        pytest.param(STORE, (*PROTOBUF, *GRPC, *CODEC, *EDGE, *MEANING, *DEVICE), id="a store only remembers"),
-        pytest.param((*MEANING, *STORE), _client("normalization"), id="only a device computes with tensors"),
-        pytest.param(
-            _server("layers", "shared_layers", "registry", "moments", "requests", "checks", "paging"),
-            DEVICE,
-            id="the registry knows no device",
-        ),
-        pytest.param(
-            _server("servicer", "messages", "calls"), (*DEVICE, *STORE, *_server("layers")), id="the servicer asks"
-        ),
-        pytest.param(("sharednorm_server.",), CONNECTION, id="the server is not a client of itself"),
-        pytest.param(KERNELS, ("sharednorm.", "sharednorm_server.", "numpy."), id="the kernels know nobody"),
-        pytest.param(("sharednorm.", *EDGE, *MEANING, *STORE), KERNELS, id="only a device knows the kernels"),
-        pytest.param((*MEANING, *DEVICE, *STORE), DOCTOR, id="nobody leans on the doctor"),
-        pytest.param(
-            (*MEANING, *GROUPS, *DEVICE, *STORE, *_server("servicer", "calls", "direct", "lane")),
-            _server("web", "page.", "metrics", "figures", "traces"),
-            id="who is watched knows no watcher",
-        ),
-    ],
-)  # fmt: skip
-def test_arrows_point_one_way(importers: tuple[str, ...], forbidden: tuple[str, ...]) -> None:
-    assert _offenders(importers, forbidden) == []
+DRAWINGS = {package: _drawing(package) for package in ("sharednorm", "sharednorm_server")}
 
 
-@pytest.mark.parametrize(
-    ("imported", "users"),
-    [
-        pytest.param(
-            PROTOBUF,
-            (
-                *CODEC,
-                *CONNECTION,
-                *GENERATED,
-                *_server("servicer", "messages", "group_calls", "batches", "lane", "transfers"),
-            ),
-            id="protobuf",
-        ),
-        pytest.param(
-            ("grpc.",), (*CONNECTION, *_client("_status"), *GENERATED, *EDGE, *_server("doctor.ask")), id="grpc"
-        ),
-        pytest.param(("grpc_health.", "grpc_reflection."), _server("server", "doctor.ask"), id="health and reflection"),
-        pytest.param(("numba.", "llvmlite."), COMPILED, id="numba"),
-        pytest.param(COMPILED, (*COMPILED, *_client("normalization")), id="compiled arithmetic"),
-        pytest.param(("pycuda.",), _server(*(f"device.{name}" for name in CUDA)), id="pycuda"),
-        pytest.param(("ml_dtypes.",), _client("config"), id="ml_dtypes"),
-        pytest.param(("torch.",), (*_client("torch", "_torch_functions"), *_server("archive")), id="torch"),
-        pytest.param(_client("torch", "_torch_functions"), _client("torch"), id="the adapter of torch"),
-        pytest.param(("h5py.",), _client("_formats", "files"), id="h5py"),
-        pytest.param(("safetensors.",), _client("_formats"), id="safetensors"),
-        pytest.param(("opentelemetry.",), _client("_tracing"), id="opentelemetry"),
-        pytest.param(("redis.",), _server("store.redis", "store._redis_line"), id="redis"),
-    ],
-)
-def test_each_package_has_its_room(imported: tuple[str, ...], users: tuple[str, ...]) -> None:
-    found = [item for item in IMPORTS if _within(item.imported, imported)]
-    assert found, f"nothing imports {imported}: the rule has lost its subject"
-    assert [str(item) for item in found if not _within(item.importer, users)] == []
+def _rooms(package: str) -> set[str]:
+    return {_room(module) for module in MODULES if module.startswith(f"{package}.")} - {package, *GENERATED}
 
 
-def test_every_room_is_there() -> None:
-    rooms = (*CODEC, *CONNECTION, *COMPILED, *EDGE, *MEANING, *GROUPS, *DEVICE, *STORE, *DOCTOR, *KERNELS, *GENERATED)
-    assert [room for room in rooms if room.rstrip(".") not in MODULES] == []
+@pytest.mark.parametrize("package", DRAWINGS)
+def test_the_drawing_shows_every_room(package: str) -> None:
+    assert set(DRAWINGS[package]) == _rooms(package)
 
 
-def test_every_module_of_the_server_has_its_room() -> None:
-    others = _server("config", "settings", "tensors", "movers", "watching", "metrics", "figures", "logs")
-    rooms = (*EDGE, *MEANING, *GROUPS, *DEVICE, *STORE, *DOCTOR, *others, "sharednorm_server")
-    assert [m for m in MODULES if _within(m, ("sharednorm_server.",)) and not _within(m, rooms)] == []
+@pytest.mark.parametrize(("package", "room"), [(package, room) for package in DRAWINGS for room in DRAWINGS[package]])
+def test_a_room_imports_only_rooms_below_it(package: str, room: str) -> None:
+    allowed = {room, package, *DRAWINGS[package][room], *GENERATED}
+    # The package's root has its version, and what users import: of the library itself, nothing may use the latter.
+    bad = [
+        found
+        for found in IMPORTS
+        if _room(found.importer) == room
+        and found.imported.split(".")[0] == package
+        and (_room(found.imported) not in allowed or found.imported == package)
+    ]
+    assert [str(found) for found in bad] == []
 
 
-def test_the_client_needs_numpy_grpcio_and_protobuf_and_nothing_else_to_be_imported() -> None:
-    known = {*sys.stdlib_module_names, "numpy", "grpc", "google", "sharednorm"}
-    # The compiled arithmetic is loaded at the first use of it, where numba is installed; the adapter by its users.
-    later = (*COMPILED, *_client("torch", "_torch_functions"))
-    loaded = [f for f in IMPORTS if _within(f.importer, ("sharednorm.",)) and f.top and f.importer not in later]
-    assert [str(found) for found in loaded if _root(found) not in known or found.imported in COMPILED] == []
-
-
-def test_optional_packages_are_those_of_the_extras() -> None:
-    known = {
-        *sys.stdlib_module_names,
-        "numpy",
-        "grpc",
-        "google",
-        "sharednorm",
-        "sharednorm_server",
-        "sharednorm_kernels",
-    }
-    extras = {
-        "numba",
-        "llvmlite",
-        "ml_dtypes",
-        "h5py",
-        "safetensors",
-        "pycuda",
-        "grpc_health",
-        "grpc_reflection",
-        "torch",
-        "tqdm",
-        "cryptography",
-        "tomli",
-        "prometheus_client",
-        "jinja2",
-        "matplotlib",
-        "shtab",
-        "opentelemetry",
-        "redis",
-    }
-    assert {_root(found) for found in IMPORTS} - known <= extras
-
-
-def test_no_two_modules_import_each_other_when_they_are_loaded() -> None:
+def test_no_module_imports_itself_by_way_of_others() -> None:
     graph: dict[str, set[str]] = {module: set() for module in MODULES}
     for found in IMPORTS:
-        if found.top and found.imported in MODULES and found.imported != found.importer:
+        if found.imported in MODULES and found.imported != found.importer:
             graph[found.importer].add(found.imported)
     finished: set[str] = set()
     for module in graph:
@@ -257,5 +158,110 @@ def _visit(module: str, graph: dict[str, set[str]], path: tuple[str, ...], finis
         finished.add(module)
 
 
-def _root(found: Import) -> str:
-    return found.imported.partition(".")[0]
+def _client(*rooms: str) -> tuple[str, ...]:
+    return tuple(f"sharednorm.{room}" for room in rooms)
+
+
+def _server(*rooms: str) -> tuple[str, ...]:
+    return tuple(f"sharednorm_server.{room}" for room in rooms)
+
+
+KERNELS = ("sharednorm_kernels",)
+ABOVE_THE_CODEC = _client("torch", "remote", "coordination", "transport", "layers")
+
+
+@pytest.mark.parametrize(
+    ("importers", "forbidden"),
+    [
+        pytest.param(("sharednorm",), ("sharednorm_server",), id="the client library does not know the server"),
+        pytest.param(KERNELS, ("sharednorm", "sharednorm_server", "numpy"), id="the kernels know nothing else"),
+        pytest.param(
+            ("sharednorm", *_server("cli", "http", "direct", "rpc", "groups", "layers", "store")),
+            KERNELS,
+            id="only a device and the doctor know the kernels",
+        ),
+        pytest.param(
+            _server("config", "server", "http", "direct", "rpc", "groups", "layers", "device", "store", "auth"),
+            ABOVE_THE_CODEC,
+            id="the server is not a client of itself",
+        ),
+        pytest.param(
+            (*_client("core", "arithmetic", "files", "layers"), *_server("groups", "layers", "device", "store")),
+            (*PROTOBUF, *GRPC, "sharednorm.codec"),
+            id="what decides, computes or remembers does not know the wire",
+        ),
+        pytest.param(_server("layers", "store"), ("sharednorm.arithmetic",), id="only a device computes with tensors"),
+        pytest.param(_server("device"), _server("store"), id="a device does not know the store"),
+        pytest.param(_server("store"), _server("device"), id="a store does not know the device"),
+        pytest.param(
+            _server("layers.registry", "layers.layer", "layers.shared_layer", "layers.training_service"),
+            _server("device"),
+            id="the registry does not know the device",
+        ),
+    ],
+)
+def test_arrows_that_the_drawings_do_not_show(importers: tuple[str, ...], forbidden: tuple[str, ...]) -> None:
+    checked = [found for found in IMPORTS if _within(found.importer, importers)]
+    assert checked, f"no module of {importers} imports anything: the rule has lost its subject"
+    assert [str(found) for found in checked if _within(found.imported, forbidden)] == []
+
+
+@pytest.mark.parametrize(
+    ("imported", "users"),
+    [
+        pytest.param(
+            PROTOBUF,
+            (*_client("codec", "transport", "coordination", "remote"), *GENERATED, *_server("direct", "rpc")),
+            id="protobuf",
+        ),
+        pytest.param(
+            ("grpc",),
+            (*_client("codec.status", "transport"), *GENERATED, *_server("server", "rpc", "http", "doctor", "auth.tls")),
+            id="grpc",
+        ),
+        pytest.param(("grpc_health", "grpc_reflection"), _server("server", "doctor.server_checks"), id="health"),
+        pytest.param(("numba", "llvmlite"), _client("arithmetic.numba"), id="numba"),
+        pytest.param(
+            _client("arithmetic.numba"), _client("arithmetic.numba", "arithmetic.select"), id="compiled arithmetic"
+        ),
+        pytest.param(("pycuda",), _server("device.cuda"), id="pycuda"),
+        pytest.param(("ml_dtypes",), _client("core.dtypes"), id="ml_dtypes"),
+        pytest.param(("torch",), (*_client("torch"), *_server("cli.export_import")), id="torch"),
+        pytest.param(("h5py",), _client("files"), id="h5py"),
+        pytest.param(("safetensors",), _client("files"), id="safetensors"),
+        pytest.param(("opentelemetry",), (*_client("transport.tracing"), *_server("observability")), id="traces"),
+        pytest.param(("redis",), _server("store.redis"), id="redis"),
+    ],
+)
+def test_each_package_has_its_room(imported: tuple[str, ...], users: tuple[str, ...]) -> None:
+    found = [item for item in IMPORTS if _within(item.imported, imported)]
+    assert found, f"nothing imports {imported}: the rule has lost its subject"
+    assert [str(item) for item in found if not _within(item.importer, users)] == []
+
+
+def test_the_client_needs_numpy_grpcio_and_protobuf_and_nothing_else_to_be_imported() -> None:
+    known = {*sys.stdlib_module_names, *REQUIRED, "sharednorm"}
+    # The compiled arithmetic is loaded at its first use, where numba is installed; the adapters by their users.
+    later = _client("arithmetic.numba", "torch")
+    loaded = [f for f in IMPORTS if _within(f.importer, ("sharednorm",)) and f.top and not _within(f.importer, later)]
+    assert [str(f) for f in loaded if f.imported.split(".")[0] not in known or _within(f.imported, later)] == []
+
+
+def test_optional_packages_are_those_of_the_extras() -> None:
+    assert {found.imported.split(".")[0] for found in IMPORTS} - {
+        *sys.stdlib_module_names,
+        *REQUIRED,
+        *OURS,
+    } <= OPTIONAL
+
+
+def test_no_folder_has_more_files_than_a_reader_can_survey() -> None:
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    folders: dict[str, int] = {}
+    for name in listed.stdout.splitlines():
+        if (ROOT / name).exists():
+            folders[str(Path(name).parent)] = folders.get(str(Path(name).parent), 0) + 1
+    assert {folder: files for folder, files in folders.items() if files > MAX_FILES} == {}

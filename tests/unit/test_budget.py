@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sharednorm.errors import LimitExceeded, ServerBusy
-from sharednorm_server.budget import ByteBudget
+from sharednorm_server.layers.admission import ByteBudget
 
 
 def test_what_fits_is_admitted_and_counted_until_it_is_over() -> None:

@@ -16,7 +16,7 @@ import pytest
 import sharednorm
 from sharednorm import __version__
 from sharednorm.errors import LimitExceeded
-from sharednorm_server.config import OPTIONS
+from sharednorm_server.config.options import OPTIONS
 from tests.support import server
 from tests.support.stock import StockClient, channel_to
 
@@ -176,7 +176,7 @@ def test_grpc_does_not_hook_into_forks() -> None:
 def test_a_missing_extra_says_what_installs_it(missing: str) -> None:
     code = (
         f"import sys; sys.modules.update({missing}=None, numba=None, ml_dtypes=None); "
-        "from sharednorm_server.cli import main; sys.stderr = sys.stdout; print(main(['serve']))"
+        "from sharednorm_server.cli.main import main; sys.stderr = sys.stdout; print(main(['serve']))"
     )
     assert python(code) == f"sharednorm: the server needs {missing}: pip install 'sharednorm[server]'\n2\n"
 

@@ -11,7 +11,7 @@ import pytest
 
 import sharednorm
 from sharednorm import Progress
-from sharednorm_server.bench import _Bar, _shape
+from sharednorm_server.cli.bench import _Bar, _shape
 from tests.support import server
 
 

@@ -18,7 +18,7 @@ import sharednorm
 from sharednorm_kernels import files
 from sharednorm_server.doctor import gpus, machine, report
 from sharednorm_server.doctor.checks import MISSING, NOTE, OK, Check, size
-from sharednorm_server.doctor.child import Child
+from sharednorm_server.doctor.subprocesses import Child
 from tests.support import server
 
 NUMPY = {"SHAREDNORM_ARITHMETIC": "numpy"}

@@ -21,7 +21,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from sharednorm import __version__
 from sharednorm.codec import wire
 from sharednorm.v1 import service_pb2
-from sharednorm_server.servicer import SERVICE_NAME
+from sharednorm_server.rpc.servicer import SERVICE_NAME
 from tests.support import server
 
 ServingStatus = health_pb2.HealthCheckResponse.ServingStatus
@@ -190,7 +190,7 @@ def test_an_address_that_is_none() -> None:
 def test_a_client_without_the_extra_is_told_what_to_install() -> None:
     code = (
         "import sys; sys.modules.update(grpc_health=None); sys.stderr = sys.stdout; "
-        "from sharednorm_server.cli import main; print(main(['doctor', '--server', '127.0.0.1:1']))"
+        "from sharednorm_server.cli.main import main; print(main(['doctor', '--server', '127.0.0.1:1']))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == "sharednorm: doctor --server needs grpc_health: pip install 'sharednorm[server]'\n1\n"
@@ -198,7 +198,7 @@ def test_a_client_without_the_extra_is_told_what_to_install() -> None:
 
 def test_nothing_that_computes_is_imported() -> None:
     code = (
-        "import sys; from sharednorm_server.cli import main; print(main(['doctor', '--server', sys.argv[1]])); "
+        "import sys; from sharednorm_server.cli.main import main; print(main(['doctor', '--server', sys.argv[1]])); "
         "print(sorted({'numba', 'llvmlite', 'pycuda', 'ml_dtypes', 'h5py', 'torch'} & set(sys.modules)))"
     )
     with server.in_process() as running:

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import sharednorm
-from sharednorm_server.config import OPTIONS, ServerConfig
+from sharednorm_server.config.options import OPTIONS, ServerConfig
 from sharednorm_server.server import RunningServer
 from tests.support.commands import done, refused
 from tests.support.oracle import random_tensor

@@ -15,7 +15,7 @@ from sharednorm.core.layer_config import LayerConfig
 from sharednorm.core.state import LayerState
 from sharednorm.core.types import Array, LayerKind
 from sharednorm.errors import LimitExceeded, UnsupportedDType
-from sharednorm_server.device import DeviceTensor, Incoming, Output
+from sharednorm_server.device.base import DeviceTensor, Incoming, Output
 from sharednorm_server.device.cpu import CpuDevice
 from tests.support import oracle
 from tests.support.service import close

@@ -17,7 +17,7 @@ from sharednorm.errors import (
     StaleGeneration,
     StepOutOfOrder,
 )
-from sharednorm_server.groups import (
+from sharednorm_server.groups.state_machine import (
     Commit,
     Deliver,
     Done,

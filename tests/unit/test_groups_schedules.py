@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from sharednorm.errors import STEP_OVER, GroupAborted, NonFiniteInput, StaleGeneration
-from sharednorm_server.groups import Commit, Deliver, Done, Event, Failed, Group, GroupSettings, Joined
+from sharednorm_server.groups.state_machine import Commit, Deliver, Done, Event, Failed, Group, GroupSettings, Joined
 
 SCHEDULES, CHUNKS = 10_000, 8
 PLACES = ("first", "second", "first, backward")

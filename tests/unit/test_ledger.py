@@ -7,9 +7,9 @@ import pytest
 
 from sharednorm.core.state import Moments
 from sharednorm.errors import KeyReused, SessionExpired, StepOutOfOrder
-from sharednorm_server.ledger import Ledger, digest, same_step
-from sharednorm_server.store.changes import CallKey, LastChange, Remembered, TakenStep
-from sharednorm_server.store.sessions import SessionNumbers
+from sharednorm_server.layers.idempotency import Ledger, digest, same_step
+from sharednorm_server.store.idempotency import SessionNumbers
+from sharednorm_server.store.records import CallKey, LastChange, Remembered, TakenStep
 
 CONTENT = digest("a change")
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import pytest
 
 import sharednorm
-from sharednorm_server.logs import configure, in_call, new_call
+from sharednorm_server.observability.logs import configure, in_call, new_call
 from tests.support.server import server_process
 
 

@@ -9,8 +9,8 @@ from contextlib import ExitStack
 import pytest
 
 from sharednorm.errors import DeadlineExceeded
-from sharednorm_server.movers import GRACE_SECONDS, LEAST_RATE, MOST_SECONDS, Movers
-from sharednorm_server.requests import always
+from sharednorm_server.layers.requests import always
+from sharednorm_server.rpc.transfer_scheduler import GRACE_SECONDS, LEAST_RATE, MOST_SECONDS, Movers
 
 
 class Clock:

@@ -11,8 +11,9 @@ from sharednorm.core.domains import DomainStatistics
 from sharednorm.core.layer_config import LayerConfig
 from sharednorm.core.state import Moments, initial_state
 from sharednorm.core.types import LayerKind
-from sharednorm_server.store import LayerKey, LayerRecord
-from sharednorm_server.store._redis_values import (
+from sharednorm_server.store.base import LayerKey, LayerRecord
+from sharednorm_server.store.records import LastChange, TakenStep
+from sharednorm_server.store.redis.codec import (
     change_from_bytes,
     change_to_bytes,
     snapshot_from_bytes,
@@ -20,7 +21,6 @@ from sharednorm_server.store._redis_values import (
     to_fields,
     to_record,
 )
-from sharednorm_server.store.changes import LastChange, TakenStep
 
 CONFIG = LayerConfig(LayerKind.BATCH_NORM_2D, 3, epsilon=1e-3, affine=True)
 KEY = LayerKey("a:b", "層/{1}", "uid")

@@ -13,7 +13,7 @@ import pytest
 
 from sharednorm.codec import wire
 from sharednorm.errors import LimitExceeded, MalformedMessage
-from sharednorm_server.regions import InRegions, Session, SharedMemory
+from sharednorm_server.direct.shared_memory import InRegions, Session, SharedMemory
 
 PAGE = mmap.PAGESIZE
 LAYOUT = wire.TensorLayout("float32", (2, 3, 4), 96)

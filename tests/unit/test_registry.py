@@ -13,9 +13,9 @@ from sharednorm.core.layer_config import LayerConfig
 from sharednorm.core.state import initial_state
 from sharednorm.core.types import LayerKind
 from sharednorm.errors import DataLoss, LayerNotFound
-from sharednorm_server.layers import Layer
-from sharednorm_server.registry import LayerRegistry
-from sharednorm_server.store import LayerKey, LayerRecord
+from sharednorm_server.layers.layer import Layer
+from sharednorm_server.layers.registry import LayerRegistry
+from sharednorm_server.store.base import LayerKey, LayerRecord
 from sharednorm_server.store.memory import MemoryStore
 from tests.support.service import SlowStore
 

@@ -12,12 +12,12 @@ from sharednorm.core.state import Moments, initial_state
 from sharednorm.core.types import LayerKind
 from sharednorm.errors import InputEvicted
 from sharednorm_server.device.cpu import CpuTensor
-from sharednorm_server.layers import Layer
-from sharednorm_server.ledger import Ledger
-from sharednorm_server.saved_inputs import SavedInput, SavedInputs
-from sharednorm_server.store import LayerKey, LayerRecord
+from sharednorm_server.layers.activation_cache import SavedInput, SavedInputs
+from sharednorm_server.layers.idempotency import Ledger
+from sharednorm_server.layers.layer import Layer
+from sharednorm_server.store.base import LayerKey, LayerRecord
+from sharednorm_server.store.idempotency import SessionNumbers
 from sharednorm_server.store.memory import MemoryStore
-from sharednorm_server.store.sessions import SessionNumbers
 from sharednorm_server.store.snapshots import SnapshotPolicy
 
 CONFIG = LayerConfig(LayerKind.BATCH_NORM, 2)

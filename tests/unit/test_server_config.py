@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from sharednorm.errors import InvalidConfiguration
-from sharednorm_server.config import ServerConfig, StartError, default_state, parse_devices, parse_size, parse_state
-from sharednorm_server.listen import TcpEndpoint, UnixEndpoint, parse_endpoint
+from sharednorm_server.config.options import ServerConfig, default_state, parse_devices, parse_size, parse_state
+from sharednorm_server.errors import StartError
+from sharednorm_server.rpc.endpoints import TcpEndpoint, UnixEndpoint, parse_endpoint
 from sharednorm_server.server import start
 
 

@@ -21,8 +21,8 @@ from sharednorm.errors import (
     TooFewValues,
     UnsupportedDType,
 )
-from sharednorm_server.requests import BackwardCall, ForwardAnswer, ForwardCall, ForwardFacts, LayerKey
-from sharednorm_server.service import LayerService
+from sharednorm_server.layers.requests import BackwardCall, ForwardAnswer, ForwardCall, ForwardFacts, LayerKey
+from sharednorm_server.layers.service import LayerService
 from tests.support import oracle
 from tests.support.service import CONFIG, KEY, MAPS, SHAPE, close, create, new_service
 

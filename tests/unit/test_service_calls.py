@@ -10,7 +10,8 @@ import grpc
 import pytest
 
 from sharednorm.v1 import service_pb2
-from sharednorm_server.calls import CallPool, StreamCall, UnaryCall
+from sharednorm_server.rpc.call_pool import CallPool
+from sharednorm_server.rpc.handlers import StreamCall, UnaryCall
 
 
 class Aborted(Exception):

@@ -16,8 +16,8 @@ from sharednorm.arithmetic.select import arithmetic
 from sharednorm.core.state import StateUpdate
 from sharednorm.errors import InputEvicted, LayerNotFound, NonFiniteInput
 from sharednorm_server.device.cpu import CpuDevice
-from sharednorm_server.requests import BackwardCall, ForwardAnswer, ForwardCall, LayerKey
-from sharednorm_server.service import LayerService
+from sharednorm_server.layers.requests import BackwardCall, ForwardAnswer, ForwardCall, LayerKey
+from sharednorm_server.layers.service import LayerService
 from tests.support import oracle
 from tests.support.service import CONFIG, KEY, MAPS, SHAPE, InterruptedDevice, SlowStore, close, create, new_service
 

@@ -9,9 +9,9 @@ import pytest
 
 from sharednorm.core.state import StateUpdate
 from sharednorm.errors import CallCancelled, InputEvicted, LayerNotFound
-from sharednorm_server.requests import BackwardCall, ForwardCall
-from sharednorm_server.service import LayerService
-from sharednorm_server.store import LayerRecord
+from sharednorm_server.layers.requests import BackwardCall, ForwardCall
+from sharednorm_server.layers.service import LayerService
+from sharednorm_server.store.base import LayerRecord
 from sharednorm_server.store.memory import MemoryStore
 from tests.support import oracle
 from tests.support.service import KEY, SHAPE, InterruptedDevice, close, create, new_service

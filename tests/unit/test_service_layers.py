@@ -22,8 +22,8 @@ from sharednorm.errors import (
     LayerEmpty,
     LayerNotFound,
 )
-from sharednorm_server.requests import ForwardCall, LayerKey
-from sharednorm_server.service import LayerService
+from sharednorm_server.layers.requests import ForwardCall, LayerKey
+from sharednorm_server.layers.service import LayerService
 from tests.support import oracle
 from tests.support.service import CONFIG, KEY, MAPS, SHAPE, create, new_service
 

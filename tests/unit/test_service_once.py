@@ -22,14 +22,14 @@ from sharednorm.errors import (
     StepOutOfOrder,
 )
 from sharednorm_server.device.cpu import CpuDevice
-from sharednorm_server.placement import Placement
-from sharednorm_server.requests import BackwardCall, CallKey, ForwardAnswer, ForwardCall, LayerRecord
-from sharednorm_server.service import LayerService
-from sharednorm_server.store import Kept, Store
-from sharednorm_server.store.changes import Note
+from sharednorm_server.layers.placement import Placement
+from sharednorm_server.layers.requests import BackwardCall, CallKey, ForwardAnswer, ForwardCall, LayerRecord
+from sharednorm_server.layers.service import LayerService
+from sharednorm_server.store.base import Kept, Store
 from sharednorm_server.store.memory import MemoryStore
-from sharednorm_server.store.redis import RedisStore
-from sharednorm_server.store.sqlite import SqliteStore
+from sharednorm_server.store.records import Note
+from sharednorm_server.store.redis.store import RedisStore
+from sharednorm_server.store.sqlite.store import SqliteStore
 from tests.support.oracle import random_tensor
 from tests.support.service import KEY, SHAPE, InterruptedDevice, create, new_service
 

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from sharednorm.errors import InvalidConfiguration
-from sharednorm_server.config import DEFAULTS, OPTIONS, ServerConfig, StartError, default_state, format_size, parse_size
-from sharednorm_server.settings import add_options, settle
+from sharednorm_server.config.options import DEFAULTS, OPTIONS, ServerConfig, default_state, format_size, parse_size
+from sharednorm_server.config.sources import add_options, settle
+from sharednorm_server.errors import StartError
 
 # A value of each option that is not its default, as text, and as a server gets it.
 OTHERS: dict[str, tuple[str, Any]] = {

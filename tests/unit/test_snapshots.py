@@ -15,13 +15,13 @@ import pytest
 from sharednorm.core.state import LayerState, Moments, StateUpdate
 from sharednorm.errors import BackupFailed, LayerNotFound, SnapshotNotFound
 from sharednorm_server.device.cpu import CpuDevice
-from sharednorm_server.placement import Placement
-from sharednorm_server.requests import CallKey
-from sharednorm_server.service import LayerService
-from sharednorm_server.store import LayerKey, Store
+from sharednorm_server.layers.placement import Placement
+from sharednorm_server.layers.requests import CallKey
+from sharednorm_server.layers.service import LayerService
+from sharednorm_server.store.base import LayerKey, Store
 from sharednorm_server.store.memory import MemoryStore
 from sharednorm_server.store.snapshots import SnapshotInfo, SnapshotPolicy
-from sharednorm_server.store.sqlite import FILE_NAME, SqliteStore
+from sharednorm_server.store.sqlite.store import FILE_NAME, SqliteStore
 from tests.support.service import KEY, create, new_service
 
 

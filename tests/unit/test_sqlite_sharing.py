@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from sharednorm.core.state import initial_state
-from sharednorm_server.store import LayerKey, LayerRecord
-from sharednorm_server.store.sqlite import SqliteStore
+from sharednorm_server.store.base import LayerKey, LayerRecord
+from sharednorm_server.store.sqlite.store import SqliteStore
 from tests.support.service import CONFIG
 
 STATE = initial_state(CONFIG, 0.3, np.random.default_rng(1))

@@ -20,12 +20,12 @@ from sharednorm.core.layer_config import LayerConfig
 from sharednorm.core.state import ARRAY_FIELDS, LayerState, Moments, StateUpdate, initial_state, merge_delta, step
 from sharednorm.core.types import Averaging, LayerKind, NonFinitePolicy
 from sharednorm.errors import LayerNotFound, StoreFailed
-from sharednorm_server.config import StartError
-from sharednorm_server.requests import ForwardCall
-from sharednorm_server.store import LayerKey, LayerRecord
-from sharednorm_server.store._sqlite_file import FILE_VERSION
-from sharednorm_server.store.changes import LastChange, Note, Remembered, TakenStep
-from sharednorm_server.store.sqlite import FILE_NAME, SqliteStore
+from sharednorm_server.errors import StartError
+from sharednorm_server.layers.requests import ForwardCall
+from sharednorm_server.store.base import LayerKey, LayerRecord
+from sharednorm_server.store.records import LastChange, Note, Remembered, TakenStep
+from sharednorm_server.store.sqlite.database import FILE_VERSION
+from sharednorm_server.store.sqlite.store import FILE_NAME, SqliteStore
 from tests.support import oracle
 from tests.support.service import CONFIG, KEY, SHAPE, create, new_service
 
@@ -349,7 +349,7 @@ def test_threads_that_change_many_layers(tmp_path: Path) -> None:
 def test_a_directory_that_another_process_uses(tmp_path: Path) -> None:
     code = f"""
 import sys, pathlib
-from sharednorm_server.store.changes import LastChange, Note, Remembered, TakenStep
+from sharednorm_server.store.records import LastChange, Note, Remembered, TakenStep
 from sharednorm_server.store.sqlite import SqliteStore
 store = SqliteStore(pathlib.Path({str(tmp_path)!r}))
 print("open", flush=True)

@@ -14,11 +14,11 @@ import pytest
 from sharednorm.core.layer_config import LayerConfig
 from sharednorm.core.state import initial_state
 from sharednorm.core.types import LayerKind
-from sharednorm_server.store import LayerKey, LayerRecord, OwnStore, Store
-from sharednorm_server.store.changes import LastChange, Note, Remembered
+from sharednorm_server.store.base import LayerKey, LayerRecord, OwnStore, Store
 from sharednorm_server.store.memory import MemoryStore
-from sharednorm_server.store.redis import RedisStore
-from sharednorm_server.store.sqlite import SqliteStore
+from sharednorm_server.store.records import LastChange, Note, Remembered
+from sharednorm_server.store.redis.store import RedisStore
+from sharednorm_server.store.sqlite.store import SqliteStore
 
 CONFIG = LayerConfig(LayerKind.BATCH_NORM_2D, 2)
 

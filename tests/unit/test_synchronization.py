@@ -11,11 +11,11 @@ import pytest
 
 from sharednorm.core.state import StateUpdate
 from sharednorm.errors import GENERATION_GONE, LayerNotFound, StaleGeneration
-from sharednorm_server.groups import GroupSettings, Membership
-from sharednorm_server.requests import BackwardCall
-from sharednorm_server.service import LayerService
-from sharednorm_server.store.sqlite import SqliteStore
-from sharednorm_server.synchronization import GroupKey, Synchronizer
+from sharednorm_server.groups.coordinator import GroupKey, Synchronizer
+from sharednorm_server.groups.state_machine import GroupSettings, Membership
+from sharednorm_server.layers.requests import BackwardCall
+from sharednorm_server.layers.service import LayerService
+from sharednorm_server.store.sqlite.store import SqliteStore
 from tests.support.service import KEY, create, new_service
 from tests.unit.test_snapshots import moments
 

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from sharednorm_server.device._task_queue import TaskQueue
+from sharednorm_server.device.cuda.task_queue import TaskQueue
 
 
 def test_items_come_in_the_order_in_which_they_were_put() -> None:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pytest
 
 import sharednorm
-from sharednorm_server.config import ServerConfig
+from sharednorm_server.config.options import ServerConfig
 from sharednorm_server.server import RunningServer
 from tests.support.oracle import random_tensor
 from tests.support.programs import program

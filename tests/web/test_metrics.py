@@ -14,8 +14,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import sharednorm
 from sharednorm.errors import NonFiniteInput
-from sharednorm_server.config import ServerConfig
-from sharednorm_server.metrics import Figure, Metrics
+from sharednorm_server.config.options import ServerConfig
+from sharednorm_server.observability.metrics import Figure, Metrics
 from sharednorm_server.server import RunningServer
 from tests.support.oracle import random_tensor
 from tests.support.server import in_process

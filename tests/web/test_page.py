@@ -17,15 +17,15 @@ import sharednorm
 from sharednorm.core.layer_config import LayerConfig
 from sharednorm.core.state import blank_state
 from sharednorm.core.types import LayerKind
-from sharednorm_server.config import ServerConfig
-from sharednorm_server.page.attached import Attached
-from sharednorm_server.page.charts import channels_chart, drift_chart
-from sharednorm_server.page.health import Health, health_of
-from sharednorm_server.page.history import SAMPLES, History, Sample
-from sharednorm_server.requests import ForwardCall
+from sharednorm_server.config.options import ServerConfig
+from sharednorm_server.http.charts import channels_chart, drift_chart
+from sharednorm_server.http.health import Health, health_of
+from sharednorm_server.http.history import SAMPLES, History, Sample
+from sharednorm_server.http.recent_callers import Attached
+from sharednorm_server.layers.requests import ForwardCall
+from sharednorm_server.observability.instrumentation import Origin
 from sharednorm_server.server import RunningServer
-from sharednorm_server.store import LayerKey, LayerRecord
-from sharednorm_server.watching import Origin
+from sharednorm_server.store.base import LayerKey, LayerRecord
 from tests.support.oracle import random_tensor
 from tests.support.server import in_process
 from tests.support.service import KEY, create, new_service

@@ -19,7 +19,7 @@ import yaml
 
 import sharednorm
 from docker.monitoring import dashboard
-from sharednorm_server.config import ServerConfig
+from sharednorm_server.config.options import ServerConfig
 from tests.support.oracle import random_tensor
 from tests.support.programs import program
 from tests.support.server import in_process

@@ -19,8 +19,8 @@ from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_serv
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
 import sharednorm
-from sharednorm_server.config import StartError
-from sharednorm_server.traces import wanted
+from sharednorm_server.errors import StartError
+from sharednorm_server.observability.tracing import wanted
 from tests.support.oracle import random_tensor
 from tests.support.server import server_process, spawn
 

@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 
 import sharednorm
-from sharednorm_server.access import Right, append, new_token
-from sharednorm_server.certificates import create
-from sharednorm_server.config import ServerConfig, StartError
+from sharednorm_server.auth.certificates import create
+from sharednorm_server.auth.tokens import Right, append, new_token
+from sharednorm_server.config.options import ServerConfig
+from sharednorm_server.errors import StartError
 from sharednorm_server.server import RunningServer, start
 from tests.support.oracle import random_tensor
 from tests.support.server import in_process

@@ -21,7 +21,7 @@ from sharednorm.core.layer_config import LayerConfig
 from sharednorm.core.state import LayerState, Moments, blank_state
 from sharednorm.core.types import Array, LayerKind, Vector, Wide
 from sharednorm.errors import LimitExceeded
-from sharednorm_server.device import DeviceTensor, Gradients, Output, TrainedBatch
+from sharednorm_server.device.base import DeviceTensor, Gradients, Output, TrainedBatch
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from dataclasses import replace
 from sharednorm.core.layer_config import LayerConfig
 from sharednorm.core.state import LayerState, Moments
 from sharednorm.core.types import Array, Vector
-from sharednorm_server.device import Device, DeviceTensor, Gradients, Incoming, Output, TrainedBatch
-from sharednorm_server.watching import DEVICE, current, spending
+from sharednorm_server.device.base import Device, DeviceTensor, Gradients, Incoming, Output, TrainedBatch
+from sharednorm_server.observability.instrumentation import DEVICE, current, spending
 
 
 class TimedDevice:

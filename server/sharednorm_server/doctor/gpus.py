@@ -12,8 +12,8 @@ from typing import Any
 
 from sharednorm_kernels.files import FatbinMissing, fatbin, fatbin_path, nvcc
 from sharednorm_server.doctor.checks import MISSING, NOTE, OK, Check, size
-from sharednorm_server.doctor.child import Child, Outcome
 from sharednorm_server.doctor.probe import LEAST_CAPABILITY
+from sharednorm_server.doctor.subprocesses import Child, Outcome
 
 SECONDS = 60.0
 """How long the driver may take to answer all questions. A GPU that nobody uses may need seconds to wake up."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from sharednorm._version import __version__
 from sharednorm_server.doctor.checks import MISSING, NOTE, OK, Check
-from sharednorm_server.doctor.child import Child
+from sharednorm_server.doctor.subprocesses import Child
 
 SECONDS = 60.0
 """How long all imports together may take; they run at the same time."""

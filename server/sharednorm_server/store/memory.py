@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sharednorm.errors import BackupFailed
-from sharednorm_server.store import Kept, LayerKey, LayerRecord, StoreCounts, without_gradients
-from sharednorm_server.store.changes import Note, Remembered
-from sharednorm_server.store.sessions import SessionNumbers
+from sharednorm_server.store.base import Kept, LayerKey, LayerRecord, StoreCounts, without_gradients
+from sharednorm_server.store.idempotency import SessionNumbers
+from sharednorm_server.store.records import Note, Remembered
 from sharednorm_server.store.snapshots import SnapshotInfo
 
 

@@ -218,7 +218,8 @@ class _Forward:
 
         def work() -> None:
             forward_kernels.forward(tag, plan, task, items, ticket, x, y, self._slots, self._mean, self._m2,
-                                    self._scale, self._bias, self._epsilon, self.hi, self.factor, self.offset, streaming)  # fmt: skip
+                                    self._scale, self._bias, self._epsilon, self.hi, self.factor, self.offset,
+                                    streaming)  # fmt: skip
 
         threads.run(work, _team(plan, task, items - first))
 

@@ -1,0 +1,83 @@
+"""`sharednorm migrate`: all layers of one state into another, with what makes training go on."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING
+
+from sharednorm.errors import InvalidConfiguration
+from sharednorm_server.cli.output import FAILED, Commands, add_json, say
+from sharednorm_server.config.options import without_secrets
+
+if TYPE_CHECKING:
+    from sharednorm_server.store.base import LastingStore
+
+_PAGE = 100
+
+
+def add_migrate(commands: Commands[argparse.ArgumentParser]) -> None:
+    """Add `sharednorm migrate`."""
+    parser = commands.add_parser(
+        "migrate",
+        help="copy all layers of one state into another",
+        description="Copy all layers of one state into another: with their ids, versions, domains and snapshots, and "
+        "what is known of the changes of clients. So these go on when a server with the new state has the address of "
+        "the old one, and no step is lost or taken twice. Stop the servers of both first; clients wait for as long as "
+        "their timeout. What is copied stays where it was. It can be done again: what is there already is left alone.",
+        epilog="example: sharednorm migrate sqlite:///var/lib/sharednorm redis://box:6379",
+    )
+    parser.set_defaults(run=_migrate, failure=FAILED)
+    parser.add_argument("source", metavar="FROM", help="a --state: sqlite:///DIRECTORY, or redis://HOST:PORT")
+    parser.add_argument("target", metavar="TO", help="another one")
+    add_json(parser)
+
+
+def _migrate(arguments: argparse.Namespace) -> int:
+    source = _opened(arguments.source)
+    try:
+        target = _opened(arguments.target)
+        try:
+            copied, left = migrate(source, target, progress=sys.stderr.isatty() and not arguments.json)
+        finally:
+            target.close()
+    finally:
+        source.close()
+    words = f"copied {copied} layer{'' if copied == 1 else 's'}" + (
+        f"; {left} there already, and left alone" if left else ""
+    )
+    say(arguments, words, {"copied": copied, "left": left})
+    return 0
+
+
+def migrate(source: LastingStore, target: LastingStore, *, progress: bool = False) -> tuple[int, int]:
+    """Copy all layers; return how many were copied, and how many were there already."""
+    target.begin_sessions_behind(source.last_session)
+    from tqdm import tqdm  # noqa: PLC0415 - of the extra
+
+    copied = left = 0
+    bar = tqdm(total=sum(map(source.count, source.namespaces())), unit=" layers", disable=not progress)
+    for namespace in source.namespaces():
+        after = ""
+        while page := source.page(namespace, after, _PAGE):
+            for record in page:
+                whole = source.whole(record.key)
+                if whole is not None and target.take_in(whole):
+                    copied += 1
+                else:
+                    left += 1
+            after = page[-1].key.name
+            bar.update(len(page))
+    bar.close()
+    return copied, left
+
+
+def _opened(state: str) -> LastingStore:
+    from sharednorm_server.server import open_store  # noqa: PLC0415 - needs the extra
+    from sharednorm_server.store.base import LastingStore  # noqa: PLC0415 - as above
+
+    store = open_store(state)
+    if not isinstance(store, LastingStore):
+        store.close()
+        raise InvalidConfiguration(f"{without_secrets(state)} keeps nothing that could be copied")
+    return store

@@ -1,0 +1,1 @@
+"""Direct connections and shared memory: the edge beside gRPC."""

@@ -1,0 +1,1 @@
+"""Groups of workers whose batches are normalized as one."""

@@ -1,0 +1,1 @@
+"""The HTTP edge: pages for people, metrics and health for monitoring."""

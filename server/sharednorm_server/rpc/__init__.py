@@ -1,0 +1,1 @@
+"""The gRPC edge: methods, messages, tensors, and how calls run."""

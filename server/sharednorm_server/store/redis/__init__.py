@@ -1,0 +1,1 @@
+"""Layers in Redis, shared by several servers."""
