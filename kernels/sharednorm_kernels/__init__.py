@@ -7,7 +7,7 @@ The kernels stand in `*.cu` and `*.cuh`; `make kernels` compiles them to one fat
 from __future__ import annotations
 
 from sharednorm_kernels.files import FatbinMissing, fatbin, sources
-from sharednorm_kernels.plans import (
+from sharednorm_kernels.launch_config import (
     SUFFIXES,
     DeviceLimits,
     Fused,
@@ -18,7 +18,6 @@ from sharednorm_kernels.plans import (
     finish_geometry,
     map_geometry,
     plan,
-    value_geometry,
     view_of,
 )
 
@@ -36,6 +35,5 @@ __all__ = [
     "map_geometry",
     "plan",
     "sources",
-    "value_geometry",
     "view_of",
 ]

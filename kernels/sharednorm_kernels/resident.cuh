@@ -9,7 +9,7 @@
 // neighbouring threads lie side by side, so no banks collide.
 #pragma once
 
-#include "split.cuh"
+#include "multi_pass.cuh"
 
 namespace sharednorm {
 

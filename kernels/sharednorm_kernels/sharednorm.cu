@@ -1,13 +1,13 @@
 // The entries: every kernel under a plain name, for each element type.
 //
-// Versions of a training forward, from the simplest to the fastest; a backward has the same five:
-//   naive     naive.cuh     one thread a map: the reference to read
-//   split     split.cuh     moments, then finish, then apply: three trips over the tensor, for every shape
-//   ticketed  ticketed.cuh  the same work in one launch, ordered so that the second read finds the cache: for maps that
-//                           fit neither a block nor a cluster
-//   resident  resident.cuh  one group keeps a map in shared memory: two trips, for maps up to what a block can hold
-//   cluster   resident.cuh  a cluster of blocks keeps a map: two trips, on compute capability 9.0 and later
-// Which one serves which shape, and with how many threads, is said by plan() in plans.py.
+// Versions of a training forward, from the simplest to the fastest; a backward has the same four. (A fifth, with one
+// thread a map, is the reference that the tests compare them with.)
+//   split     multi_pass.cuh  moments, then finish, then apply: three trips over the tensor, for every shape
+//   ticketed  persistent.cuh  the same work in one launch, ordered so that the second read finds the cache: for maps
+//                             that fit neither a block nor a cluster
+//   resident  resident.cuh    one group keeps a map in shared memory: two trips, for maps up to what a block can hold
+//   cluster   resident.cuh    a cluster of blocks keeps a map: two trips, on compute capability 9.0 and later
+// Which one serves which shape, and with how many threads, is said by plan() in launch_config.py.
 //
 // Names end with the element type: f32, f16, bf16. Tensors are (images, maps, area), C-contiguous, at multiples of 16
 // bytes, and no output overlaps an input. Parameters and statistics are float32 (maps,). moments: float64 (2, maps):
@@ -17,9 +17,8 @@
 // lag: how many maps the sums of a ticketed kernel are ahead. group of a ticketed kernel: all threads of a block.
 // Kernels with parts, and resident ones, need RESERVED * 16 bytes of dynamic shared memory, and the latter their tiles.
 
-#include "naive.cuh"
 #include "resident.cuh"
-#include "ticketed.cuh"
+#include "persistent.cuh"
 
 using namespace sharednorm;
 
@@ -47,27 +46,6 @@ ENTRY affine_of_moments(const double *moments, double count, const float *scale,
 SHAREDNORM_KERNEL(affine_of_moments);
 
 // ---- for each element type
-
-#define NAIVE_ENTRIES(T, suffix)                                                                                    \
-    ENTRY naive_moments_##suffix(const T::Raw *x, double *moments, int images, int maps, int area) {                \
-        naive_moments<T>(x, moments, Shape{images, maps, area});                                                    \
-    }                                                                                                               \
-    SHAREDNORM_KERNEL(naive_moments_##suffix);                                                                      \
-    ENTRY naive_backward_sums_##suffix(const T::Raw *x, const T::Raw *grad, const double *moments, double *sums,    \
-                                       int images, int maps, int area) {                                            \
-        naive_backward_sums<T>(x, grad, moments, sums, Shape{images, maps, area});                                  \
-    }                                                                                                               \
-    SHAREDNORM_KERNEL(naive_backward_sums_##suffix);                                                                \
-    ENTRY naive_apply_##suffix(const T::Raw *x, const float *coefficients, T::Raw *y, int images, int maps,         \
-                               int area) {                                                                          \
-        naive_apply<T>(x, coefficients, y, Shape{images, maps, area});                                              \
-    }                                                                                                               \
-    SHAREDNORM_KERNEL(naive_apply_##suffix);                                                                        \
-    ENTRY naive_backward_apply_##suffix(const T::Raw *x, const T::Raw *grad, const float *coefficients, T::Raw *dx, \
-                                        int images, int maps, int area) {                                           \
-        naive_backward_apply<T>(x, grad, coefficients, dx, Shape{images, maps, area});                              \
-    }                                                                                                               \
-    SHAREDNORM_KERNEL(naive_backward_apply_##suffix)
 
 #define SPLIT_ENTRIES(T, suffix)                                                                                    \
     ENTRY moments_##suffix(const T::Raw *x, double *parts, int images, int maps, int area, int image_parts,         \
@@ -201,7 +179,6 @@ SHAREDNORM_KERNEL(affine_of_moments);
     SHAREDNORM_KERNEL(backward_ticketed_##suffix)
 
 #define TYPE_ENTRIES(T, suffix)                                         \
-    NAIVE_ENTRIES(T, suffix);                                           \
     SPLIT_ENTRIES(T, suffix);                                           \
     TICKETED_ENTRIES(T, suffix);                                        \
     RESIDENT_ENTRIES(T, suffix, resident, 1, BLOCK_BOUNDS)

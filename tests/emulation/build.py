@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from sharednorm_kernels import sources as kernel_sources
 from tests.emulation.pycuda_wheel import cache_directory, toolkit
 
 Sanitizer = Literal["address", "thread"]
@@ -76,8 +77,8 @@ def build_file(
         flags += INSTRUMENT[sanitizer]
         link += INSTRUMENT[sanitizer]
         scheduler.append(SCHEDULER[sanitizer])
-    headers = {header for source in sources for header in source.parent.glob("*.cuh")}
-    inputs = [*sources, *headers, *HERE.glob("*.h"), HERE / "scheduler.cpp"]
+    headers = {header for source in sources for header in source.parent.glob("*.cuh")} | set(kernel_sources())
+    inputs = [*headers.union(sources), *HERE.glob("*.h"), HERE / "scheduler.cpp"]
     target = _directory("images", _hash(inputs, [*flags, *scheduler])) / "image.so"
     if not target.exists():
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:

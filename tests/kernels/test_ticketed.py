@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from sharednorm_kernels import Fused, plan
-from sharednorm_kernels.plans import RESERVED_BYTES
+from sharednorm_kernels.launch_config import RESERVED_BYTES
 from tests.emulation.process import run
 from tests.support import cuda
 from tests.support.kernel_checks import H200, batch_of, check, geometry

@@ -50,7 +50,7 @@ def test_the_wheel_has_every_file_of_the_three_packages_and_no_other(distributio
         "sharednorm_server/py.typed",
         "sharednorm_kernels/py.typed",
         "sharednorm_kernels/sharednorm.cu",
-        "sharednorm_kernels/device.cuh",
+        "sharednorm_kernels/platform.cuh",
         "sharednorm/v1/service_pb2.py",
         "sharednorm/v1/service_pb2.pyi",
         "sharednorm/v1/service_pb2_grpc.py",

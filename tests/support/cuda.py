@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import tempfile
 from functools import cache
+from pathlib import Path
 
+from sharednorm_kernels.build import build
 from tests.emulation.build import driver
 from tests.emulation.load import count, fail, load
-from tests.support.kernel_image import can_compile, compiled_image
+from tests.support.kernel_image import REFERENCE, can_compile, compiled_image
 
 NEEDS_PYCUDA = "they need PyCUDA, which make test CUDA=1 builds"
 REAL = os.environ.get("SHAREDNORM_TEST_GPU") == "1"
@@ -29,6 +32,17 @@ def prepare() -> None:
         # A GPU that a test loses keeps what it has; what other tests leave behind they find themselves, by `held`.
         os.environ.update({"SHAREDNORM_EMULATED_LEAKS": "ignore", **_kernels()})
         load()
+
+
+@cache
+def reference_kernels() -> bytes:
+    """Return the kernels of the product with the naive ones, compiled for the emulated driver, or by nvcc for a GPU."""
+    if not REAL:
+        return compiled_image().read_bytes()
+    with tempfile.TemporaryDirectory() as scratch:
+        fatbin = Path(scratch) / "reference.fatbin"
+        build(fatbin, REFERENCE)
+        return fatbin.read_bytes()
 
 
 def mend() -> None:

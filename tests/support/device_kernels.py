@@ -12,13 +12,12 @@ from tests.support.kernel_run import Buffer
 
 
 class DeviceKernels:
-    """The kernels of the fatbin on the first GPU, with the interface of `kernel_run.Kernels`. For one thread."""
+    """The kernels on the first GPU, with the naive ones, behind the interface of `kernel_run.Kernels`. For one thread."""
 
     def __init__(self) -> None:
         cuda.prepare()
         from pycuda import driver
 
-        from sharednorm_kernels import fatbin
         from sharednorm_server.device.cuda.context import limits_of
 
         driver.init()
@@ -27,7 +26,7 @@ class DeviceKernels:
         self._shared_bytes = limits_of(device).shared_bytes
         self._context = device.retain_primary_context()
         self._context.push()
-        self._module: Any = driver.module_from_buffer(fatbin())
+        self._module: Any = driver.module_from_buffer(cuda.reference_kernels())
         self._functions: dict[str, Any] = {}
 
     def close(self) -> None:

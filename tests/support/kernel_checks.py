@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sharednorm_kernels import DeviceLimits, Fused, Geometry, View
-from sharednorm_kernels.plans import RESERVED_BYTES, TILE_BYTES, lanes_for, tiles_of_run
+from sharednorm_kernels.launch_config import RESERVED_BYTES, TILE_BYTES, lanes_for, tiles_of_run
 from tests.support.kernel_run import Batch, Kernels
 from tests.support.oracle import batch_moments, gradients, normalized, random_tensor, rounding
 
@@ -67,7 +67,7 @@ def run_version(batch: Batch, kernels: Kernels, version: str) -> None:
 
 
 def tiles_of_threads(view: View, per_tile: int, launch: Geometry) -> list[int]:
-    """Return how many tiles each thread of each group has, counted one by one from the description in tensor.cuh."""
+    """Return how many tiles each thread of each group has, counted one by one from the description in tile_walk.cuh."""
     counts = []
     run_tiles = -(-view.area // per_tile)
     for channel in range(view.maps):

@@ -5,10 +5,12 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from sharednorm_kernels.files import MAIN_SOURCE
 from tests.emulation.build import build_file
 from tests.emulation.process import active
 from tests.emulation.pycuda_wheel import BuildError, toolkit
+
+REFERENCE = Path(__file__).parents[1] / "kernels" / "reference.cu"
+"""The kernels of the product, and the naive ones beside them."""
 
 NEEDED = "they need g++ and the CUDA toolkit's headers"
 
@@ -24,4 +26,4 @@ def can_compile() -> bool:
 
 def compiled_image() -> Path:
     """Return the image for the host, compiled if it has not been, for the sanitizer of this process if there is one."""
-    return build_file([MAIN_SOURCE], active())
+    return build_file([REFERENCE], active())

@@ -6,6 +6,7 @@ A launch goes to a compiled image of the kernels directly, without PyCUDA and wi
 from __future__ import annotations
 
 import ctypes
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from sharednorm_kernels import Fused, Geometry, View, entry, finish_geometry, map_geometry, value_geometry
+from sharednorm_kernels import Fused, Geometry, View, entry, finish_geometry, map_geometry
 from tests.emulation.process import active
 from tests.support.oracle import dtype
 
@@ -158,7 +159,7 @@ class Batch:
             self.moments, float(view.count), self.scales, self.biases, self.epsilon, self.affine, maps,
         )  # fmt: skip
         kernels.run(
-            self._entry("naive_apply"), value_geometry(view), self.inputs, self.affine, self.outputs, *view.arguments
+            self._entry("naive_apply"), _value_geometry(view), self.inputs, self.affine, self.outputs, *view.arguments
         )
         sums = Buffer((2, maps), np.float64)
         kernels.run(
@@ -167,7 +168,7 @@ class Batch:
         )  # fmt: skip
         self._finish_backward(kernels, Buffer.of(sums.values.T, np.float64), 1)
         kernels.run(
-            self._entry("naive_backward_apply"), value_geometry(view),
+            self._entry("naive_backward_apply"), _value_geometry(view),
             self.inputs, self.grads, self.slopes, self.input_grads, *view.arguments,
         )  # fmt: skip
 
@@ -242,3 +243,8 @@ class Batch:
 
 def _sharing(launch: Fused) -> tuple[int, ...]:
     return (*launch.geometry.arguments, launch.lag) if launch.kind == "ticketed" else launch.geometry.arguments
+
+
+def _value_geometry(view: View) -> Geometry:
+    # One thread a value.
+    return Geometry(math.ceil(view.images * view.maps * view.area / 256), 256, 0)

@@ -216,7 +216,11 @@ def test_arrows_that_the_drawings_do_not_show(importers: tuple[str, ...], forbid
         ),
         pytest.param(
             ("grpc",),
-            (*_client("codec.status", "transport"), *GENERATED, *_server("server", "rpc", "http", "doctor", "auth.tls")),
+            (
+                *_client("codec.status", "transport"),
+                *GENERATED,
+                *_server("server", "rpc", "http", "doctor", "auth.tls"),
+            ),
             id="grpc",
         ),
         pytest.param(("grpc_health", "grpc_reflection"), _server("server", "doctor.server_checks"), id="health"),

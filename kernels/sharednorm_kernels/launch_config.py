@@ -1,7 +1,7 @@
 """Which kernel serves which shape, and with how many blocks and threads. Plain arithmetic, without a GPU.
 
 `plan` chooses; the kernels are right for every geometry that `Geometry` admits, so a choice is about speed alone.
-The words are those of tensor.cuh: a tile is 16 bytes, a group of threads works on one part of one map, and stands in
+The words are those of tile_walk.cuh: a tile is 16 bytes, a group of threads works on one part of one map, and stands in
 rows of `lanes` threads.
 """
 
@@ -174,13 +174,8 @@ def finish_geometry(maps: int) -> Geometry:
 
 
 def map_geometry(maps: int) -> Geometry:
-    """Return the launch of kernels with one thread a map: affine_of_moments, naive reductions."""
+    """Return the launch of kernels with one thread a map, as affine_of_moments."""
     return Geometry(math.ceil(maps / 128), 128, 0)
-
-
-def value_geometry(view: View) -> Geometry:
-    """Return the launch of kernels with one thread a value: naive_apply, naive_backward_apply."""
-    return Geometry(math.ceil(view.images * view.maps * view.area / 256), 256, 0)
 
 
 def plan(shape: Sequence[int], itemsize: int, limits: DeviceLimits) -> Plan:

@@ -9,7 +9,7 @@
 // A thread reads UNROLL tiles before it uses the first, so that enough bytes are under way.
 #pragma once
 
-#include "channel.cuh"
+#include "finalize.cuh"
 
 namespace sharednorm {
 
@@ -49,6 +49,11 @@ __device__ __forceinline__ void moments(const typename T::Raw *x, double *parts,
 // The map of the calling warp, in the kernels that finish; there may be none of that number.
 __device__ __forceinline__ long long my_map() {
     return static_cast<long long>(blockIdx.x) * (blockDim.x / WARP) + threadIdx.x / WARP;
+}
+
+// The number of the calling thread among all, in kernels with one thread a map or a value; it may be beyond the last.
+__device__ __forceinline__ long long my_number() {
+    return static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x;
 }
 
 // The moments of a map from its parts; complete in the first thread of the warp.

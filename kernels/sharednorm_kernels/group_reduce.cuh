@@ -11,7 +11,7 @@
 // where a tile that holds an outlier has an error of 1e-7.
 #pragma once
 
-#include "tensor.cuh"
+#include "tile_walk.cuh"
 
 namespace sharednorm {
 

@@ -18,7 +18,7 @@
 // and all parts of a map have been written before somebody merges them.
 #pragma once
 
-#include "split.cuh"
+#include "multi_pass.cuh"
 
 namespace sharednorm {
 

@@ -2,13 +2,9 @@
 // in two passes; one thread a value applies. No shared memory, no shuffles, nothing wide.
 #pragma once
 
-#include "split.cuh"
+#include "../../kernels/sharednorm_kernels/multi_pass.cuh"
 
 namespace sharednorm {
-
-__device__ __forceinline__ long long my_number() {
-    return static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x;
-}
 
 __device__ __forceinline__ long long index_of(const Shape &shape, int image, int map, int position) {
     return (static_cast<long long>(image) * shape.maps + map) * shape.area + position;

@@ -12,7 +12,7 @@
 // by tile, and the rows take the images in turn. Which thread takes which value follows from these numbers alone.
 #pragma once
 
-#include "device.cuh"
+#include "platform.cuh"
 
 namespace sharednorm {
 

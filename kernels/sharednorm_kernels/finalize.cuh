@@ -7,7 +7,7 @@
 // sum, fma or product_of says how it is rounded. A forward can so be repeated from its moments by another kernel.
 #pragma once
 
-#include "sums.cuh"
+#include "group_reduce.cuh"
 
 namespace sharednorm {
 
