@@ -60,8 +60,8 @@ test-all:  ## `make test` with each Python from 3.10 to 3.13 that pyenv has, and
 soak: $(READY)-test  ## Hours of faults: 1,000 networks that break, 200 servers that are killed, a million damaged messages, 5,000 steps through three servers; SEEDS=, KILLS=, MESSAGES= and STEPS= for fewer
 	SHAREDNORM_SEEDS=$(or $(SEEDS),167) SHAREDNORM_KILLS=$(or $(KILLS),200) SHAREDNORM_MESSAGES=$(or $(MESSAGES),125000) \
 	SHAREDNORM_STEPS=$(or $(STEPS),5000) \
-	    $(BIN)/python -m pytest -n auto -o timeout=36000 tests/faults/test_exactly_once.py \
-	    tests/faults/test_server_killed.py tests/unit/test_wire_agreement.py tests/redis/test_many_servers.py $(ARGS)
+	    $(BIN)/python -m pytest -n auto -o timeout=36000 tests/faults/crashes/test_exactly_once.py \
+	    tests/faults/crashes/test_server_killed.py tests/unit/codec/test_wire_agreement.py tests/redis/test_many_servers.py $(ARGS)
 
 serve: $(READY)-server $(if $(findstring cuda,$(DEVICE)),$(READY)-gpu $(FATBIN))  ## Run a server in the foreground; LISTEN=, DEVICE= and STATE= are its options
 	exec $(BIN)/sharednorm serve --listen '$(LISTEN)' --device '$(DEVICE)' $(if $(STATE),--state '$(STATE)')
@@ -93,7 +93,7 @@ bench: $(READY)-bench $(READY)-server $(READY)-torch  ## Compare with PyTorch, g
 	$(BIN)/python -m benchmarks.tables
 
 gpu-check: $(READY)-test $(READY)-torch $(READY)-cuda $(READY)-demo  ## On a machine with a GPU: compile, test and measure everything that runs on it
-	$(BIN)/python -m benchmarks.gpu_check
+	$(BIN)/python -m benchmarks.gpu.check
 
 kernels:  ## Compile the CUDA kernels into a fatbin, which needs nvcc; warnings and spilled registers are errors
 	PYTHONPATH=kernels $(PYTHON) -m sharednorm_kernels.build

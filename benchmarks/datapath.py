@@ -22,13 +22,13 @@ from typing import Any
 import numpy as np
 
 import sharednorm
-from benchmarks.echo import EchoClient, cut
-from benchmarks.flight_echo import FlightClient, check
 from benchmarks.goals import Goal
 from benchmarks.one_call import forget_peak, peak_bytes
+from benchmarks.peers.echo import EchoClient, cut
+from benchmarks.peers.flight_echo import FlightClient, check
+from benchmarks.peers.remote_module import SHAPE, alone, remote_module
+from benchmarks.peers.socket_echo import SocketClient
 from benchmarks.remote import Calls, Server, machine, measure, process, server, torch_calls
-from benchmarks.remote_module import SHAPE, alone, remote_module
-from benchmarks.socket_echo import SocketClient
 from sharednorm.core.types import Array
 
 TINY = (8, 16, 4, 4)
@@ -88,11 +88,11 @@ def single(directory: str) -> dict[str, Any]:
         for transport, address in layers.items():
             calls, small = ways(stack, address, x, tiny)
             where = "127.0.0.1:0" if transport == "TCP" else f"unix:{directory}/echo"
-            large_echo, small_echo = echoes(stack.enter_context(process("benchmarks.echo", where)).line, x, tiny)
+            large_echo, small_echo = echoes(stack.enter_context(process("benchmarks.peers.echo", where)).line, x, tiny)
             where = "127.0.0.1:0" if transport == "TCP" else f"unix:{directory}/socket"
-            bare = stack.enter_context(process("benchmarks.socket_echo", where)).line
+            bare = stack.enter_context(process("benchmarks.peers.socket_echo", where)).line
             location = "grpc://127.0.0.1:0" if transport == "TCP" else f"grpc+unix://{directory}/flight"
-            flight = flight_echo(stack.enter_context(process("benchmarks.flight_echo", location)).line, x)
+            flight = flight_echo(stack.enter_context(process("benchmarks.peers.flight_echo", location)).line, x)
             found[transport] = measure(calls | large_echo | flight | socket_echo(bare, x))
             found[f"tiny, {transport}"] = measure(small | small_echo | socket_echo(bare, tiny))
         calls, _ = ways(stack, layers["TCP"], x, tiny)
@@ -184,7 +184,7 @@ def many(shape: tuple[int, ...]) -> dict[str, float]:
     threads wait: with all clients, and with one.
     """
     found: dict[str, float] = {}
-    with server("127.0.0.1:0") as ours, process("benchmarks.echo", "127.0.0.1:0") as echo:
+    with server("127.0.0.1:0") as ours, process("benchmarks.peers.echo", "127.0.0.1:0") as echo:
         servers = {"echo": Server(echo.line, echo.pid), "train": ours, "eval": ours}
         for kind, running in (*servers.items(),) * 2:  # in turns; the better one counts
             rate, work = _load(kind, running, shape, CLIENTS)

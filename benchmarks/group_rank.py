@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 import sharednorm
-from benchmarks import gloo_batch_norm
+from benchmarks.peers import gloo_batch_norm
 from sharednorm.arithmetic.select import arithmetic
 from sharednorm.arithmetic.thread_pool import set_num_threads
 from sharednorm.codec import convert

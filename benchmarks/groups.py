@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 
 import sharednorm
-from benchmarks.counting_proxy import HERE, THERE, CountingProxy, counting
 from benchmarks.goals import Goal
+from benchmarks.peers.counting_proxy import HERE, THERE, CountingProxy, counting
 from benchmarks.remote import machine, measure, server, summary, torch_calls
 
 ALONE_SHAPE = (32, 64, 56, 56)

@@ -1,7 +1,7 @@
 """One client among many: `python -m benchmarks.load KIND ADDRESS SECONDS N,C,H,W`.
 
 It prints "ready", waits for a line, makes calls for so many seconds, prints how many, and stays until its input ends.
-KIND is "train" or "eval" (forwards of a remote layer), or "echo" (the same bytes back from `benchmarks.echo`).
+KIND is "train" or "eval" (forwards of a remote layer), or "echo" (the same bytes back from `benchmarks.peers.echo`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 import sharednorm
-from benchmarks.echo import EchoClient, cut
+from benchmarks.peers.echo import EchoClient, cut
 from sharednorm.codec import wire
 
 

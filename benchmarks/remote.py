@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import sharednorm
-from benchmarks.echo import EchoClient, cut
+from benchmarks.peers.echo import EchoClient, cut
 from sharednorm.codec import wire
 from sharednorm.core.types import Array
 
@@ -192,7 +192,7 @@ def rows(shapes: tuple[tuple[int, ...], ...]) -> Iterator[dict[str, Any]]:
             running = stack.enter_context(server(listen + path))
             remote[transport] = stack.enter_context(sharednorm.connect(running.address))
             path = "" if transport == "tcp" else "/echo"
-            echo[transport] = EchoClient(stack.enter_context(process("benchmarks.echo", listen + path)).line)
+            echo[transport] = EchoClient(stack.enter_context(process("benchmarks.peers.echo", listen + path)).line)
         for shape in shapes:
             x = random.normal(1, 2, shape).astype(np.float32)
             calls = torch_calls(x)

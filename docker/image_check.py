@@ -27,8 +27,8 @@ from typing import Any
 import numpy as np
 
 import sharednorm
-from tests.support import cuda
-from tests.support.redis import redis_server
+from tests.support.kernels import cuda
+from tests.support.processes.redis import redis_server
 
 ROOT = Path(__file__).parents[1]
 BASE = "localhost/sharednorm-check-base"

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import settings
 
 if TYPE_CHECKING:
-    from tests.support.redis import RedisProcess
+    from tests.support.processes.redis import RedisProcess
 
 # A machine that is busy with something else is slow; that is no defect.
 settings.register_profile("sharednorm", deadline=None, print_blob=True, derandomize="CI" in os.environ)
@@ -47,7 +47,7 @@ def _state_home() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def redis_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisProcess]:
     """Give a Redis that many tests use, each with a prefix of its own."""
-    from tests.support.redis import redis_server
+    from tests.support.processes.redis import redis_server
 
     with redis_server(tmp_path_factory.mktemp("redis")) as process:
         yield process

@@ -258,7 +258,7 @@ def resident(view: View, per_tile: int, limits: DeviceLimits, *, tensors: int) -
     The smallest cluster that gives nearly every multiprocessor a block: the fewer blocks have to meet, and the better
     they fill the device, the faster. One or two blocks may fill a multiprocessor each; larger clusters leave room for
     two, so that one reads while the other writes. A block of a cluster holds at least 16 KiB: less is read faster than
-    a cluster meets. Measured on an H100 with every choice that there is for the shapes of `benchmarks.gpu`.
+    a cluster meets. Measured on an H100 with every choice that there is for the shapes of `benchmarks.gpu.kernels`.
     """
     held = view.images * tiles_of_run(view, 1, per_tile) * TILE_BYTES * tensors
     half = min(limits.shared_bytes, limits.shared_bytes_per_multiprocessor // 2 - 1024)

@@ -10,11 +10,11 @@ import pytest
 
 import sharednorm
 from sharednorm_server.config.options import ServerConfig
-from tests.support import cuda
 from tests.support.inside import exchange_of
+from tests.support.kernels import cuda
 from tests.support.making import MakeLayer
-from tests.support.redis import RedisProcess
-from tests.support.server import in_process, server_process
+from tests.support.processes.redis import RedisProcess
+from tests.support.processes.server import in_process, server_process
 
 BACKENDS = (
     *("local-numpy", "local-numba", "remote-grpc", "remote-direct", "remote-shm"),

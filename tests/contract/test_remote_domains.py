@@ -26,7 +26,7 @@ from sharednorm.v1.service_pb2_grpc import BatchNormServiceStub
 from tests.support import oracle
 from tests.support.members import Members, all_of, at_once
 from tests.support.oracle import random_tensor
-from tests.support.server import in_process
+from tests.support.processes.server import in_process
 from tests.support.stock import SECONDS, channel_to, code_of, detail_of
 
 names = (f"domains/{number}" for number in itertools.count())

@@ -21,7 +21,7 @@ from sharednorm.core.limits import MAX_MAPS
 from sharednorm.core.state import LayerState, step
 from sharednorm.core.types import LayerKind
 from sharednorm.errors import InvalidConfiguration, LayerNotFound
-from tests.support.server import ServerProcess, server_process
+from tests.support.processes.server import ServerProcess, server_process
 from tests.support.sharing import MAPS, NAME, Steps, batch, in_processes, read_statistics, train
 from tests.support.unchanged import unchanged
 

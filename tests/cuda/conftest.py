@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from sharednorm_server.device.base import Device
-from tests.support import cuda
+from tests.support.kernels import cuda
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

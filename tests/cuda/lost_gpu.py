@@ -17,8 +17,9 @@ from sharednorm_server.device.base import Device
 from sharednorm_server.layers.requests import ForwardCall
 from tests.cuda.test_failures import KEY, SHAPE, service_on
 from tests.emulation.load import fail
-from tests.support import cuda, oracle
-from tests.support.server import in_process
+from tests.support import oracle
+from tests.support.kernels import cuda
+from tests.support.processes.server import in_process
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.support import cuda
+from tests.support.kernels import cuda
 
 torch = pytest.importorskip("torch")
 
@@ -17,8 +17,8 @@ def test_our_passes(shape: tuple[int, ...], name: str) -> None:
     cuda.prepare()
     from pycuda import driver
 
-    from benchmarks.gpu import DTYPES, make_sets
-    from benchmarks.gpu_passes import Launches, Layer, our_calls, verify
+    from benchmarks.gpu.kernels import DTYPES, make_sets
+    from benchmarks.gpu.passes import Launches, Layer, our_calls, verify
     from sharednorm_kernels import fatbin, plan
     from sharednorm_server.device.cuda.context import limits_of
     from sharednorm_server.device.cuda.module import Kernels
@@ -52,8 +52,8 @@ def test_our_passes(shape: tuple[int, ...], name: str) -> None:
 
 def test_a_wrong_output_is_found() -> None:
     cuda.prepare()
-    from benchmarks.gpu import make_sets
-    from benchmarks.gpu_passes import Layer, expected, verify
+    from benchmarks.gpu.kernels import make_sets
+    from benchmarks.gpu.passes import Layer, expected, verify
 
     (one, *_), layer = make_sets((4, 3, 5, 7), torch.float32, 0, "cpu"), Layer.create(3, "cpu")
     right = expected(one, layer)
@@ -77,8 +77,8 @@ def test_a_wrong_output_is_found() -> None:
 
 def test_torchs_passes_are_what_ours_are_compared_with() -> None:
     cuda.prepare()
-    from benchmarks.gpu import make_sets
-    from benchmarks.gpu_passes import Layer, torch_calls
+    from benchmarks.gpu.kernels import make_sets
+    from benchmarks.gpu.passes import Layer, torch_calls
 
     sets, layer = make_sets((4, 3, 5, 7), torch.float32, 0, "cpu"), Layer.create(3, "cpu")
     for call in torch_calls(sets, layer, cudnn=False).values():
@@ -88,7 +88,7 @@ def test_torchs_passes_are_what_ours_are_compared_with() -> None:
 
 def test_what_is_made_of_the_figures() -> None:
     cuda.prepare()
-    from benchmarks.gpu import line, percentiles, summary
+    from benchmarks.gpu.kernels import line, percentiles, summary
 
     assert percentiles([3e-6, 1e-6, 2e-6]) == {"p10": 1.0, "p50": 2.0, "p90": 3.0}
     us = {side: {"p50": value} for side, value in (("ours", 10.0), ("torch, cuDNN", 30.0), ("torch, native", 20.0))}

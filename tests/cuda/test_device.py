@@ -13,7 +13,7 @@ from sharednorm.core.types import Averaging, LayerKind
 from sharednorm.errors import LimitExceeded, UnsupportedDType
 from sharednorm_server.device.base import Device, DeviceTensor, Incoming
 from tests.support import oracle
-from tests.support.cuda import REAL
+from tests.support.kernels.cuda import REAL
 
 # One map in a warp, in a block, in a cluster of two and of eight, and one too large for either.
 SHAPES = [(4, 3, 5, 2), (32, 5, 7, 7), (2, 1, 127, 31), (3, 2, 1025), (7, 130), (8, 2, 64, 64), (2, 3, 3, 5, 7)]

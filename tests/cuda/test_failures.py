@@ -24,9 +24,10 @@ from sharednorm_server.layers.service import LayerService
 from sharednorm_server.store.memory import MemoryStore
 from tests.emulation.load import fail
 from tests.emulation.process import run
-from tests.support import cuda, oracle
-from tests.support.distributions import ROOT
-from tests.support.server import in_process, server_process
+from tests.support import oracle
+from tests.support.kernels import cuda
+from tests.support.processes.distributions import ROOT
+from tests.support.processes.server import in_process, server_process
 
 pytestmark = pytest.mark.skipif(cuda.REAL, reason="the failures are the emulated driver's: they need PyCUDA on it")
 

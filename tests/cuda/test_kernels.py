@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import pytest
 
 from sharednorm_kernels import plan
-from tests.support.device_kernels import DeviceKernels
-from tests.support.kernel_checks import H200, SMALL, batch_of, check
+from tests.support.kernels.device_kernels import DeviceKernels
+from tests.support.kernels.kernel_checks import H200, SMALL, batch_of, check
 from tests.support.oracle import DTYPES
 
 

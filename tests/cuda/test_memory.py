@@ -20,7 +20,8 @@ from sharednorm_server.layers.requests import BackwardCall, ForwardCall, LayerKe
 from sharednorm_server.layers.service import LayerService
 from sharednorm_server.store.memory import MemoryStore
 from tests.emulation.load import fail
-from tests.support import cuda, oracle
+from tests.support import oracle
+from tests.support.kernels import cuda
 
 CONFIG = LayerConfig(LayerKind.BATCH_NORM_2D, 4)
 SHAPE = (4, 4, 64, 64)

@@ -9,7 +9,7 @@ import pytest
 
 from sharednorm_kernels import plan
 from tests.emulation.process import run
-from tests.support import cuda
+from tests.support.kernels import cuda
 
 SUITE = ("tests/cuda/test_device.py", "tests/cuda/test_memory.py")
 

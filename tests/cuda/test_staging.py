@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from sharednorm.errors import DeviceLost, DeviceOutOfMemory, SharedNormError
-from tests.support import cuda
+from tests.support.kernels import cuda
 
 
 class Pinning:

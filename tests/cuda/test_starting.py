@@ -11,8 +11,9 @@ import sharednorm
 from sharednorm_server.device.base import Device
 from sharednorm_server.layers.placement import Placement
 from sharednorm_server.layers.requests import LayerKey
-from tests.support import cuda, oracle
-from tests.support.server import run, server_process
+from tests.support import oracle
+from tests.support.kernels import cuda
+from tests.support.processes.server import run, server_process
 
 EMULATED = pytest.mark.skipif(cuda.REAL, reason="the GPUs are the emulated driver's: they need PyCUDA on it")
 

@@ -7,8 +7,9 @@ import pytest
 
 import sharednorm
 from sharednorm_kernels import DeviceLimits, plan
-from tests.support import cuda, oracle
-from tests.support.server import server_process
+from tests.support import oracle
+from tests.support.kernels import cuda
+from tests.support.processes.server import server_process
 
 SMALL = "multiprocessors=2,capability=8.0,shared=49152"
 SHAPE = (2, 8, 128, 128)

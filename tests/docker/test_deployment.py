@@ -11,8 +11,8 @@ import yaml
 
 from sharednorm_server.cli.main import DEVICE_LOST
 from sharednorm_server.config.options import ServerConfig
-from tests.support.make import make
-from tests.support.server import run
+from tests.support.processes.make import make
+from tests.support.processes.server import run
 
 WORKERS = "sharednorm: --workers: workers is 0 (expected: a whole number, 1 to 1024)\n"
 ROOT = Path(__file__).parents[2]

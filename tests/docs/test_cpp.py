@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 import sharednorm
-from tests.support.make import make
-from tests.support.programs import program
-from tests.support.server import server_process
+from tests.support.processes.make import make
+from tests.support.processes.programs import program
+from tests.support.processes.server import server_process
 
 ROOT = Path(__file__).parents[2]
 

@@ -29,9 +29,9 @@ from sharednorm.errors import error_classes
 from sharednorm_server.config.sources import settle
 from sharednorm_server.observability.tracing import wanted
 from tests.emulation.build import SANITIZERS
-from tests.support.make import make
-from tests.support.redis import redis_server
-from tests.support.server import server_process
+from tests.support.processes.make import make
+from tests.support.processes.redis import redis_server
+from tests.support.processes.server import server_process
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted(path.relative_to(ROOT) for path in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])

@@ -14,8 +14,8 @@ from sharednorm_server.doctor.checks import MISSING, OK
 from sharednorm_server.doctor.probe import LEAST_CAPABILITY
 from tests.emulation.build import driver
 from tests.emulation.load import load
-from tests.support import server
-from tests.support.kernel_image import NEEDED, can_compile, compiled_image
+from tests.support.kernels.kernel_image import NEEDED, can_compile, compiled_image
+from tests.support.processes import server
 
 pytestmark = pytest.mark.skipif(not can_compile(), reason=NEEDED)
 

@@ -29,7 +29,7 @@ from sharednorm_server.auth import certificates
 from sharednorm_server.auth.tokens import RIGHTS, Right, append, new_token
 from tests.support.inside import connection_of
 from tests.support.oracle import random_tensor
-from tests.support.server import ServerProcess, run, server_process
+from tests.support.processes.server import ServerProcess, run, server_process
 from tests.support.stock import SECONDS, SERVICE, code_of, config, detail_of, ref, spec
 
 SHAPE = (4, 3, 5, 2)

@@ -16,8 +16,9 @@ import sharednorm
 from sharednorm_server.config.options import ServerConfig
 from sharednorm_server.server import RunningServer
 from tests.support import lane as lanes
-from tests.support import oracle, server
+from tests.support import oracle
 from tests.support.lane import BACKWARD, FORWARD, GO_ON, RawLane, connected, forward, lane_to, offer, train
+from tests.support.processes import server
 from tests.support.service import KEY
 from tests.support.stock import MAPS, StockClient, channel_to, floats
 

@@ -12,9 +12,10 @@ import sharednorm
 from sharednorm.v1 import service_pb2
 from sharednorm_server.direct.connection import Lane
 from sharednorm_server.server import RunningServer
-from tests.support import oracle, server
+from tests.support import oracle
 from tests.support.lane import RawLane, lane_to
 from tests.support.members import Members, all_of
+from tests.support.processes import server
 from tests.support.stock import StockClient, channel_to, ref
 
 SYNCHRONIZE_MOMENTS = 5

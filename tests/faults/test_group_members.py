@@ -15,9 +15,9 @@ import pytest
 import sharednorm
 from sharednorm.errors import GroupAborted, LayerNotFound, ServerUnavailable, StaleGeneration
 from tests.support import oracle
-from tests.support.group_member import MAPS, Member, members, part
 from tests.support.members import all_of, at_once
-from tests.support.server import ServerProcess, in_process, server_process, stopped
+from tests.support.processes.group_member import MAPS, Member, members, part
+from tests.support.processes.server import ServerProcess, in_process, server_process, stopped
 
 TIMEOUT = 3.0
 

@@ -15,7 +15,7 @@ import pytest
 from sharednorm.v1 import layer_pb2, service_pb2
 from tests.support import lane as lanes
 from tests.support import oracle
-from tests.support.server import ServerProcess, server_process
+from tests.support.processes.server import ServerProcess, server_process
 from tests.support.stock import MAPS, SECONDS, Floats, StockClient, channel_to, ref, spec
 
 SHAPE = (4, MAPS, 5, 2)

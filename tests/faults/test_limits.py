@@ -16,7 +16,7 @@ from sharednorm.errors import LimitExceeded, ServerBusy
 from sharednorm.v1 import service_pb2
 from sharednorm_server.config.options import ServerConfig
 from tests.support.oracle import random_tensor
-from tests.support.server import in_process, server_process
+from tests.support.processes.server import in_process, server_process
 from tests.support.stock import SECONDS, StockClient, channel_to, code_of, detail_of, ref, spec
 
 SHAPE = (4, 3, 5, 2)

@@ -17,7 +17,7 @@ from sharednorm.v1 import layer_pb2, service_pb2
 from sharednorm_server.server import RunningServer
 from tests.support import lane as lanes
 from tests.support import oracle
-from tests.support.server import in_process, server_process
+from tests.support.processes.server import in_process, server_process
 from tests.support.stock import MAPS, StockClient, channel_to, raw_stream, ref, spec
 
 SHAPE = (64, 16, 128, 128)  # 64 MiB

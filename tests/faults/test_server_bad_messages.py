@@ -12,7 +12,8 @@ import pytest
 
 from sharednorm.v1 import layer_pb2, service_pb2, tensor_pb2
 from sharednorm_server.config.options import ServerConfig
-from tests.support import oracle, server
+from tests.support import oracle
+from tests.support.processes import server
 from tests.support.stock import (
     MAPS,
     SECONDS,

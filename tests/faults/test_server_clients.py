@@ -22,7 +22,8 @@ from sharednorm_server.config.options import ServerConfig
 from sharednorm_server.device.base import DeviceTensor, TrainedBatch
 from sharednorm_server.device.cpu import CpuDevice
 from sharednorm_server.server import RunningServer
-from tests.support import oracle, server
+from tests.support import oracle
+from tests.support.processes import server
 from tests.support.service import KEY, InterruptedDevice, new_service
 from tests.support.stock import MAPS, SECONDS, SlowForward, StockClient, channel_to, code_of, detail_of, ref, spec
 

@@ -9,7 +9,7 @@ import pytest
 
 from sharednorm.codec import wire
 from sharednorm.v1 import layer_pb2, service_pb2
-from tests.support import server
+from tests.support.processes import server
 from tests.support.stock import Floats, StockClient, channel_to, raw_stream, ref, spec
 
 IMAGES, KINDS, MAPS, HEIGHT, WIDTH = 560, 7, 2, 512, 1024

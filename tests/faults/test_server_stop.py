@@ -17,7 +17,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from sharednorm.codec import wire
 from sharednorm.v1 import service_pb2
 from sharednorm_server.config.options import ServerConfig
-from tests.support import oracle, server
+from tests.support import oracle
+from tests.support.processes import server
 from tests.support.service import KEY, create, new_service
 from tests.support.stock import MAPS, SECONDS, SlowForward, StockClient, channel_to, code_of, detail_of, floats
 

@@ -27,7 +27,7 @@ from sharednorm_server.server import RunningServer
 from tests.support import lane as lanes
 from tests.support import oracle
 from tests.support.inside import exchange_of
-from tests.support.server import in_process, server_process
+from tests.support.processes.server import in_process, server_process
 from tests.support.service import InterruptedDevice, new_service
 from tests.support.stock import StockClient, channel_to, ref, spec
 
@@ -396,7 +396,7 @@ def test_a_session_that_the_server_has_ended_is_begun_anew(server: RunningServer
 
 
 def test_so_many_regions_and_no_more(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sharednorm_server.regions.MAX_REGIONS", 3)
+    monkeypatch.setattr("sharednorm_server.direct.shared_memory.MAX_REGIONS", 3)
     session = Session(server)
     with session.memory:
         for _ in range(3):

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.support import cuda
-from tests.support.device_kernels import DeviceKernels
-from tests.support.kernel_image import NEEDED, can_compile, compiled_image
-from tests.support.kernel_run import Kernels
+from tests.support.kernels import cuda
+from tests.support.kernels.device_kernels import DeviceKernels
+from tests.support.kernels.kernel_image import NEEDED, can_compile, compiled_image
+from tests.support.kernels.kernel_run import Kernels
 
 
 @pytest.fixture(scope="session")

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from sharednorm_kernels import plan
-from tests.support.kernel_checks import H200, SMALL, Array, batch_of, check
-from tests.support.kernel_run import Batch, Kernels
+from tests.support.kernels.kernel_checks import H200, SMALL, Array, batch_of, check
+from tests.support.kernels.kernel_run import Batch, Kernels
 from tests.support.oracle import batch_moments, normalized
 
 SHAPE = (8, 2, 32, 32)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.support.kernel_checks import batch_of, check, geometry, resident_launch
-from tests.support.kernel_run import Kernels
+from tests.support.kernels.kernel_checks import batch_of, check, geometry, resident_launch
+from tests.support.kernels.kernel_run import Kernels
 from tests.support.oracle import DTYPES
 
 GROUPS = [

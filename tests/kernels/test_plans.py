@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from sharednorm_kernels import Geometry, Plan, plan, sources, view_of
 from sharednorm_kernels.launch_config import MAX_THREADS, RESERVED_BYTES, TICKETED_THREADS, lanes_for
-from tests.support.kernel_checks import A100, H200, SMALL, tiles_of_threads
+from tests.support.kernels.kernel_checks import A100, H200, SMALL, tiles_of_threads
 
 NETWORK = [
     (images, *shape)

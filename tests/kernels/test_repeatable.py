@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.support.kernel_checks import VERSIONS, batch_of, check, run_version
-from tests.support.kernel_run import Kernels
+from tests.support.kernels.kernel_checks import VERSIONS, batch_of, check, run_version
+from tests.support.kernels.kernel_run import Kernels
 from tests.support.oracle import DTYPES
 
 SHAPE = (9, 5, 11, 13)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from sharednorm_kernels import Fused, plan
-from tests.support.kernel_checks import H200, SMALL, batch_of, check, resident_launch
-from tests.support.kernel_run import Batch, Kernels
+from tests.support.kernels.kernel_checks import H200, SMALL, batch_of, check, resident_launch
+from tests.support.kernels.kernel_run import Batch, Kernels
 from tests.support.oracle import DTYPES
 
 ODD = (1, 2, 7, 31, 127, 1025)

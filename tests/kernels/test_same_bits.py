@@ -9,8 +9,8 @@ from sharednorm.core.layer_config import LayerConfig
 from sharednorm.core.state import LayerState, Moments, step
 from sharednorm.core.types import Averaging, LayerKind, NonFinitePolicy
 from sharednorm_kernels import entry, plan
-from tests.support.kernel_checks import H200, VERSIONS, batch_of, run_version
-from tests.support.kernel_run import Batch, Buffer, Kernels
+from tests.support.kernels.kernel_checks import H200, VERSIONS, batch_of, run_version
+from tests.support.kernels.kernel_run import Batch, Buffer, Kernels
 from tests.support.oracle import DTYPES
 
 SHAPE = (9, 37, 11, 13)

@@ -10,8 +10,8 @@ import pytest
 
 from tests.emulation.build import Sanitizer
 from tests.emulation.process import run
-from tests.support import cuda
-from tests.support.kernel_image import NEEDED, can_compile
+from tests.support.kernels import cuda
+from tests.support.kernels.kernel_image import NEEDED, can_compile
 
 # Naive, split, resident and cluster kernels on odd sizes, then ticketed ones: every element type at least once.
 SELECTION = (

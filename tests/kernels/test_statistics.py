@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from sharednorm_kernels import entry, finish_geometry, map_geometry, plan
-from tests.support.kernel_checks import H200, VERSIONS, Array, batch_of, run_version
-from tests.support.kernel_run import Batch, Buffer, Kernels
+from tests.support.kernels.kernel_checks import H200, VERSIONS, Array, batch_of, run_version
+from tests.support.kernels.kernel_run import Batch, Buffer, Kernels
 from tests.support.oracle import DTYPES, batch_moments, normalized, rounding
 
 SHAPE = (6, 5, 11, 13)

@@ -10,9 +10,9 @@ import pytest
 from sharednorm_kernels import Fused, plan
 from sharednorm_kernels.launch_config import RESERVED_BYTES
 from tests.emulation.process import run
-from tests.support import cuda
-from tests.support.kernel_checks import H200, batch_of, check, geometry
-from tests.support.kernel_run import Batch, Kernels
+from tests.support.kernels import cuda
+from tests.support.kernels.kernel_checks import H200, batch_of, check, geometry
+from tests.support.kernels.kernel_run import Batch, Kernels
 from tests.support.oracle import DTYPES
 
 SHAPES = [(3, 5, 127), (4, 7, 16, 16), (1, 3, 1025), (31, 2, 7), (2, 9, 1)]
@@ -77,9 +77,9 @@ ORDERS = """
 import sys, hashlib
 from pathlib import Path
 from tests.kernels.test_ticketed import ticketed
-from tests.support.kernel_checks import batch_of, check
-from tests.support.kernel_image import compiled_image
-from tests.support.kernel_run import Kernels
+from tests.support.kernels.kernel_checks import batch_of, check
+from tests.support.kernels.kernel_image import compiled_image
+from tests.support.kernels.kernel_run import Kernels
 batch = batch_of((4, 5, 130), "float32")
 launch = ticketed(batch, (2, 2), 1, 6)
 batch.fused(Kernels(compiled_image()), launch, launch)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.support.distributions import ROOT, Distributions, build
+from tests.support.processes.distributions import ROOT, Distributions, build
 
 
 @pytest.fixture(scope="session")

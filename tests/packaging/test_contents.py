@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.distributions import ROOT, Distributions, build
+from tests.support.processes.distributions import ROOT, Distributions, build
 
 FOLDERS = ("benchmarks", "client", "docs", "docker", "examples", "kernels", "proto", "server", "tests")
 FILES = (".dockerignore", "CHANGELOG.md", "LICENSE", "Makefile", "README.md", "buf.yaml", "mkdocs.yml",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.distributions import BACKEND, CLIENT_DEPENDENCIES, ROOT, Distributions, Environment, run
+from tests.support.processes.distributions import BACKEND, CLIENT_DEPENDENCIES, ROOT, Distributions, Environment, run
 
 # PuzzleLib's own example, from its documentation.
 EXAMPLE = """

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.make import make
+from tests.support.processes.make import make
 
 TARGETS = ("demo", "demo-torch", "test", "test-all", "soak", "serve", "check", "docs", "bench", "gpu-check", "kernels",
            "proto", "images", "up", "down", "image-check", "clean")  # fmt: skip

@@ -24,9 +24,9 @@ from sharednorm.transport.cluster import Fleet, Spread
 from sharednorm_server.auth import certificates
 from sharednorm_server.config.options import ServerConfig
 from tests.support.oracle import random_tensor
-from tests.support.proxy import HOST, Faults, Proxy
-from tests.support.redis import RedisProcess
-from tests.support.server import ServerProcess, in_process, server_process, stopped
+from tests.support.processes.proxy import HOST, Faults, Proxy
+from tests.support.processes.redis import RedisProcess
+from tests.support.processes.server import ServerProcess, in_process, server_process, stopped
 
 SHAPE = (4, 3, 5, 2)
 X = random_tensor(1, SHAPE)

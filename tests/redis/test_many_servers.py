@@ -24,9 +24,9 @@ import sharednorm
 from sharednorm.errors import StoreUnavailable
 from sharednorm_server.config.options import ServerConfig
 from tests.support.oracle import random_tensor
-from tests.support.programs import program
-from tests.support.redis import redis_server
-from tests.support.server import ServerProcess, in_process, server_process
+from tests.support.processes.programs import program
+from tests.support.processes.redis import redis_server
+from tests.support.processes.server import ServerProcess, in_process, server_process
 from tests.support.web import get
 
 STEPS = int(os.environ.get("SHAREDNORM_STEPS", "800"))

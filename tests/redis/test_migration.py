@@ -24,8 +24,8 @@ from sharednorm_server.store.redis.store import RedisStore
 from sharednorm_server.store.snapshots import SnapshotPolicy
 from sharednorm_server.store.sqlite.store import SqliteStore
 from tests.support.oracle import random_tensor
-from tests.support.redis import RedisProcess
-from tests.support.server import run, server_process
+from tests.support.processes.redis import RedisProcess
+from tests.support.processes.server import run, server_process
 from tests.support.service import KEY, SHAPE, create
 
 

@@ -36,7 +36,7 @@ from sharednorm_server.layers.service import LayerService
 from sharednorm_server.store.redis.store import RedisStore
 from sharednorm_server.store.snapshots import SnapshotPolicy
 from tests.support.oracle import random_tensor
-from tests.support.redis import RedisProcess, redis_server
+from tests.support.processes.redis import RedisProcess, redis_server
 from tests.support.service import CONFIG, KEY, SHAPE, create
 
 X = random_tensor(3, SHAPE)

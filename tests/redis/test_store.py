@@ -22,7 +22,7 @@ from sharednorm_server.errors import StartError
 from sharednorm_server.store.base import LayerKey, LayerRecord
 from sharednorm_server.store.records import LastChange, Note
 from sharednorm_server.store.redis.store import STATE_VERSION, RedisStore
-from tests.support.redis import RedisProcess, redis_server
+from tests.support.processes.redis import RedisProcess, redis_server
 
 CONFIG = LayerConfig(LayerKind.BATCH_NORM_2D, 2)
 KEY = LayerKey("default", "a", "uid of a")

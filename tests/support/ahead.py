@@ -52,7 +52,7 @@ def gated() -> Iterator[Gate]:
         return batch_methods.push_many(request, push)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sharednorm_server.servicer.push_many", push_many)
+        patch.setattr("sharednorm_server.rpc.servicer.push_many", push_many)
         yield made
         made.open()
 

@@ -16,8 +16,8 @@ import sharednorm
 from sharednorm_server.config.options import ServerConfig
 from sharednorm_server.server import RunningServer
 from tests.support.oracle import random_tensor
-from tests.support.programs import program
-from tests.support.server import in_process
+from tests.support.processes.programs import program
+from tests.support.processes.server import in_process
 
 LONG = "a/very/long/name/of/a/layer/" * 8
 Picture = npt.NDArray[np.float32]

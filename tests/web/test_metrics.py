@@ -18,7 +18,7 @@ from sharednorm_server.config.options import ServerConfig
 from sharednorm_server.observability.metrics import Figure, Metrics
 from sharednorm_server.server import RunningServer
 from tests.support.oracle import random_tensor
-from tests.support.server import in_process
+from tests.support.processes.server import in_process
 from tests.support.web import get
 
 SHAPE = (4, 3, 5, 2)

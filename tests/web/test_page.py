@@ -27,7 +27,7 @@ from sharednorm_server.observability.instrumentation import Origin
 from sharednorm_server.server import RunningServer
 from sharednorm_server.store.base import LayerKey, LayerRecord
 from tests.support.oracle import random_tensor
-from tests.support.server import in_process
+from tests.support.processes.server import in_process
 from tests.support.service import KEY, create, new_service
 from tests.support.web import get
 

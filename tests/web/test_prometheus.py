@@ -21,8 +21,8 @@ import sharednorm
 from docker.monitoring import dashboard
 from sharednorm_server.config.options import ServerConfig
 from tests.support.oracle import random_tensor
-from tests.support.programs import program
-from tests.support.server import in_process
+from tests.support.processes.programs import program
+from tests.support.processes.server import in_process
 from tests.support.web import get
 
 MONITORING = Path(__file__).parents[2] / "docker" / "monitoring"

@@ -22,7 +22,7 @@ import sharednorm
 from sharednorm_server.errors import StartError
 from sharednorm_server.observability.tracing import wanted
 from tests.support.oracle import random_tensor
-from tests.support.server import server_process, spawn
+from tests.support.processes.server import server_process, spawn
 
 SERVICE = "sharednorm.v1.BatchNormService"
 

@@ -21,7 +21,7 @@ from sharednorm_server.config.options import ServerConfig
 from sharednorm_server.errors import StartError
 from sharednorm_server.server import RunningServer, start
 from tests.support.oracle import random_tensor
-from tests.support.server import in_process
+from tests.support.processes.server import in_process
 from tests.support.web import get
 
 SHAPE = (4, 3, 5, 2)
@@ -86,7 +86,7 @@ def test_noise_harms_nobody(server: RunningServer) -> None:
 
 
 def test_many_who_say_nothing_keep_nobody_out_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sharednorm_server.web._SILENCE_SECONDS", 0.5)
+    monkeypatch.setattr("sharednorm_server.http.server._SILENCE_SECONDS", 0.5)
     with in_process(ServerConfig(http="127.0.0.1:0")) as server:
         assert server.http is not None
         host, _, port = server.http.rpartition(":")
