@@ -33,6 +33,8 @@ VENV ?= .venv-$(shell $(PYTHON) -c 'import platform; print(platform.python_versi
 endif
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+# What generates the code of proto/ is older than what runs it: see `proto` in pyproject.toml.
+GENERATOR := .venv-proto
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -66,7 +68,7 @@ soak: $(READY)-test  ## Hours of faults: 1,000 networks that break, 200 servers 
 serve: $(READY)-server $(if $(findstring cuda,$(DEVICE)),$(READY)-gpu $(FATBIN))  ## Run a server in the foreground; LISTEN=, DEVICE= and STATE= are its options
 	exec $(BIN)/sharednorm serve --listen '$(LISTEN)' --device '$(DEVICE)' $(if $(STATE),--state '$(STATE)')
 
-check: $(READY)-check $(READY)-test $(READY)-demo  ## Lint, types, the contract, and whether the generated code is fresh
+check: $(READY)-check $(READY)-test $(READY)-demo $(GENERATOR)/.ready  ## Lint, types, the contract, and whether the generated code is fresh
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -74,8 +76,8 @@ check: $(READY)-check $(READY)-test $(READY)-demo  ## Lint, types, the contract,
 	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker/compose.yaml docker/compose.secure.yaml
 	$(BIN)/buf lint
 	$(BIN)/buf format --diff --exit-code
-	$(call generate,$(VENV)/generated)
-	diff -r -x __init__.py -x __pycache__ $(VENV)/generated/sharednorm/v1 client/sharednorm/v1 \
+	$(call generate,$(GENERATOR)/generated)
+	diff -r -x __init__.py -x __pycache__ $(GENERATOR)/generated/sharednorm/v1 client/sharednorm/v1 \
 	    || { echo 'client/sharednorm/v1 is not what proto/ makes: run `make proto`' >&2; exit 1; }
 
 docs: $(READY)-check  ## Build the documentation's site, in build/site; a warning is an error
@@ -101,10 +103,10 @@ kernels:  ## Compile the CUDA kernels into a fatbin, which needs nvcc; warnings 
 $(FATBIN): $(wildcard kernels/sharednorm_kernels/*.cu kernels/sharednorm_kernels/*.cuh)
 	PYTHONPATH=kernels $(PYTHON) -m sharednorm_kernels.build
 
-proto: $(READY)-check  ## Generate the Python code of proto/ anew
-	$(call generate,$(VENV)/generated)
+proto: $(GENERATOR)/.ready  ## Generate the Python code of proto/ anew
+	$(call generate,$(GENERATOR)/generated)
 	find client/sharednorm/v1 -name '*_pb2*' -delete
-	cp $(VENV)/generated/sharednorm/v1/* client/sharednorm/v1/
+	cp $(GENERATOR)/generated/sharednorm/v1/* client/sharednorm/v1/
 
 images:  ## Build the images with Docker: sharednorm:cuda, sharednorm:cpu and sharednorm:client
 	$(call need,docker,install Docker Engine)
@@ -132,8 +134,9 @@ clean:  ## Remove what the targets made, virtual environments included
 need = @command -v $1 >/dev/null || { echo '$1 is not installed: $2' >&2; exit 1; }
 
 # $(call generate,DIRECTORY): the Python code of proto/, into an empty directory.
-PROTOC = $(BIN)/python -m grpc_tools.protoc --proto_path=proto \
-    --plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy --plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc
+PROTOC = $(GENERATOR)/bin/python -m grpc_tools.protoc --proto_path=proto \
+    --plugin=protoc-gen-mypy=$(GENERATOR)/bin/protoc-gen-mypy \
+    --plugin=protoc-gen-mypy_grpc=$(GENERATOR)/bin/protoc-gen-mypy_grpc
 define generate
 	rm -rf '$1' && mkdir -p '$1'
 	$(PROTOC) --python_out='$1' --mypy_out=quiet:'$1' $$(cd proto && find sharednorm -name '*.proto' | sort)
@@ -162,11 +165,17 @@ $(READY)-%: pyproject.toml | $(VENV)/.created
 	$(BIN)/pip install --quiet $(if $(LOWEST),--constraint $(VENV)/lowest.txt) --editable '.[$*]'
 	@touch $@
 
-$(VENV)/.created:
+$(GENERATOR)/.ready: pyproject.toml | $(GENERATOR)/.created
+	@echo 'installing the packages that generate the code of proto/ into $(GENERATOR)'
+	$(GENERATOR)/bin/pip install --quiet --only-binary grpcio-tools --editable '.[proto]' || { rm -rf $(GENERATOR); \
+	    echo 'the generator has wheels for Python 3.10 to 3.13: make TARGET PYTHON=python3.13, or an older one' >&2; exit 1; }
+	@touch $@
+
+$(VENV)/.created $(GENERATOR)/.created: %/.created:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
 	    { echo 'sharednorm needs Python 3.10 or newer, and $(PYTHON) is not: make TARGET PYTHON=python3.11' >&2; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
 	    { echo '$(PYTHON) has no venv module: apt-get install python3-venv, or the like' >&2; exit 1; }
-	@echo 'making the virtual environment $(VENV)'
-	@$(PYTHON) -m venv $(VENV)
+	@echo 'making the virtual environment $*'
+	@$(PYTHON) -m venv $*
 	@touch $@

@@ -5,7 +5,7 @@ import warnings
 
 from sharednorm.v1 import service_pb2 as sharednorm_dot_v1_dot_service__pb2
 
-GRPC_GENERATED_VERSION = '1.85.1'
+GRPC_GENERATED_VERSION = '1.74.0'
 GRPC_VERSION = grpc.__version__
 _version_not_supported = False
 
@@ -18,14 +18,14 @@ except ImportError:
 if _version_not_supported:
     raise RuntimeError(
         f'The grpc package installed is at version {GRPC_VERSION},'
-        + ' but the generated code in sharednorm/v1/service_pb2_grpc.py depends on'
+        + f' but the generated code in sharednorm/v1/service_pb2_grpc.py depends on'
         + f' grpcio>={GRPC_GENERATED_VERSION}.'
         + f' Please upgrade your grpc module to grpcio>={GRPC_GENERATED_VERSION}'
         + f' or downgrade your generated code using grpcio-tools<={GRPC_VERSION}.'
     )
 
 
-class BatchNormServiceStub:
+class BatchNormServiceStub(object):
     """Keeps layers and computes with them.
     """
 
@@ -182,7 +182,7 @@ class BatchNormServiceStub:
                 _registered_method=True)
 
 
-class BatchNormServiceServicer:
+class BatchNormServiceServicer(object):
     """Keeps layers and computes with them.
     """
 
@@ -545,7 +545,7 @@ def add_BatchNormServiceServicer_to_server(servicer, server):
 
 
  # This class is part of an EXPERIMENTAL API.
-class BatchNormService:
+class BatchNormService(object):
     """Keeps layers and computes with them.
     """
 
