@@ -39,7 +39,7 @@ GENERATOR := .venv-proto
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-torch test test-all soak serve check docs bench gpu-check kernels proto images up down image-check clean
+.PHONY: help demo demo-torch test test-all soak serve check docs bench gpu-check kernels proto resolve images up down image-check clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -107,6 +107,9 @@ proto: $(GENERATOR)/.ready  ## Generate the Python code of proto/ anew
 	$(call generate,$(GENERATOR)/generated)
 	find client/sharednorm/v1 -name '*_pb2*' -delete
 	cp $(GENERATOR)/generated/sharednorm/v1/* client/sharednorm/v1/
+
+resolve:  ## Ask pip whether sharednorm can be installed beside other packages, and write docs/dependencies.md
+	$(PYTHON) tests/packaging/resolve.py
 
 images:  ## Build the images with Docker: sharednorm:cuda, sharednorm:cpu and sharednorm:client
 	$(call need,docker,install Docker Engine)

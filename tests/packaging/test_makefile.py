@@ -9,7 +9,7 @@ import pytest
 from tests.support.processes.make import make
 
 TARGETS = ("demo", "demo-torch", "test", "test-all", "soak", "serve", "check", "docs", "bench", "gpu-check", "kernels",
-           "proto", "images", "up", "down", "image-check", "clean")  # fmt: skip
+           "proto", "resolve", "images", "up", "down", "image-check", "clean")  # fmt: skip
 
 
 def _python(path: Path, script: str) -> str:
