@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
@@ -29,15 +30,20 @@ def fatbin(path: Path | None = None) -> bytes:
     """Return the compiled kernels: machine code for compute capability 8.x and 9.0, and PTX for later ones.
 
     Raises:
-        FatbinMissing: They have not been compiled, or are not where SHAREDNORM_FATBIN says; the message tells how to
-            mend that.
+        FatbinMissing: They have not been compiled, are not where SHAREDNORM_FATBIN says, or cannot be read; the message
+            tells how to mend that.
     """
     elsewhere = path is None and bool(os.environ.get(ELSEWHERE))
     path = path or fatbin_path()
-    if elsewhere and not path.is_file():
+    try:
+        if stat.S_ISREG(path.stat().st_mode):
+            return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise FatbinMissing(f"the CUDA kernels in {path} cannot be read: {error.strerror}") from error
+    if elsewhere:
         raise FatbinMissing(f"{ELSEWHERE} names {path}, which is not a file (expected: what `make kernels` makes)")
-    if path.is_file():
-        return path.read_bytes()
     if nvcc() is not None:
         raise FatbinMissing(f"the CUDA kernels have not been compiled ({path} is not there): run `make kernels`")
     raise FatbinMissing(
@@ -48,10 +54,8 @@ def fatbin(path: Path | None = None) -> bytes:
 
 def nvcc() -> Path | None:
     """Return the path of CUDA's compiler, or None: from PATH, else from where the toolkit installs it."""
-    found = shutil.which("nvcc")
-    if found:
-        return Path(found)
-    return CUDA_COMPILER if CUDA_COMPILER.is_file() else None
+    found = shutil.which("nvcc") or shutil.which(CUDA_COMPILER)
+    return Path(found) if found else None
 
 
 def sources() -> list[Path]:

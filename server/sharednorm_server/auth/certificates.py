@@ -49,7 +49,7 @@ def create(directory: Path, hosts: Sequence[str], days: int) -> list[Path]:
     made = {"ca": authority, "server": server, "client": client}
     files = {directory / f"{name}{end}": (signed, end) for name, signed in made.items() for end in (".pem", ".key")}
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    there = [path for path in files if path.exists()]
+    there = [path for path in files if os.path.lexists(path)]
     if there:
         raise InvalidConfiguration(f"{there[0]} is there already (expected: another --directory, or none of the files)")
     for path, (signed, end) in files.items():

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
+import stat
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -77,7 +79,7 @@ def add_import(commands: Commands[argparse.ArgumentParser]) -> None:
 
 def _export(arguments: argparse.Namespace) -> int:
     directory: Path = arguments.directory
-    if (directory / MANIFEST).exists():
+    if os.path.lexists(directory / MANIFEST):
         raise InvalidFile(f"{directory} has an export already (expected: another directory)")
     with telling_of_files(), connect(arguments) as hub:
         known = {layer.name: layer for layer in hub.layers()}
@@ -131,9 +133,9 @@ def _config_to_json(config: LayerConfig) -> dict[str, Any]:
 def _import(arguments: argparse.Namespace) -> int:
     source: Path = arguments.source
     with telling_of_files(), connect(arguments) as hub:
-        if (source / _TORCH).is_file():
+        if _is(stat.S_IFREG, source / _TORCH):
             names = _read_directory(hub, source, arguments, _state_dict(source / _TORCH))
-        elif source.is_dir():
+        elif _is(stat.S_IFDIR, source):
             names = _read_directory(hub, source, arguments, None)
         elif source.suffix in {".pt", ".pth"}:
             names = _set_from_state_dict(hub, _state_dict(source), arguments.names)
@@ -141,6 +143,17 @@ def _import(arguments: argparse.Namespace) -> int:
             names = _read_file(hub, source, arguments.names)
     say(arguments, f"{_layers(names)} from {shown(str(source))}", {"source": str(source), "layers": names})
     return 0
+
+
+def _is(kind: int, path: Path) -> bool:
+    """Whether a path leads to a file of a kind. If that cannot be seen, because a permission lacks, it is an `OSError`.
+
+    `Path.is_file` and the like have said in that case, since Python 3.14, that there is no such file.
+    """
+    try:
+        return stat.S_IFMT(path.stat().st_mode) == kind
+    except (FileNotFoundError, NotADirectoryError):
+        return False
 
 
 def _layers(names: list[str]) -> str:
@@ -207,15 +220,18 @@ Entry = tuple[LayerConfig, bool, bool, dict[str, str]]  # and whether it trains,
 
 def _manifest(directory: Path) -> dict[str, Entry]:
     path = directory / MANIFEST
-    if not path.is_file():
+    if not _is(stat.S_IFREG, path):
         raise InvalidFile(f"{directory} has no {MANIFEST} (expected: a directory that `sharednorm export` wrote)")
+    text = path.read_bytes()
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = json.loads(text)
         version = document["version"]
         if version != _VERSION:
             raise InvalidFile(f"{path} is of version {version!r} (expected: {_VERSION}; a newer release reads it)")
         return {each["name"]: _entry(each, directory) for each in document["layers"]}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except OSError:  # of a file that it names; `InvalidFile` is a `ValueError`
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, InvalidFile):
             raise
         raise InvalidFile(f"{path} is damaged: {type(error).__name__}: {error}") from error
@@ -231,7 +247,7 @@ def _entry(each: Mapping[str, Any], directory: Path) -> Entry:
     check_name(each["name"])
     files = {str(domain): str(file) for domain, file in each["files"].items()}
     for file in files.values():
-        if Path(file).name != file or not (directory / file).is_file():
+        if Path(file).name != file or not _is(stat.S_IFREG, directory / file):
             raise InvalidFile(f"{directory / MANIFEST} names {file!r}, which is no file beside it")
     return config, bool(each["train"]), bool(each["empty"]), files
 
@@ -262,6 +278,8 @@ def _state_dict(path: Path) -> Mapping[str, Any]:
     torch = _torch()
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:  # it cannot be read, whatever is in it
+        raise
     except Exception as error:
         raise InvalidFile(f"{path} is no state_dict: {type(error).__name__}") from error
     if not isinstance(tensors, Mapping):

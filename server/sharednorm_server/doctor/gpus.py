@@ -107,7 +107,7 @@ def _install() -> str:
 
 
 def _in_container() -> bool:
-    return any(Path(mark).exists() for mark in ("/.dockerenv", "/run/.containerenv"))
+    return any(os.path.lexists(mark) for mark in ("/.dockerenv", "/run/.containerenv"))
 
 
 def _cuda(version: int) -> str:
@@ -141,7 +141,7 @@ def _build_needs() -> list[str]:
         needs.append(
             "the CUDA toolkit, 13.0 or later, with nvcc (`apt-get install cuda-toolkit-13-0` from NVIDIA's repository)"
         )
-    elif not any((root / "include" / "cuda.h").is_file() for root in _toolkits(compiler)):
+    elif not any(os.access(root / "include" / "cuda.h", os.R_OK, effective_ids=True) for root in _toolkits(compiler)):
         needs.append("the CUDA toolkit's headers (`apt-get install cuda-toolkit-13-0` from NVIDIA's repository)")
     if shutil.which("g++") is None:
         needs.append("g++ (`apt-get install g++`)")

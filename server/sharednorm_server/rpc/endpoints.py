@@ -107,7 +107,12 @@ class UnixEndpoint:
 
     def _require_free(self, text: str) -> None:
         directory = self.path.parent
-        if not directory.parent.is_dir():
+        # Not `is_dir()`: since Python 3.14 it is also False where a permission lacks, which is told as it is.
+        try:
+            above = directory.parent.stat().st_mode
+        except (FileNotFoundError, NotADirectoryError):
+            above = 0
+        if not stat.S_ISDIR(above):
             raise StartError(f"cannot listen on {text}: there is no directory {directory.parent}")
         # The last one alone, and for this user; one that is there keeps its mode.
         directory.mkdir(mode=0o700, exist_ok=True)
