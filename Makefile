@@ -68,7 +68,7 @@ soak: $(READY)-test  ## Hours of faults: 1,000 networks that break, 200 servers 
 serve: $(READY)-server $(if $(findstring cuda,$(DEVICE)),$(READY)-gpu $(FATBIN))  ## Run a server in the foreground; LISTEN=, DEVICE= and STATE= are its options
 	exec $(BIN)/sharednorm serve --listen '$(LISTEN)' --device '$(DEVICE)' $(if $(STATE),--state '$(STATE)')
 
-check: $(READY)-check $(READY)-test $(READY)-demo $(GENERATOR)/.ready  ## Lint, types, the contract, and whether the generated code is fresh
+check: $(READY)-check $(READY)-test $(READY)-demo $(GENERATOR)/.ready  ## Lint, types, the contract, whether the generated code is fresh, and the lines of each room
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -79,6 +79,7 @@ check: $(READY)-check $(READY)-test $(READY)-demo $(GENERATOR)/.ready  ## Lint, 
 	$(call generate,$(GENERATOR)/generated)
 	diff -r -x __init__.py -x __pycache__ $(GENERATOR)/generated/sharednorm/v1 client/sharednorm/v1 \
 	    || { echo 'client/sharednorm/v1 is not what proto/ makes: run `make proto`' >&2; exit 1; }
+	$(BIN)/python -m tests.support.rooms
 
 docs: $(READY)-check  ## Build the documentation's site, in build/site; a warning is an error
 	$(BIN)/mkdocs build --quiet --clean

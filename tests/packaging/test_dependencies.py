@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.packaging.lowest import lowest
-from tests.support.distributions import ROOT, run
+from tests.support.processes.distributions import ROOT, run
 
 GENERATED = ROOT / "client" / "sharednorm" / "v1"
 

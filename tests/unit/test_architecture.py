@@ -1,14 +1,12 @@
 """The arrows of the house: which room may import which, read from the source and not from what happened to load.
 
-A room is a package directly below `sharednorm` or `sharednorm_server`, or a module that stands there by itself. The
-drawings in docs/architecture.md say which rooms may import which; this test reads them there. Imports inside functions,
-and those for type checkers alone, count too.
+The drawings in docs/architecture.md say which rooms there are and which may import which; this test reads them there.
+Imports inside functions, and those for type checkers alone, count too.
 """
 
 from __future__ import annotations
 
 import ast
-import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -16,14 +14,12 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-SOURCES = (ROOT / "client", ROOT / "server", ROOT / "kernels")
-PAGE = ROOT / "docs" / "architecture.md"
+from tests.support.rooms import GENERATED, ROOT, drawing, modules, room_of
+
 MAX_FILES = 18
 """Most files of a folder. A room has about 15."""
 
-GENERATED = ("sharednorm.v1",)
-PROTOBUF = ("google", *GENERATED)
+PROTOBUF = ("google", GENERATED)
 GRPC = ("grpc", "grpc_health", "grpc_reflection")
 OPTIONAL = {
     "cryptography", "grpc_health", "grpc_reflection", "h5py", "hiredis", "jinja2", "llvmlite", "matplotlib",
@@ -47,16 +43,7 @@ class Import:
         return f"{self.importer}:{self.line} imports {self.imported}"
 
 
-def _modules() -> dict[str, Path]:
-    found = {}
-    for source in SOURCES:
-        for path in sorted(source.rglob("*.py")):
-            parts = path.relative_to(source).with_suffix("").parts
-            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    return found
-
-
-MODULES = _modules()
+MODULES = modules()
 
 
 def _imports(module: str, path: Path) -> list[Import]:
@@ -85,57 +72,32 @@ def _imports(module: str, path: Path) -> list[Import]:
 IMPORTS = [found for module, path in MODULES.items() for found in _imports(module, path)]
 
 
-def _room(module: str) -> str:
-    """Return the room of a module, "sharednorm.codec" for example; the package itself for what stands in its root."""
-    parts = module.split(".")
-    return ".".join(parts[:1] if parts[1:] in (["_version"], ["__main__"]) else parts[:2])
-
-
 def _within(module: str, prefixes: tuple[str, ...]) -> bool:
     return any(module == prefix or module.startswith(f"{prefix}.") for prefix in prefixes)
 
 
-def _drawing(package: str) -> dict[str, set[str]]:
-    """Return the rooms of a package, and which each may import: whatever an arrow of the drawing leads to, and on."""
-    page = PAGE.read_text(encoding="utf-8")
-    found = re.search(rf"%% {package}\n(.*?)```", page, re.DOTALL)
-    assert found, f"{PAGE.name} has no drawing of {package}"
-    arrows: dict[str, set[str]] = {}
-    for line in found[1].splitlines():
-        steps = [[name.strip() for name in step.split("&")] for step in line.split("-->")]
-        for names, following in zip(steps, [*steps[1:], []], strict=True):
-            for name in names:
-                arrows.setdefault(name, set()).update(following)
-    arrows.pop("", None)
-
-    def reached(room: str) -> set[str]:
-        return arrows[room].union(*(reached(each) for each in arrows[room]))
-
-    return {f"{package}.{room}": {f"{package}.{each}" for each in reached(room)} for room in arrows}
-
-
-DRAWINGS = {package: _drawing(package) for package in ("sharednorm", "sharednorm_server")}
+DRAWINGS = {package: drawing(package) for package in ("sharednorm", "sharednorm_server")}
 
 
 def _rooms(package: str) -> set[str]:
-    return {_room(module) for module in MODULES if module.startswith(f"{package}.")} - {package, *GENERATED}
+    return {room_of(module) for module in MODULES if module.startswith(f"{package}.")} - {package, GENERATED}
 
 
 @pytest.mark.parametrize("package", DRAWINGS)
-def test_the_drawing_shows_every_room(package: str) -> None:
+def test_the_drawing_shows_everyroom_of(package: str) -> None:
     assert set(DRAWINGS[package]) == _rooms(package)
 
 
 @pytest.mark.parametrize(("package", "room"), [(package, room) for package in DRAWINGS for room in DRAWINGS[package]])
 def test_a_room_imports_only_rooms_below_it(package: str, room: str) -> None:
-    allowed = {room, package, *DRAWINGS[package][room], *GENERATED}
+    allowed = {room, package, *DRAWINGS[package][room], GENERATED}
     # The package's root has its version, and what users import: of the library itself, nothing may use the latter.
     bad = [
         found
         for found in IMPORTS
-        if _room(found.importer) == room
+        if room_of(found.importer) == room
         and found.imported.split(".")[0] == package
-        and (_room(found.imported) not in allowed or found.imported == package)
+        and (room_of(found.imported) not in allowed or found.imported == package)
     ]
     assert [str(found) for found in bad] == []
 
@@ -211,14 +173,14 @@ def test_arrows_that_the_drawings_do_not_show(importers: tuple[str, ...], forbid
     [
         pytest.param(
             PROTOBUF,
-            (*_client("codec", "transport", "coordination", "remote"), *GENERATED, *_server("direct", "rpc")),
+            (*_client("codec", "transport", "coordination", "remote"), GENERATED, *_server("direct", "rpc")),
             id="protobuf",
         ),
         pytest.param(
             ("grpc",),
             (
                 *_client("codec.status", "transport"),
-                *GENERATED,
+                GENERATED,
                 *_server("server", "rpc", "http", "doctor", "auth.tls"),
             ),
             id="grpc",
@@ -237,7 +199,7 @@ def test_arrows_that_the_drawings_do_not_show(importers: tuple[str, ...], forbid
         pytest.param(("redis",), _server("store.redis"), id="redis"),
     ],
 )
-def test_each_package_has_its_room(imported: tuple[str, ...], users: tuple[str, ...]) -> None:
+def test_each_package_has_itsroom_of(imported: tuple[str, ...], users: tuple[str, ...]) -> None:
     found = [item for item in IMPORTS if _within(item.imported, imported)]
     assert found, f"nothing imports {imported}: the rule has lost its subject"
     assert [str(item) for item in found if not _within(item.importer, users)] == []

@@ -404,3 +404,7 @@ def test_two_processes_of_ddp_are_one(hub: sharednorm.Hub, tmp_path: Path) -> No
     for result in results:
         for name, value in torch.load(result).items():
             close(value, model.state_dict()[name], 1e-4)
+
+
+def test_what_is_public_belongs_to_the_package() -> None:
+    assert {getattr(adapter, name).__module__ for name in adapter.__all__} == {"sharednorm.torch"}

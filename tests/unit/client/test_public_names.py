@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import pickle
 import subprocess
 import sys
 from types import ModuleType
@@ -81,3 +82,16 @@ def test_the_signatures_of_the_hub() -> None:
     }
     for method, arguments in names.items():
         assert list(inspect.signature(getattr(sharednorm.Hub, method)).parameters) == ["self", *arguments]
+
+
+def test_public_objects_belong_to_the_package_and_not_to_the_module_that_defines_them() -> None:
+    for name in sharednorm.__all__:
+        value = getattr(sharednorm, name)
+        assert isinstance(value, str) or value.__module__ == "sharednorm", name
+
+
+def test_an_error_is_pickled_by_its_public_name() -> None:
+    error = sharednorm.InvalidShape("wrong", {"limit": "maps"})
+    data = pickle.dumps(error)
+    assert b"sharednorm.errors" not in data
+    assert str(pickle.loads(data)) == "wrong"

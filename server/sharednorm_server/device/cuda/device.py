@@ -1,7 +1,7 @@
 """A GPU: the kernels of `sharednorm_kernels`, through PyCUDA.
 
-Tensors pass through pinned memory (`_cuda_staging`) to the GPU's memory and streams (`_cuda_gpu`), which belong to one
-thread (`_cuda_worker`); what is launched there is `_cuda_compute`. Here the calls of the other threads become its
+Tensors pass through pinned memory (`staging`) to the GPU's memory and streams (`context`), which belong to one
+thread (`worker`); what is launched there is `launches`. Here the calls of the other threads become its
 tasks.
 """
 

@@ -16,16 +16,17 @@ import pytest
 import sharednorm
 from sharednorm_kernels import FatbinMissing, fatbin
 from sharednorm_kernels import files as kernel_files
-from sharednorm_server.cli import main
-from sharednorm_server.config import ServerConfig, StartError
+from sharednorm_server.cli.main import main
+from sharednorm_server.config.options import ServerConfig
 from sharednorm_server.doctor import gpus
+from sharednorm_server.errors import StartError
 from sharednorm_server.server import RunningServer, start
 from tests.support.oracle import random_tensor
-from tests.support.rights import modes_obeyed
-from tests.support.server import in_process
+from tests.support.processes.rights import modes_obeyed
+from tests.support.processes.server import in_process
 
 SOURCES = [
-    path for folder in ("client", "server", "kernels") for path in (Path(__file__).parents[2] / folder).rglob("*.py")
+    path for folder in ("client", "server", "kernels") for path in (Path(__file__).parents[3] / folder).rglob("*.py")
 ]
 QUESTIONS = {"exists", "is_file", "is_dir", "is_socket", "is_fifo", "is_symlink", "is_mount", "is_block_device",
              "is_char_device", "isfile", "isdir"}  # fmt: skip
