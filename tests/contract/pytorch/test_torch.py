@@ -407,4 +407,5 @@ def test_two_processes_of_ddp_are_one(hub: sharednorm.Hub, tmp_path: Path) -> No
 
 
 def test_what_is_public_belongs_to_the_package() -> None:
+    adapter = pytest.importorskip("sharednorm.torch")
     assert {getattr(adapter, name).__module__ for name in adapter.__all__} == {"sharednorm.torch"}
