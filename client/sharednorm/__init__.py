@@ -56,8 +56,10 @@ from sharednorm.errors import (
     Unauthenticated,
     UnsupportedDType,
 )
-from sharednorm.layers.local import BatchNorm, BatchNorm1D, BatchNorm2D, BatchNorm3D, Layer, Variable
+from sharednorm.layers.batch_norm import Layer
+from sharednorm.layers.local import BatchNorm, BatchNorm1D, BatchNorm2D, BatchNorm3D
 from sharednorm.layers.statistics import Statistics, StatisticsDelta
+from sharednorm.layers.variable import Variable
 from sharednorm.remote.connect import connect
 from sharednorm.remote.hub import Hub, LayerInfo, Progress, ServerInfo, SnapshotInfo
 from sharednorm.transport.credentials import TLS

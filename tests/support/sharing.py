@@ -17,7 +17,8 @@ from sharednorm.codec.convert import ref_to_proto
 from sharednorm.core.address import parse_address
 from sharednorm.core.layer_config import LayerConfig
 from sharednorm.core.types import Array
-from sharednorm.layers.local import BatchNormND, ForwardResult
+from sharednorm.layers.backend import ForwardResult
+from sharednorm.layers.batch_norm import Layer
 from sharednorm.remote.backends.server_compute import RemoteBackend
 from sharednorm.remote.context import HubContext
 from sharednorm.transport.client import Exchange
@@ -65,7 +66,7 @@ def train(address: str, namespace: str, config: LayerConfig, first_seed: int, st
     exchange = Exchange(connection, "auto", None)
     backend = Recorder(HubContext(exchange), ref_to_proto(namespace, NAME), config)
     backend.versions = []
-    layer = BatchNormND(backend, NAME, inplace=False, train=None)
+    layer = Layer(backend, NAME, inplace=False, train=None)
     seen = []
     for seed in range(first_seed, first_seed + steps):
         layer(batch(seed))

@@ -1,6 +1,6 @@
 """The seam between a layer's API and what keeps its state and computes: this process, or a server.
 
-`BatchNormND` implements the API once, over a `LayerBackend`. `LocalBackend` and the remote backend implement
+`Layer` implements the API once, over a `LayerBackend`. `LocalBackend` and the remote backend implement
 the seam, so that a local and a remote layer cannot drift apart.
 """
 

@@ -28,7 +28,7 @@ class _Pass:
     saved: SavedForward | None = None
 
 
-class BatchNormND(LayerView):
+class Layer(LayerView):
     """A batch-normalization layer: PuzzleLib's API over whatever keeps the state and computes.
 
     A handle's mode and its last forward (`inData`, `data`, `grad`) are its own, so a forward and its backward
@@ -100,7 +100,7 @@ class BatchNormND(LayerView):
         arguments = self._prepared(data, out)
         return self._backend.queue.submit(lambda: self._forward(*arguments))
 
-    def inDomain(self, domain: str) -> BatchNormND:
+    def inDomain(self, domain: str) -> Layer:
         """Return another handle of the layer, which uses the running statistics of a domain: a site, a camera, a task.
 
         A layer keeps the statistics of each domain beside its own: mean, var and numOfProps, and whether they are

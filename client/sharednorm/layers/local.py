@@ -1,8 +1,4 @@
-"""The layers' API, which is PuzzleLib's, and the layers that run in this process.
-
-`BatchNormND` is the whole API over a `LayerBackend`; `BatchNorm`, `BatchNorm1D`, `BatchNorm2D` and
-`BatchNorm3D` are its local members. A remote layer is the same class over another backend.
-"""
+"""Layers that run in this process."""
 
 from __future__ import annotations
 
@@ -12,29 +8,11 @@ from sharednorm.core.layer_config import LayerConfig
 from sharednorm.core.state import initial_state
 from sharednorm.core.types import LayerKind
 from sharednorm.core.validation import check_name
-from sharednorm.layers.backend import ForwardResult, Gradients, LayerBackend, SavedForward
-from sharednorm.layers.batch_norm import BatchNormND
+from sharednorm.layers.batch_norm import Layer
 from sharednorm.layers.local_backend import LocalBackend
-from sharednorm.layers.protocol import Layer
-from sharednorm.layers.variable import Variable
-
-__all__ = [
-    "BatchNorm",
-    "BatchNorm1D",
-    "BatchNorm2D",
-    "BatchNorm3D",
-    "BatchNormND",
-    "ForwardResult",
-    "Gradients",
-    "Layer",
-    "LayerBackend",
-    "LocalBackend",
-    "SavedForward",
-    "Variable",
-]
 
 
-class _LocalBatchNorm(BatchNormND):
+class _LocalBatchNorm(Layer):
     # The constructor's parameters, which the four members share.
 
     def __init__(self, config: LayerConfig, sscale: float, name: str | None, empty: bool, inplace: bool) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from sharednorm.core.validation import check_domain
-from sharednorm.layers.local import BatchNormND
+from sharednorm.layers.batch_norm import Layer
 from sharednorm.remote.backends.server_compute import RemoteBackend
 
 
-class RemoteBatchNorm(BatchNormND):
+class RemoteBatchNorm(Layer):
     """A handle of a layer on a server, which any number of handles in any number of processes share.
 
     It has the whole API of a local layer. Mode, saved input and gradient w.r.t. the input belong to the

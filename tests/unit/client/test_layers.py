@@ -20,7 +20,9 @@ from sharednorm.core.layer_config import LayerConfig
 from sharednorm.core.state import LayerState, Moments, StateUpdate, blank_state, step
 from sharednorm.core.types import Array, LayerKind, Vector
 from sharednorm.errors import BackwardInEval, InvalidName, NonFiniteInput
-from sharednorm.layers.local import BatchNormND, ForwardResult, Layer, LocalBackend, SavedForward
+from sharednorm.layers.backend import ForwardResult, SavedForward
+from sharednorm.layers.batch_norm import Layer
+from sharednorm.layers.local_backend import LocalBackend
 from tests.support.oracle import Model, random_tensor
 
 CONFIG = LayerConfig(LayerKind.BATCH_NORM_2D, 3)
@@ -107,7 +109,7 @@ class Keeper(LocalBackend):
 
 def test_a_handle_releases_what_it_will_not_ask_for() -> None:
     keeper = Keeper()
-    bn = BatchNormND(keeper, None, False, None)
+    bn = Layer(keeper, None, False, None)
     bn(X)
     assert keeper.kept == ["token 1"]
     bn(X)
@@ -130,7 +132,7 @@ def test_a_handle_releases_what_it_will_not_ask_for() -> None:
 
 def test_a_handle_that_has_not_chosen_follows_the_layers_default() -> None:
     keeper = Keeper()
-    bn = BatchNormND(keeper, None, False, None)
+    bn = Layer(keeper, None, False, None)
     one = random_tensor(1, (1, 3, 1, 1))
     with pytest.raises(TooFewValues):
         bn(one)
@@ -153,7 +155,7 @@ def test_a_handle_that_has_not_chosen_follows_the_layers_default() -> None:
 
 def test_in_place_a_handle_that_has_not_chosen_asks_first() -> None:
     keeper = Keeper()
-    bn = BatchNormND(keeper, None, True, None)
+    bn = Layer(keeper, None, True, None)
     x = X.copy()
     with pytest.raises(InplaceInTraining):
         bn(x)
@@ -236,7 +238,7 @@ def test_gradients_of_many_threads_are_all_counted() -> None:
     ones = np.ones((8, 3), np.float32)
 
     def differentiate(_: int) -> None:
-        handle = BatchNormND(local, None, False, True)
+        handle = Layer(local, None, False, True)
         for _ in range(25):
             handle(x)
             handle.backward(ones, momentum=1.0)
@@ -264,7 +266,7 @@ class Interrupted(NumpyArithmetic):
 def test_a_step_uses_the_parameters_that_it_is_ordered_behind() -> None:
     arithmetic = Interrupted()
     local = LocalBackend(CONFIG, blank_state(CONFIG), arithmetic)
-    bn = BatchNormND(local, None, False, True)
+    bn = Layer(local, None, False, True)
     values = np.array([2.0, 3.0, 4.0], np.float32)
     arithmetic.meanwhile.append(lambda: local.update(StateUpdate(scale=values, bias=-values)))
     model = Model(3)
