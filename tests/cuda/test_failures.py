@@ -120,7 +120,7 @@ def _use(bn: sharednorm.Layer, x: npt.NDArray[np.float32], times: int) -> None:
 
 def test_the_process_of_a_lost_gpu_ends_in_order_also_without_a_server() -> None:
     code = (
-        "from tests.support import cuda, oracle; cuda.prepare()\n"
+        "from tests.support import oracle; from tests.support.kernels import cuda; cuda.prepare()\n"
         "from sharednorm_server.device.cuda.device import CudaDevice\n"
         "from tests.emulation.load import fail\n"
         "device = CudaDevice(); fail('lost:1')\n"
@@ -132,7 +132,7 @@ def test_the_process_of_a_lost_gpu_ends_in_order_also_without_a_server() -> None
 
 def test_a_gpu_that_is_lost_while_nobody_uses_it_is_closed_in_order() -> None:
     code = (
-        "from tests.support import cuda, oracle; cuda.prepare()\n"
+        "from tests.support import oracle; from tests.support.kernels import cuda; cuda.prepare()\n"
         "from sharednorm_server.device.cuda.device import CudaDevice\n"
         "from tests.emulation.load import fail\n"
         "device = CudaDevice(); tensor = device.load(oracle.random_tensor(1, (4, 4, 8, 8))); device.used_bytes\n"
@@ -143,7 +143,7 @@ def test_a_gpu_that_is_lost_while_nobody_uses_it_is_closed_in_order() -> None:
 
 def test_a_device_that_nobody_closes_is_closed_at_exit() -> None:
     code = (
-        "from tests.support import cuda, oracle; cuda.prepare()\n"
+        "from tests.support import oracle; from tests.support.kernels import cuda; cuda.prepare()\n"
         "from sharednorm_server.device.cuda.device import CudaDevice\n"
         "device = CudaDevice(); tensor = device.load(oracle.random_tensor(1, (4, 4, 8, 8))); print(tensor.nbytes)\n"
     )

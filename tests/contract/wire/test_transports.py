@@ -346,11 +346,13 @@ def test_nothing_of_a_large_tensor_is_sent_before_its_turn(way: str) -> None:
     x = random_tensor(1, (12, 3, 256, 256))  # 9 MiB
     with (
         in_process(ServerConfig(in_flight_bytes=32 << 20)) as server,
-        sharednorm.connect(server.address, transport=way, timeout=1.0, progress=note) as hub,
+        sharednorm.connect(server.address, transport=way, progress=note) as hub,
+        sharednorm.connect(server.address, transport=way, timeout=1.0, progress=note) as impatient,
     ):
         bn = hub.BatchNorm2D(3, name="bn")
+        refused = impatient.layer("bn")
         with server._service.admitted(32 << 20), pytest.raises(ServerBusy):
-            bn(x)
+            refused(x)
         assert not any(sent)
         movers = server._direct._servicer._movers
         with ExitStack() as turns, pytest.MonkeyPatch.context() as patch:
@@ -358,7 +360,7 @@ def test_nothing_of_a_large_tensor_is_sent_before_its_turn(way: str) -> None:
             for _ in range(movers._most):
                 turns.enter_context(movers.turn(lambda: True))
             with pytest.raises(DeadlineExceeded):
-                bn(x)
+                refused(x)
             assert not any(sent)
         assert bn.numOfProps == 0
         np.testing.assert_allclose(np.mean(bn(x), axis=(0, 2, 3)), 0, atol=1e-5)

@@ -350,7 +350,7 @@ def test_a_directory_that_another_process_uses(tmp_path: Path) -> None:
     code = f"""
 import sys, pathlib
 from sharednorm_server.store.records import LastChange, Note, Remembered, TakenStep
-from sharednorm_server.store.sqlite import SqliteStore
+from sharednorm_server.store.sqlite.store import SqliteStore
 store = SqliteStore(pathlib.Path({str(tmp_path)!r}))
 print("open", flush=True)
 sys.stdin.read()
