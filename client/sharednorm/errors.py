@@ -39,6 +39,7 @@
     ├── DeadlineExceeded                no answer in time                       (also a TimeoutError)
     ├── CallCancelled                   the call was given up
     ├── IncompatibleServer              another protocol, or not a sharednorm server
+    ├── NotSupported                    in the contract, and not in the server's release
     ├── HubClosed                       used after `close`
     └── InternalError                   a defect on the server; its log has the details
 
@@ -273,6 +274,10 @@ class CallCancelled(SharedNormError, reason="CANCELLED", code=CANCELLED):
 
 class IncompatibleServer(SharedNormError, reason="INCOMPATIBLE_SERVER", code=UNIMPLEMENTED):
     """The server speaks another protocol version, or is not a sharednorm server."""
+
+
+class NotSupported(SharedNormError, reason="NOT_SUPPORTED", code=UNIMPLEMENTED):
+    """The server's release does not serve, or does not know, a method or a field of the call; nothing was done."""
 
 
 class HubClosed(SharedNormError, reason="HUB_CLOSED", code=FAILED_PRECONDITION):

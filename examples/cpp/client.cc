@@ -89,7 +89,7 @@ int main(int argc, char** argv) {
   // A change that is sent again must not be made twice: the key says that it is the same one.
   OpenSessionResponse session;
   Call(*stub, &BatchNormService::Stub::OpenSession, "OpenSession", OpenSessionRequest(), &session);
-  CallKey key;
+  IdempotencyKey key;
   key.set_session(session.session() + "\1\2\3\4\5\6\7\10");
   key.set_seq(1);
 

@@ -224,7 +224,7 @@ def test_the_methods_by_any_client(hub: sharednorm.Hub, stub: BatchNormServiceSt
     name = next(names)
     hub.BatchNorm(2, name=name)
     state = layer_pb2.LayerState(
-        mean=tensor_pb2.FloatVector(values=[1, 2]), var=tensor_pb2.FloatVector(values=[3, 4]), num_of_props=5
+        mean=tensor_pb2.DoubleVector(values=[1, 2]), var=tensor_pb2.DoubleVector(values=[3, 4]), num_of_props=5
     )
     request = service_pb2.CreateDomainRequest(ref=ref(name, "b"), initial_state=state)
     for created in (True, False):
@@ -295,7 +295,7 @@ REFUSED: list[Any] = [
     pytest.param(
         lambda stub, name: stub.CreateDomain(
             service_pb2.CreateDomainRequest(
-                ref=ref(name, "c"), initial_state=layer_pb2.LayerState(mean=tensor_pb2.FloatVector(values=[1]))
+                ref=ref(name, "c"), initial_state=layer_pb2.LayerState(mean=tensor_pb2.DoubleVector(values=[1]))
             ),
             timeout=SECONDS,
         ),

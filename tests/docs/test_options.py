@@ -40,7 +40,7 @@ def test_what_is_fixed_is_what_it_says() -> None:
         "domains of a layer": [limits.MAX_DOMAINS],
         "members of a group; groups of a server": [limits.MAX_GROUP_MEMBERS, MAX_GROUPS],
         "seconds of a group's timeout": [limits.MAX_GROUP_SECONDS],
-        "requests in one `PushMany` or `GetManyStats`, and maps of them all": [
+        "requests in one `BatchPushMoments` or `BatchGetStats`, and maps of them all": [
             limits.MAX_BATCH_ENTRIES, limits.MAX_BATCH_MAPS
         ],
         "bytes of a tensor in one message; larger ones come as a stream, or on a direct connection": [

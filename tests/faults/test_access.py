@@ -163,9 +163,9 @@ def test_the_body_cannot_name_another_namespace(guarded: Guarded) -> None:
             with pytest.raises(grpc.RpcError) as caught:
                 call(channel, method, request.SerializeToString(), token)
             assert detail_of(caught.value).reason == "PERMISSION_DENIED", method
-        many = service_pb2.GetManyStatsRequest(reads=[service_pb2.GetStatsRequest(ref=theirs)])
-        found = call(channel, "GetManyStats", many.SerializeToString(), token)
-        answer = service_pb2.GetManyStatsResponse.FromString(found)
+        many = service_pb2.BatchGetStatsRequest(reads=[service_pb2.GetStatsRequest(ref=theirs)])
+        found = call(channel, "BatchGetStats", many.SerializeToString(), token)
+        answer = service_pb2.BatchGetStatsResponse.FromString(found)
         assert answer.results[0].error.reason == "PERMISSION_DENIED"
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import sharednorm
+from sharednorm.v1 import direct_pb2
 from sharednorm_server.config.options import ServerConfig
 from sharednorm_server.server import RunningServer
 from tests.support import lane as lanes
@@ -94,10 +95,10 @@ def test_errors_have_the_reasons_that_grpc_would_give(client: StockClient) -> No
             if data_bytes <= lanes.WAIT_BYTES:
                 lane.sock.sendall(bytes(data_bytes))
             assert lane.reply().reason == reason
-        for method in (0, 3, 65535):
+        for method, reason in ((0, "NOT_SUPPORTED"), (3, "MALFORMED_MESSAGE"), (65535, "NOT_SUPPORTED")):
             lane.request(method, forward(NAME, SHAPE), NBYTES)
             lane.sock.sendall(bytes(NBYTES))
-            assert lane.reply().reason == "MALFORMED_MESSAGE"
+            assert lane.reply().reason == reason
         lane.request(BACKWARD, b"", NBYTES)
         lane.sock.sendall(bytes(NBYTES))
         assert lane.reply().reason == "INVALID_NAME"
@@ -125,11 +126,10 @@ def test_a_poisoned_tensor_in_parts_changes_nothing(client: StockClient) -> None
     [
         lambda _: b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" + bytes(100),
         lambda _: b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(100),
-        lambda where: lanes.hello(where.instance).replace(b"lane1", b"lane2"),
-        lambda where: lanes.hello(where.instance, purpose=7),
+        lambda where: lanes.hello(where.instance).replace(b"conn3", b"conn4"),
         lambda _: random.Random(1).randbytes(4096),
     ],
-    ids=["http", "http2", "another version", "another purpose", "noise"],
+    ids=["http", "http2", "another version", "noise"],
 )
 def test_a_stranger_is_shown_the_door(client: StockClient, say: Callable[[object], bytes]) -> None:
     where = offer(client)
@@ -140,8 +140,14 @@ def test_a_stranger_is_shown_the_door(client: StockClient, say: Callable[[object
 
 @pytest.mark.parametrize(
     ("instance", "session", "purpose", "status"),
-    [(b"x" * 16, lanes.NONE, 0, 3), (None, b"s" * 16, 0, 5), (None, lanes.NONE, 1, 5), (b"x" * 16, lanes.NONE, 1, 3)],
-    ids=["another server", "an unknown session", "memory over TCP", "memory of another server"],
+    [
+        (b"x" * 16, b"", lanes.CALLS, direct_pb2.WELCOME_STATUS_OTHER_SERVER),
+        (None, b"s" * 16, lanes.CALLS, direct_pb2.WELCOME_STATUS_NO_SESSION),
+        (None, b"", lanes.MEMORY, direct_pb2.WELCOME_STATUS_NO_SESSION),
+        (b"x" * 16, b"", lanes.MEMORY, direct_pb2.WELCOME_STATUS_OTHER_SERVER),
+        (None, b"", 7, direct_pb2.WELCOME_STATUS_REFUSED),
+    ],
+    ids=["another server", "an unknown session", "memory over TCP", "memory of another server", "no purpose"],
 )
 def test_a_client_that_is_wrong_here_is_told_so(
     client: StockClient, instance: bytes | None, session: bytes, purpose: int, status: int
@@ -150,7 +156,7 @@ def test_a_client_that_is_wrong_here_is_told_so(
     with connected(where.port) as sock:
         sock.sendall(lanes.hello(instance or where.instance, session, purpose))
         lane = RawLane(sock)
-        assert struct.unpack("<16s16sHHI", lane.read(40))[2] == status
+        assert lane.welcome().status == status
         assert lane.ended()
 
 
@@ -165,13 +171,13 @@ def refused_beyond_two(client: StockClient) -> None:
     where = offer(client)
     with lane_to(client) as first, lane_to(client), connected(where.port) as third:
         third.sendall(lanes.hello(where.instance))
-        assert struct.unpack("<16s16sHHI", RawLane(third).read(40))[2] == 4
+        assert RawLane(third).welcome().status == direct_pb2.WELCOME_STATUS_FULL
         train(first, NAME, oracle.random_tensor(1, SHAPE))
     end = time.monotonic() + 10
     while True:  # until the server has noticed that there is room again
         with connected(where.port) as sock:
             sock.sendall(lanes.hello(where.instance))
-            if struct.unpack("<16s16sHHI", RawLane(sock).read(40))[2] == 0:
+            if RawLane(sock).welcome().status == direct_pb2.WELCOME_STATUS_OK:
                 break
         assert time.monotonic() < end
 

@@ -93,7 +93,7 @@ def test_a_server_is_as_it_was_after_1000_clients_that_died(tmp_path: Path) -> N
                 if step > 0:
                     sock.sendall(lanes.hello(where.instance)[: None if step > 1 else 20])
                 if step > 1:
-                    lane.read(40)
+                    lane.welcome()
                 if step > 2:
                     lane.request(lanes.FORWARD, header, nbytes)
                 if step > 3:

@@ -93,7 +93,7 @@ def test_memory_is_flat_over_10000_calls_that_are_given_up(transport: str) -> No
             with lanes.connected(where.port) as sock:
                 lane = lanes.RawLane(sock)
                 sock.sendall(lanes.hello(where.instance))
-                lane.read(40)
+                lane.welcome()
                 lane.request(lanes.FORWARD, header.SerializeToString(), 4 * int(np.prod(shape)))
                 assert lane.reply().status == lanes.GO_ON
                 sock.sendall(part)

@@ -21,7 +21,7 @@ import sharednorm
 from sharednorm.errors import HubClosed
 from sharednorm.transport.deadline import Deadline
 from sharednorm.transport.shared_memory import SharedRegions
-from sharednorm.v1 import layer_pb2, service_pb2
+from sharednorm.v1 import direct_pb2, layer_pb2, service_pb2
 from sharednorm_server.config.options import ServerConfig
 from sharednorm_server.server import RunningServer
 from tests.support import lane as lanes
@@ -164,10 +164,10 @@ class Session:
             client.create("bn")
             self.where = lanes.offer(client)
         assert self.where.shared_memory
-        self.memory = self.connect(lanes.NONE, purpose=1)
+        self.memory = self.connect(b"", lanes.MEMORY)
         self.id = self.welcome(self.memory)
 
-    def connect(self, session: bytes, purpose: int = 0) -> socket.socket:
+    def connect(self, session: bytes, purpose: int = lanes.CALLS) -> socket.socket:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         sock.settimeout(10)
         sock.connect(self.path)
@@ -175,9 +175,9 @@ class Session:
         return sock
 
     def welcome(self, sock: socket.socket) -> bytes:
-        _, session, status, _, _ = struct.unpack("<16s16sHHI", lanes.RawLane(sock).read(40))
-        assert status == 0
-        return bytes(session)
+        welcome = lanes.RawLane(sock).welcome()
+        assert welcome.status == direct_pb2.WELCOME_STATUS_OK
+        return welcome.session
 
     def lane(self) -> lanes.RawLane:
         sock = self.connect(self.id)
@@ -253,7 +253,7 @@ def test_a_session_that_has_ended_is_known_to_nobody(server: RunningServer) -> N
         assert settles(lambda: shared_bytes(server) == 0)
         assert shared_forward(lane, (1, 0, 0, 0, 2, 0)).status == 5
         with session.connect(session.id) as late:
-            assert struct.unpack("<16s16sHHI", lanes.RawLane(late).read(40))[2] == 5
+            assert lanes.RawLane(late).welcome().status == direct_pb2.WELCOME_STATUS_NO_SESSION
 
 
 @pytest.mark.parametrize("frame", [struct.pack("<HHIQ", 9, 0, 0, 0), bytes(16)], ids=["unknown", "zeros"])

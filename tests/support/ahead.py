@@ -36,7 +36,7 @@ class Gate:
         """Let all calls through."""
         self._open.set()
 
-    def enter(self, request: service_pb2.PushManyRequest) -> None:
+    def enter(self, request: service_pb2.BatchPushMomentsRequest) -> None:
         """Note a call, and wait."""
         self.calls.append([push.ref.name for push in request.pushes])
         assert self._open.wait(LONG)
@@ -47,7 +47,7 @@ def gated() -> Iterator[Gate]:
     """Put a gate before the calls of many steps of all servers of this process; it is open in the end."""
     made = Gate()
 
-    def push_many(request: service_pb2.PushManyRequest, push: Any) -> service_pb2.PushManyResponse:
+    def push_many(request: service_pb2.BatchPushMomentsRequest, push: Any) -> service_pb2.BatchPushMomentsResponse:
         made.enter(request)
         return batch_methods.push_many(request, push)
 

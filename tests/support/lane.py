@@ -7,12 +7,13 @@ import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
-from sharednorm.v1 import layer_pb2, service_pb2
+from sharednorm.v1 import direct_pb2, layer_pb2, service_pb2
 from tests.support.stock import SECONDS, Floats, StockClient, ref, spec
 
-MAGIC = b"sharednorm lane1"
-NONE = bytes(16)
+MAGIC = b"sharednorm conn3"
+CALLS, MEMORY = 1, 2
 FORWARD, BACKWARD = 1, 2
 OK, ERROR, GO_ON = 0, 1, 2
 WAIT_BYTES = 1 << 20
@@ -51,6 +52,12 @@ class RawLane:
         status, _, size, data_bytes = struct.unpack("<HHIQ", self.read(16))
         return Reply(status, self.read(size), data_bytes)
 
+    def welcome(self) -> direct_pb2.Welcome:
+        """Read what the server says first."""
+        magic, size, zero = struct.unpack("<16sII", self.read(24))
+        assert (magic, zero) == (MAGIC, 0)
+        return direct_pb2.Welcome.FromString(self.read(size))
+
     def read(self, size: int) -> bytes:
         """Read so many bytes."""
         data = b""
@@ -74,9 +81,12 @@ def offer(client: StockClient) -> service_pb2.DirectEndpoint:
     return client.stub.GetServerInfo(service_pb2.GetServerInfoRequest(), timeout=SECONDS).direct
 
 
-def hello(instance: bytes, session: bytes = NONE, purpose: int = 0) -> bytes:
+def hello(instance: bytes, session: bytes = b"", purpose: int = CALLS, **fields: Any) -> bytes:
     """Return what a client says first."""
-    return struct.pack("<16s16s16sHHI", MAGIC, instance, session, purpose, 0, 0)
+    message = direct_pb2.Hello(**{"protocol": 3, "instance": instance, "session": session, **fields})
+    message.purpose = purpose  # type: ignore[assignment]  # also numbers that no purpose has
+    data = message.SerializeToString()
+    return struct.pack("<16sII", MAGIC, len(data), 0) + data
 
 
 @contextmanager
@@ -93,7 +103,7 @@ def lane_to(client: StockClient) -> Iterator[RawLane]:
     with connected(where.port) as sock:
         lane = RawLane(sock)
         sock.sendall(hello(where.instance))
-        assert lane.read(40) == struct.pack("<16s16sHHI", MAGIC, NONE, 0, 0, 0)
+        assert lane.welcome() == direct_pb2.Welcome(protocol=3, status=direct_pb2.WELCOME_STATUS_OK)
         yield lane
 
 

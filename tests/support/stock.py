@@ -60,6 +60,11 @@ def vector(values: Iterable[float]) -> tensor_pb2.FloatVector:
     return tensor_pb2.FloatVector(values=values)
 
 
+def doubles(values: Iterable[float]) -> tensor_pb2.DoubleVector:
+    """Return one statistic a map as a message."""
+    return tensor_pb2.DoubleVector(values=values)
+
+
 @dataclass(frozen=True)
 class StockClient:
     """The stubs, and the few lines that any client writes around them."""
@@ -75,7 +80,7 @@ class StockClient:
         """Create a layer whose scale is 1, or what the keywords say."""
         initial = layer_pb2.LayerState()
         for key, values in state.items():
-            getattr(initial, key).CopyFrom(vector(values))
+            getattr(initial, key).CopyFrom((doubles if key in {"mean", "var"} else vector)(values))
         request = service_pb2.CreateLayerRequest(ref=ref(name), config=config(maps), initial_state=initial)
         return self.stub.CreateLayer(request, timeout=SECONDS)
 

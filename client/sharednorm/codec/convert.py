@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import enum
 import functools
+import struct
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from sharednorm.codec.protobuf_wire import field_header, varint
+from sharednorm.codec.protobuf_wire import field_header
 from sharednorm.codec.status import ERROR_KEY, error_from_call, error_from_detail, error_to_detail, error_to_status
 from sharednorm.core.layer_config import LayerConfig
 from sharednorm.core.limits import MAX_MAPS
 from sharednorm.core.state import ARRAY_FIELDS, SAVED_FIELDS, LayerState, Moments, StateUpdate, check_steps, one_axis
 from sharednorm.core.types import Averaging, LayerKind, NonFinitePolicy, Vector
 from sharednorm.core.validation import check_domain, check_flag, check_name, check_namespace
-from sharednorm.errors import InvalidConfiguration, MalformedMessage
+from sharednorm.errors import InvalidConfiguration, MalformedMessage, NotSupported
 from sharednorm.v1 import layer_pb2, service_pb2, tensor_pb2
 
 __all__ = [
@@ -28,6 +30,8 @@ __all__ = [
     "call_from_proto",
     "config_from_proto",
     "config_to_proto",
+    "doubles_from_proto",
+    "doubles_to_proto",
     "error_from_call",
     "error_from_detail",
     "error_to_detail",
@@ -72,8 +76,15 @@ _MODES = {None: layer_pb2.MODE_UNSPECIFIED, True: layer_pb2.MODE_TRAIN, False: l
 _TRAIN = {int(mode): train for train, mode in _MODES.items()}
 
 
-_FLOAT32 = np.dtype("<f4")
+_FLOAT32, _FLOAT64 = np.dtype("<f4"), np.dtype("<f8")
 _NUMBERS = {field.name: field.number for field in layer_pb2.LayerState.DESCRIPTOR.fields}
+# Of a state: statistics travel in float64, parameters and gradients in float32.
+_STATISTICS = ("mean", "var")
+_DTYPES = {name: _FLOAT64 if name in _STATISTICS else _FLOAT32 for name in ARRAY_FIELDS}
+
+_COUNT = struct.Struct("<2sd")
+_COUNT_HEADER = field_header(4, 8)  # of one count, packed
+_MAX_COUNT = 1 << 53
 
 
 # --- Names and configurations -----------------------------------------------------------------------
@@ -99,7 +110,7 @@ def _checked(namespace: str, name: str, uid: str, domain: str) -> tuple[str, str
     return check_namespace(namespace), check_name(name), uid, check_domain(domain)
 
 
-def call_from_proto(key: service_pb2.CallKey) -> tuple[bytes, int]:
+def call_from_proto(key: service_pb2.IdempotencyKey) -> tuple[bytes, int]:
     """Return the session and the number of a change.
 
     Raises:
@@ -197,15 +208,27 @@ def vector_from_proto(message: tensor_pb2.FloatVector, maps: int) -> Vector:
     Raises:
         MalformedMessage: There are not `maps` values.
     """
-    return _vector("the vector", message, maps)
+    return _vector("the vector", message, maps, _FLOAT32)
+
+
+def doubles_to_proto(values: npt.ArrayLike) -> tensor_pb2.DoubleVector:
+    """Return values, in float64 and in row-major order, as a message."""
+    return tensor_pb2.DoubleVector.FromString(_packed(1, np.asarray(values, dtype=_FLOAT64)))
+
+
+def doubles_from_proto(message: tensor_pb2.DoubleVector, maps: int) -> npt.NDArray[np.float64]:
+    """Return a message's values, float64 (C,), read-only.
+
+    Raises:
+        MalformedMessage: There are not `maps` values.
+    """
+    return _vector("the vector", message, maps, _FLOAT64)
 
 
 def moments_to_proto(moments: Moments) -> tensor_pb2.Moments:
     """Return moments as a message, to the last bit."""
-    packed = _packed(2, np.asarray(moments.mean, dtype="<f8")) + _packed(3, np.asarray(moments.m2, dtype="<f8"))
-    message = tensor_pb2.Moments.FromString(packed)
-    message.count = int(moments.count)
-    return message
+    mean, m2 = np.asarray(moments.mean, dtype=_FLOAT64), np.asarray(moments.m2, dtype=_FLOAT64)
+    return tensor_pb2.Moments.FromString(_packed(2, mean) + _packed(3, m2) + _COUNT.pack(_COUNT_HEADER, moments.count))
 
 
 def moments_from_proto(message: tensor_pb2.Moments, maps: int, *, allow_nonfinite: bool = False) -> Moments:
@@ -217,10 +240,11 @@ def moments_from_proto(message: tensor_pb2.Moments, maps: int, *, allow_nonfinit
         allow_nonfinite: Whether a mean or m2 may be NaN or infinite, as a layer with `nonfinite="allow"` may have it.
 
     Raises:
-        MalformedMessage: The count is 0, there are not `maps` values, or an m2 is negative or not finite.
+        MalformedMessage: There is no count, or it is below 1; there are not `maps` values, or an m2 is negative or not
+            finite.
+        NotSupported: There are several counts, or it is not whole.
     """
-    if message.count < 1:
-        raise MalformedMessage("the moments have count 0 (expected: at least 1)")
+    count = _count_of(message, maps)
     if len(message.mean) != maps or len(message.m2) != maps:
         raise MalformedMessage(
             f"the moments have {len(message.mean)} means and {len(message.m2)} m2 (expected: {maps} of each)"
@@ -232,12 +256,12 @@ def moments_from_proto(message: tensor_pb2.Moments, maps: int, *, allow_nonfinit
         raise MalformedMessage("the moments have a negative m2 (expected: sums of squares, each >= 0)")
     if not allow_nonfinite and not np.isfinite(both).all():
         raise MalformedMessage("the moments have a NaN or an infinity (expected: finite values)")
-    return Moments(message.count, mean, m2)
+    return Moments(count, mean, m2)
 
 
 def sums_to_proto(sums: npt.NDArray[np.float64]) -> tensor_pb2.GradientSums:
     """Return the two sums of a backward, float64 (2, C), as a message, to the last bit."""
-    wide = np.asarray(sums, dtype="<f8")
+    wide = np.asarray(sums, dtype=_FLOAT64)
     return tensor_pb2.GradientSums.FromString(_packed(1, wide[0]) + _packed(2, wide[1]))
 
 
@@ -254,16 +278,36 @@ def sums_from_proto(message: tensor_pb2.GradientSums, maps: int) -> npt.NDArray[
     return np.array([message.grad, message.product], dtype=np.float64)
 
 
+def _count_of(message: tensor_pb2.Moments, maps: int) -> int:
+    counts = message.count
+    if not counts:
+        raise MalformedMessage("the moments have no count (expected: one)")
+    if len(counts) != 1:
+        if len(counts) == maps:
+            raise NotSupported(
+                f"Moments.count: {maps} counts, one a map, are not served by this release (expected: one for all maps)"
+            )
+        raise MalformedMessage(f"the moments have {len(counts)} counts (expected: one)")
+    count = counts[0]
+    if 0 < count < _MAX_COUNT and not count.is_integer():
+        raise NotSupported(
+            f"Moments.count: {count!r} is not served by this release (expected: a whole number; weights make others)"
+        )
+    if not 1 <= count <= _MAX_COUNT:
+        raise MalformedMessage(f"the moments have count {count:g} (expected: 1 to 2**53)")
+    return int(count)
+
+
 def _doubles(message: tensor_pb2.Moments, maps: int) -> npt.NDArray[np.float64]:
-    # mean and m2, (2, C). The runtime gives values one by one. Its bytes end with one packed field behind the other,
-    # unless the message has fields that this release does not know, which show in its size.
+    # mean and m2, (2, C). The runtime gives values one by one. Its bytes are one packed field behind the other, then
+    # the count, unless the message has fields that this release does not know, which show in its size.
     data, size = message.SerializeToString(), 8 * maps
     head = len(field_header(2, size))
-    if len(data) != 1 + len(varint(message.count)) + 2 * (head + size):
+    if len(data) != 2 * (head + size) + _COUNT.size:
         return np.array([message.mean, message.m2], dtype=np.float64)
     both = np.empty((2, maps))
-    both[0] = np.frombuffer(data, "<f8", maps, len(data) - 2 * size - head)
-    both[1] = np.frombuffer(data, "<f8", maps, len(data) - size)
+    both[0] = np.frombuffer(data, _FLOAT64, maps, head)
+    both[1] = np.frombuffer(data, _FLOAT64, maps, 2 * head + size)
     return both
 
 
@@ -278,18 +322,30 @@ def _packed(number: int, array: npt.NDArray[Any]) -> bytes:
     return field_header(number, array.nbytes) + array.tobytes()
 
 
-def _vector(what: str, message: tensor_pb2.FloatVector, maps: int) -> Vector:
+def _vector(
+    what: str, message: tensor_pb2.FloatVector | tensor_pb2.DoubleVector, maps: int, dtype: np.dtype[Any]
+) -> npt.NDArray[Any]:
     if len(message.values) != maps:
         raise MalformedMessage(f"{what} has {len(message.values)} values (expected: {maps}, one a map)")
-    return _values(message)
+    return _values(message, dtype)
 
 
-def _values(message: tensor_pb2.FloatVector) -> Vector:
+def _values(message: tensor_pb2.FloatVector | tensor_pb2.DoubleVector, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    # In the machine's order of bytes; `dtype` is that of the wire.
     data, count = message.SerializeToString(), len(message.values)
-    if count and len(data) == len(field_header(1, 4 * count)) + 4 * count:  # as in `_doubles`
-        array = np.frombuffer(data, "<f4", count, len(data) - 4 * count).astype(np.float32)
+    size, native = dtype.itemsize * count, dtype.newbyteorder("=")
+    if count and len(data) == len(field_header(1, size)) + size:  # as in `_doubles`
+        array = np.frombuffer(data, dtype, count, len(data) - size).astype(native)
     else:
-        array = np.array(message.values, dtype=np.float32)
+        array = np.array(message.values, dtype=native)
+    array.setflags(write=False)
+    return array
+
+
+def _kept(values: npt.NDArray[Any]) -> Vector:
+    # As a state keeps it, whose statistics are float32, too.
+    with np.errstate(over="ignore"):
+        array = values.astype(np.float32, copy=False)
     array.setflags(write=False)
     return array
 
@@ -301,7 +357,7 @@ def state_to_proto(state: LayerState, gradients: bool) -> layer_pb2.LayerState:
     """Return a state as a message, with its accumulated gradients or without them."""
     parts = []
     for name in ARRAY_FIELDS if gradients else SAVED_FIELDS:
-        vector = _packed(1, _float32(getattr(state, name)))
+        vector = _packed(1, np.asarray(getattr(state, name), dtype=_DTYPES[name]))
         parts += [field_header(_NUMBERS[name], len(vector)), vector]
     message = layer_pb2.LayerState.FromString(b"".join(parts))
     message.num_of_props, message.stats_frozen = state.num_of_props, state.stats_frozen
@@ -332,24 +388,36 @@ def state_from_proto(layer: layer_pb2.Layer, message: layer_pb2.LayerState) -> L
 
 
 def _all_vectors(message: layer_pb2.LayerState, maps: int) -> tuple[Vector, ...] | None:
-    # As a server of this release sends them: one behind the other, with the same headers. The runtime's bytes of the
-    # message then have all of them at known places; None: something is different, as another release may send it.
-    if maps > MAX_MAPS:
+    # As a server of this release sends them: in the runtime's bytes of the message, parameters and gradients are at the
+    # begin and statistics at the end, one behind the other, with the same headers. None: something is different, as
+    # another release may send it.
+    if maps > MAX_MAPS or len(message.mean.values) != maps or len(message.var.values) != maps:
         return None
     data = message.SerializeToString()
-    names = ARRAY_FIELDS if message.HasField("scale_grad") or message.HasField("bias_grad") else SAVED_FIELDS
-    inner = field_header(1, 4 * maps)
-    head = 0
-    for index, name in enumerate(names):
-        outer = field_header(_NUMBERS[name], len(inner) + 4 * maps)
-        head = len(outer) + len(inner)
-        if not data.startswith(outer + inner, index * (head + 4 * maps)):
-            return None
-    if len(data) < len(names) * (head + 4 * maps):
+    gradients = message.HasField("scale_grad") or message.HasField("bias_grad")
+    names = ("scale", "bias", "scale_grad", "bias_grad") if gradients else ("scale", "bias")
+    narrow, wide = _rows(data, names, maps, end=False), _rows(data, _STATISTICS, maps, end=True)
+    if narrow is None or wide is None:
         return None
-    rows = np.frombuffer(data, np.uint8, len(names) * (head + 4 * maps)).reshape(len(names), -1)[:, head:]
-    vectors = np.ascontiguousarray(rows).view(_FLOAT32).astype(np.float32, copy=False)
-    return tuple(vectors) if len(names) == len(ARRAY_FIELDS) else (*vectors, _zeros(maps), _zeros(maps))
+    mean, var = _kept(wide)
+    zeros = _zeros(maps)
+    return narrow[0], narrow[1], mean, var, *(narrow[2:] if gradients else (zeros, zeros))
+
+
+def _rows(data: bytes, names: Sequence[str], maps: int, *, end: bool) -> npt.NDArray[Any] | None:
+    # Vectors of one type that stand at the begin or at the end of a message's bytes, one a row.
+    dtype = _DTYPES[names[0]]
+    size = dtype.itemsize * maps
+    inner = field_header(1, size)
+    heads = [field_header(_NUMBERS[name], len(inner) + size) + inner for name in names]
+    step = len(heads[0]) + size
+    begin = len(data) - len(names) * step if end else 0
+    if begin < 0 or len(data) < len(names) * step:
+        return None
+    if not all(data.startswith(head, begin + index * step) for index, head in enumerate(heads)):
+        return None
+    rows = np.frombuffer(data, np.uint8, len(names) * step, begin).reshape(len(names), -1)[:, step - size :]
+    return np.ascontiguousarray(rows).view(dtype).astype(dtype.newbyteorder("="), copy=False)
 
 
 def _each_vector(message: layer_pb2.LayerState, maps: int) -> tuple[Vector, ...]:
@@ -357,7 +425,10 @@ def _each_vector(message: layer_pb2.LayerState, maps: int) -> tuple[Vector, ...]
     missing = [name for name in SAVED_FIELDS if name not in present]
     if missing:
         raise MalformedMessage(f"the layer's state has no {missing[0]}")
-    return tuple(_vector(name, present[name], maps) if name in present else _zeros(maps) for name in ARRAY_FIELDS)
+    return tuple(
+        _kept(_vector(name, present[name], maps, _DTYPES[name])) if name in present else _zeros(maps)
+        for name in ARRAY_FIELDS
+    )
 
 
 @functools.lru_cache(64)
@@ -383,14 +454,16 @@ def update_to_proto(update: StateUpdate) -> layer_pb2.LayerState:
     for name in ARRAY_FIELDS:
         values = getattr(update, name)
         if values is not None:
-            getattr(message, name).CopyFrom(vector_to_proto(one_axis(name, values)))
+            vector = one_axis(name, values)
+            wide = name in _STATISTICS
+            getattr(message, name).CopyFrom(doubles_to_proto(vector) if wide else vector_to_proto(vector))
     return message
 
 
 def update_from_proto(message: layer_pb2.LayerState) -> StateUpdate:
-    """Return the update that a message asks for. `state.updated` checks lengths and ranges."""
+    """Return the update that a message asks for, in float32. `state.updated` checks lengths and ranges."""
     present = _present(message)
-    vectors = {name: _values(present[name]) for name in ARRAY_FIELDS if name in present}
+    vectors = {name: _kept(_values(present[name], _DTYPES[name])) for name in ARRAY_FIELDS if name in present}
     return StateUpdate(**vectors, num_of_props=present.get("num_of_props"), stats_frozen=present.get("stats_frozen"))
 
 

@@ -13,12 +13,14 @@ import struct
 import sys
 from typing import Final
 
-MAGIC: Final = b"sharednorm lane1"
+from google.protobuf.message import Message
 
-HELLO: Final = struct.Struct("<16s16s16sHHI")
-"""Client, once: magic, instance of the server that is expected, session, purpose, 0, 0."""
-WELCOME: Final = struct.Struct("<16s16sHHI")
-"""Server, once: magic, session, status, 0, 0."""
+from sharednorm.v1 import direct_pb2
+
+MAGIC: Final = b"sharednorm conn3"
+
+GREETING: Final = struct.Struct("<16sII")
+"""Each side, once, and client first: magic, bytes of the message, 0. The message is a Hello, or the Welcome to it."""
 REQUEST: Final = struct.Struct("<HHIQQ")
 """Client: method, flags, bytes of the message, bytes of the data, microseconds that the call may take."""
 PLACES: Final = struct.Struct("<6Q")
@@ -32,37 +34,33 @@ ALLOCATE: Final = struct.Struct("<HHIQ")
 descriptor; its bytes of data are those of the region, whose number is the message."""
 REGION: Final = struct.Struct("<Q")
 
-# Purposes of a connection.
-CALLS: Final = 0
-MEMORY: Final = 1
-
-# Statuses of a welcome, and of a reply.
+# Statuses of a reply.
 OK: Final = 0
 ERROR: Final = 1
-"""Of a reply: the message is an ErrorDetail."""
+"""The message is an ErrorDetail."""
 GO_ON: Final = 2
-"""Of a reply: the call can be done, and its data may come."""
-OTHER_SERVER: Final = 3
-FULL: Final = 4
+"""The call can be done, and its data may come."""
 NO_SESSION: Final = 5
-"""Also of a reply: the session of the call's places has ended, and nothing was done."""
+"""The session of the call's places has ended, and nothing was done."""
 
-# Methods, and flags of a request.
-FORWARD: Final = 1
-BACKWARD: Final = 2
-PUSH_MOMENTS: Final = 3
-PUSH_GRADIENTS: Final = 4
-SYNCHRONIZE_MOMENTS: Final = 5
-SYNCHRONIZE_GRADIENTS: Final = 6
-PUSH_MANY: Final = 7
-GET_MANY_STATS: Final = 8
+# Methods of a request, which are numbers of DirectMethod, and its flags.
+FORWARD: Final = int(direct_pb2.DIRECT_METHOD_FORWARD)
+BACKWARD: Final = int(direct_pb2.DIRECT_METHOD_BACKWARD)
+PUSH_MOMENTS: Final = int(direct_pb2.DIRECT_METHOD_PUSH_MOMENTS)
+PUSH_GRADIENTS: Final = int(direct_pb2.DIRECT_METHOD_PUSH_GRADIENTS)
+SYNCHRONIZE_MOMENTS: Final = int(direct_pb2.DIRECT_METHOD_SYNCHRONIZE_MOMENTS)
+SYNCHRONIZE_GRADIENTS: Final = int(direct_pb2.DIRECT_METHOD_SYNCHRONIZE_GRADIENTS)
+BATCH_PUSH_MOMENTS: Final = int(direct_pb2.DIRECT_METHOD_BATCH_PUSH_MOMENTS)
+BATCH_GET_STATS: Final = int(direct_pb2.DIRECT_METHOD_BATCH_GET_STATS)
 SHARED: Final = 1
 TRACED: Final = 2
 
 ASK: Final = 1
 FREE: Final = 2
 
-NO_SESSION_ID: Final = bytes(16)
+SESSION_BYTES: Final = 16
+MAX_GREETING_BYTES: Final = 1 << 14
+"""Largest Hello or Welcome."""
 
 WAIT_BYTES: Final = 1 << 20
 """With more data than this, a client waits for GO_ON before it sends them."""
@@ -107,6 +105,12 @@ def send(sock: socket.socket, *parts: bytes | memoryview) -> None:
         if sent < size:
             sock.sendall(memoryview(part)[sent:])
         sent = max(0, sent - size)
+
+
+def greeting(message: Message) -> bytes:
+    """Return a Hello or a Welcome as it travels."""
+    data = message.SerializeToString()
+    return GREETING.pack(MAGIC, len(data), 0) + data
 
 
 class Reader:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 else:
     M = TypeVar("M")
 
-PROTOCOL = 2
+PROTOCOL = 3
 """Version of the contract that this library speaks."""
 
 DATA_FIELD = 15
@@ -195,10 +195,27 @@ def encode(message: Message, *payloads: memoryview) -> bytes:
     return b"".join((head, field_header(DATA_FIELD, size, behind=len(head), align=_ALIGN), *payloads))
 
 
-def decode(cls: type[M], buffer: bytes) -> tuple[M, memoryview]:
+def parse(cls: type[M], buffer: bytes) -> M:
+    """Parse a message that carries no tensor.
+
+    Raises:
+        MalformedMessage: protobuf refuses the bytes.
+    """
+    try:
+        return cls.FromString(buffer)
+    except (DecodeError, UnicodeDecodeError) as error:  # the latter by protobuf's pure Python runtime
+        raise MalformedMessage(f"the bytes are not a {cls.DESCRIPTOR.full_name}: {error}") from error
+
+
+def decode(cls: type[M], buffer: bytes, parse: Callable[[type[M], bytes], M] = parse) -> tuple[M, memoryview]:
     """Parse a message; its field 15 comes back as a view of the buffer, and is empty in the message.
 
     It means the same as `cls.FromString(buffer)` for any bytes: of several fields 15 the last counts.
+
+    Args:
+        cls: The message's.
+        buffer: Its bytes.
+        parse: Parses all of it but field 15, or all of it where that is not easily found.
 
     Raises:
         MalformedMessage: protobuf refuses the bytes.
@@ -212,18 +229,6 @@ def decode(cls: type[M], buffer: bytes) -> tuple[M, memoryview]:
         return message, data
     others, start, end = found
     return parse(cls, others), memoryview(buffer)[start:end]
-
-
-def parse(cls: type[M], buffer: bytes) -> M:
-    """Parse a message that carries no tensor.
-
-    Raises:
-        MalformedMessage: protobuf refuses the bytes.
-    """
-    try:
-        return cls.FromString(buffer)
-    except (DecodeError, UnicodeDecodeError) as error:  # the latter by protobuf's pure Python runtime
-        raise MalformedMessage(f"the bytes are not a {cls.DESCRIPTOR.full_name}: {error}") from error
 
 
 # --- Chunks of a stream -----------------------------------------------------------------------------

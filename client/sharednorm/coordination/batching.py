@@ -41,13 +41,13 @@ def _read_from(
     for indices in grouped(places, lambda index: copies[index][1]):
         readings = [copies[index][0].ask() for index in indices]
         answer = exchange.plain(
-            "GetManyStats",
-            frames.GET_MANY_STATS,
-            service_pb2.GetManyStatsRequest(reads=[reading.request for reading in readings]),
-            service_pb2.GetManyStatsResponse,
+            "BatchGetStats",
+            frames.BATCH_GET_STATS,
+            service_pb2.BatchGetStatsRequest(reads=[reading.request for reading in readings]),
+            service_pb2.BatchGetStatsResponse,
             exchange.connection.patience(),
         )
-        require_results("GetManyStats", len(answer.results), len(indices))
+        require_results("BatchGetStats", len(answer.results), len(indices))
         for index, reading, result in zip(indices, readings, answer.results, strict=True):
             if result.WhichOneof("result") == "stats":
                 try:

@@ -30,7 +30,7 @@ class Keyed(Protocol):
     """A request that has a key."""
 
     @property
-    def key(self) -> service_pb2.CallKey:
+    def key(self) -> service_pb2.IdempotencyKey:
         """By which its change is known again."""
         ...
 

@@ -265,11 +265,13 @@ class Sender:
         for step in steps:
             assert step.lane is not None, "a step is sent under a key"
             step.request.key.session, step.request.key.seq = step.lane.session, step.lane.seq
-        request = service_pb2.PushManyRequest(pushes=[step.request for step in steps])
+        request = service_pb2.BatchPushMomentsRequest(pushes=[step.request for step in steps])
 
         def call() -> list[Parameters | _Refused]:
-            answer = exchange.plain("PushMany", frames.PUSH_MANY, request, service_pb2.PushManyResponse, attempts)
-            require_results("PushMany", len(answer.results), len(steps))
+            answer = exchange.plain(
+                "BatchPushMoments", frames.BATCH_PUSH_MOMENTS, request, service_pb2.BatchPushMomentsResponse, attempts
+            )
+            require_results("BatchPushMoments", len(answer.results), len(steps))
             results = [_result(step, result) for step, result in zip(steps, answer.results, strict=True)]
             for result in results:
                 if isinstance(result, _Refused) and isinstance(result.error, ServerUnavailable):
@@ -320,7 +322,7 @@ class Sender:
         line.failure.lost += not unknown
 
 
-def _result(step: _Step, result: service_pb2.PushManyResult) -> Parameters | _Refused:
+def _result(step: _Step, result: service_pb2.BatchPushMomentsResult) -> Parameters | _Refused:
     if result.WhichOneof("result") != "moments":
         return _Refused(error_of(result.error), unknown=False)
     moments, maps = result.moments, step.line.maps

@@ -20,7 +20,7 @@ from sharednorm.errors import InternalError, MalformedMessage, SharedNormError
 from sharednorm.transport import tracing
 from sharednorm.transport.deadline import Deadline
 from sharednorm.transport.progress import Meter
-from sharednorm.v1 import service_pb2
+from sharednorm.v1 import direct_pb2, service_pb2
 
 # Longest wait for a connection: whoever is not reached within that, a firewall perhaps in between, is reached by gRPC.
 CONNECT_SECONDS = 1.0
@@ -90,7 +90,7 @@ class DirectLink:
 
     Args:
         place: Where.
-        session: What the server shares memory under; zeros if it shares none.
+        session: What the server shares memory under; empty if it shares none.
         patient: Whether to wait for a welcome as long as a call may take, since there is no other way.
     """
 
@@ -210,7 +210,7 @@ class _Lane:
         self._reader = frames.Reader(sock)
         self._timeout = self._used = 0.0
         try:
-            greet(sock, self._reader, place, session, frames.CALLS, seconds)
+            greet(sock, self._reader, place, seconds, session)
         except BaseException:
             sock.close()
             raise
@@ -322,29 +322,49 @@ def welcome_seconds(left: Deadline, *, patient: bool) -> float:
 
 
 def greet(
-    sock: socket.socket, reader: frames.Reader, place: Place, session: bytes, purpose: int, seconds: float
+    sock: socket.socket,
+    reader: frames.Reader,
+    place: Place,
+    seconds: float,
+    session: bytes = b"",
+    *,
+    memory: bool = False,
 ) -> bytes:
-    """Say which server is expected and what the connection is for; return the session.
+    """Say which server is expected and what the connection is for; return the session of one for memory.
+
+    Args:
+        sock: The connection.
+        reader: What reads from it.
+        place: Where it leads.
+        seconds: How long to wait for the welcome.
+        session: In whose memory calls may have their tensors; empty: none.
+        memory: Whether it is for memory; otherwise it is for calls.
 
     Raises:
-        Unreachable: Another server is there, or this one takes no more connections.
+        Unreachable: Another server is there, this one takes no more connections, or it refuses this one.
+        SessionLost: It does not know the session, or shares no memory.
     """
+    purpose = direct_pb2.CONNECTION_PURPOSE_MEMORY if memory else direct_pb2.CONNECTION_PURPOSE_CALLS
+    hello = direct_pb2.Hello(protocol=wire.PROTOCOL, instance=place.instance, purpose=purpose, session=session)
     frames.set_timeout(sock, socket.SO_RCVTIMEO, seconds)
     try:
-        sock.sendall(frames.HELLO.pack(frames.MAGIC, place.instance, session, purpose, 0, 0))
-        magic, given, status, _, _ = frames.WELCOME.unpack(reader.start(frames.WELCOME.size))
-    except (OSError, EOFError) as error:
+        sock.sendall(frames.greeting(hello))
+        magic, size, _ = frames.GREETING.unpack(reader.start(frames.GREETING.size))
+        if magic != frames.MAGIC or size > frames.MAX_GREETING_BYTES:
+            raise Unreachable(f"{place}: no sharednorm server of protocol {wire.PROTOCOL} is there")
+        welcome = wire.parse(direct_pb2.Welcome, reader.take(size))
+    except (OSError, EOFError, MalformedMessage) as error:
         raise Unreachable(f"{place}: no welcome ({error!r})") from None
-    if magic == frames.MAGIC and status == frames.NO_SESSION:
+    if welcome.status == direct_pb2.WELCOME_STATUS_NO_SESSION:
         raise SessionLost(f"{place}: the server does not know the session, or shares no memory")
-    if magic != frames.MAGIC or status != frames.OK:
+    if welcome.status != direct_pb2.WELCOME_STATUS_OK:
         known = {
-            frames.OTHER_SERVER: "another server is there",
-            frames.FULL: "the server has as many direct connections as it takes",
+            int(direct_pb2.WELCOME_STATUS_OTHER_SERVER): "another server is there",
+            int(direct_pb2.WELCOME_STATUS_FULL): "the server has as many direct connections as it takes",
         }
-        raise Unreachable(f"{place}: {known.get(status, 'no sharednorm server is there')}")
-    session_id: bytes = given
-    return session_id
+        why = known.get(welcome.status, welcome.error.message or "the connection was refused")
+        raise Unreachable(f"{place}: {why}")
+    return welcome.session
 
 
 def _require(left: Deadline) -> None:

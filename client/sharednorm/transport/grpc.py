@@ -96,7 +96,7 @@ class Connection:
             IncompatibleServer: It speaks another protocol, or is not a sharednorm server.
         """
         attempts = Attempts(self.deadline() if left is None else left, away=False)
-        request = service_pb2.GetServerInfoRequest()
+        request = service_pb2.GetServerInfoRequest(protocol=wire.PROTOCOL)
         answer = self.call("GetServerInfo", request, service_pb2.GetServerInfoResponse, attempts)
         if answer.protocol != wire.PROTOCOL:
             raise IncompatibleServer(

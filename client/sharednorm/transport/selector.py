@@ -9,7 +9,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from sharednorm.codec import frames
 from sharednorm.errors import DeadlineExceeded, InvalidConfiguration, ServerUnavailable, SharedNormError
 from sharednorm.transport.deadline import Deadline
 from sharednorm.transport.direct import DirectLink, Place, SessionLost, Unreachable
@@ -142,6 +141,8 @@ class Ways:
         offer, address = self._connection.direct, self._connection.address
         if offer is None:
             raise Unreachable("the server takes no direct connections")
+        if offer.tls:
+            raise Unreachable("the server's direct connections are encrypted, which this release is not able to")
         if address.path and offer.socket and offer.socket == Path(offer.socket).name:
             path = str(Path(address.path).with_name(offer.socket))
             place = Place("", 0, path, offer.instance, offer.traces)
@@ -155,7 +156,7 @@ class Ways:
                 regions = SharedRegions(place, left, patient=patient)
             elif self.wanted == "shm":
                 raise Unreachable("the server shares no memory there (it does on a unix socket, on Linux)")
-        session = frames.NO_SESSION_ID if regions is None else regions.session
+        session = b"" if regions is None else regions.session
         link = DirectLink(place, session, patient=patient)
         try:
             link.probe(left)

@@ -54,14 +54,7 @@ class SharedRegions:
         weakref.finalize(self, self._sock.close).atexit = False
         self._reader = frames.Reader(self._sock)
         try:
-            self.session = greet(
-                self._sock,
-                self._reader,
-                place,
-                frames.NO_SESSION_ID,
-                frames.MEMORY,
-                welcome_seconds(left, patient=patient),
-            )
+            self.session = greet(self._sock, self._reader, place, welcome_seconds(left, patient=patient), memory=True)
         except BaseException:
             self._sock.close()
             raise

@@ -25,27 +25,31 @@ _sym_db = _symbol_database.Default()
 from sharednorm.v1 import tensor_pb2 as sharednorm_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19sharednorm/v1/layer.proto\x12\rsharednorm.v1\x1a\x1asharednorm/v1/tensor.proto\"n\n\x08LayerRef\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0b\n\x03uid\x18\x03 \x01(\t\x12\x0e\n\x06\x64omain\x18\x04 \x01(\t\x12\x14\n\x0cseen_version\x18\x05 \x01(\x04\x12\x0e\n\x06strong\x18\x06 \x01(\x08\"\xed\x01\n\x0bLayerConfig\x12&\n\x04kind\x18\x01 \x01(\x0e\x32\x18.sharednorm.v1.LayerKind\x12\x0c\n\x04maps\x18\x02 \x01(\r\x12\x0f\n\x07\x65psilon\x18\x03 \x01(\x01\x12\x13\n\x0binit_factor\x18\x04 \x01(\x01\x12\x12\n\nmin_factor\x18\x05 \x01(\x01\x12\x0e\n\x06\x61\x66\x66ine\x18\x06 \x01(\x08\x12+\n\taveraging\x18\x07 \x01(\x0e\x32\x18.sharednorm.v1.Averaging\x12\x31\n\tnonfinite\x18\x08 \x01(\x0e\x32\x1e.sharednorm.v1.NonFinitePolicy\"\xeb\x02\n\nLayerState\x12)\n\x05scale\x18\x01 \x01(\x0b\x32\x1a.sharednorm.v1.FloatVector\x12(\n\x04\x62ias\x18\x02 \x01(\x0b\x32\x1a.sharednorm.v1.FloatVector\x12(\n\x04mean\x18\x03 \x01(\x0b\x32\x1a.sharednorm.v1.FloatVector\x12\'\n\x03var\x18\x04 \x01(\x0b\x32\x1a.sharednorm.v1.FloatVector\x12.\n\nscale_grad\x18\x05 \x01(\x0b\x32\x1a.sharednorm.v1.FloatVector\x12-\n\tbias_grad\x18\x06 \x01(\x0b\x32\x1a.sharednorm.v1.FloatVector\x12\x19\n\x0cnum_of_props\x18\x07 \x01(\x04H\x00\x88\x01\x01\x12\x19\n\x0cstats_frozen\x18\x08 \x01(\x08H\x01\x88\x01\x01\x42\x0f\n\r_num_of_propsB\x0f\n\r_stats_frozen\"\xe7\x01\n\x05Layer\x12$\n\x03ref\x18\x01 \x01(\x0b\x32\x17.sharednorm.v1.LayerRef\x12*\n\x06\x63onfig\x18\x02 \x01(\x0b\x32\x1a.sharednorm.v1.LayerConfig\x12)\n\x0c\x64\x65\x66\x61ult_mode\x18\x03 \x01(\x0e\x32\x13.sharednorm.v1.Mode\x12\x0f\n\x07version\x18\x04 \x01(\x04\x12\x14\n\x0cnum_of_props\x18\x05 \x01(\x04\x12\x13\n\x0binitialized\x18\x06 \x01(\x08\x12\x14\n\x0cstats_frozen\x18\x07 \x01(\x08\x12\x0f\n\x07\x64omains\x18\x08 \x01(\r*\x9c\x01\n\tLayerKind\x12\x1a\n\x16LAYER_KIND_UNSPECIFIED\x10\x00\x12\x19\n\x15LAYER_KIND_BATCH_NORM\x10\x01\x12\x1c\n\x18LAYER_KIND_BATCH_NORM_1D\x10\x02\x12\x1c\n\x18LAYER_KIND_BATCH_NORM_2D\x10\x03\x12\x1c\n\x18LAYER_KIND_BATCH_NORM_3D\x10\x04*U\n\tAveraging\x12\x19\n\x15\x41VERAGING_UNSPECIFIED\x10\x00\x12\x16\n\x12\x41VERAGING_STANDARD\x10\x01\x12\x15\n\x11\x41VERAGING_PRINTED\x10\x02*o\n\x0fNonFinitePolicy\x12!\n\x1dNON_FINITE_POLICY_UNSPECIFIED\x10\x00\x12\x1c\n\x18NON_FINITE_POLICY_REFUSE\x10\x01\x12\x1b\n\x17NON_FINITE_POLICY_ALLOW\x10\x02*;\n\x04Mode\x12\x14\n\x10MODE_UNSPECIFIED\x10\x00\x12\x0e\n\nMODE_TRAIN\x10\x01\x12\r\n\tMODE_EVAL\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19sharednorm/v1/layer.proto\x12\rsharednorm.v1\x1a\x1asharednorm/v1/tensor.proto\"\x8c\x01\n\x08LayerRef\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0b\n\x03uid\x18\x03 \x01(\t\x12\x0e\n\x06\x64omain\x18\x04 \x01(\t\x12\x14\n\x0cseen_version\x18\x05 \x01(\x04\x12\x0e\n\x06strong\x18\x06 \x01(\x08\x12\x1c\n\x14seen_config_revision\x18\x07 \x01(\x04\"\xca\x02\n\x0bLayerConfig\x12&\n\x04kind\x18\x01 \x01(\x0e\x32\x18.sharednorm.v1.LayerKind\x12\x0c\n\x04maps\x18\x02 \x01(\r\x12\x0f\n\x07\x65psilon\x18\x03 \x01(\x01\x12\x13\n\x0binit_factor\x18\x04 \x01(\x01\x12\x12\n\nmin_factor\x18\x05 \x01(\x01\x12\x0e\n\x06\x61\x66\x66ine\x18\x06 \x01(\x08\x12+\n\taveraging\x18\x07 \x01(\x0e\x32\x18.sharednorm.v1.Averaging\x12\x31\n\tnonfinite\x18\x08 \x01(\x0e\x32\x1e.sharednorm.v1.NonFinitePolicy\x12\x13\n\x0bprior_count\x18\t \x01(\x01\x12\x12\n\x05\x64\x65\x63\x61y\x18\n \x01(\x01H\x00\x88\x01\x01\x12\x18\n\x0b\x63ount_limit\x18\x0b \x01(\x01H\x01\x88\x01\x01\x42\x08\n\x06_decayB\x0e\n\x0c_count_limit\"\xce\x03\n\nLayerState\x12)\n\x05scale\x18\x01 \x01(\x0b\x32\x1a.sharednorm.v1.FloatVector\x12(\n\x04\x62ias\x18\x02 \x01(\x0b\x32\x1a.sharednorm.v1.FloatVector\x12.\n\nscale_grad\x18\x05 \x01(\x0b\x32\x1a.sharednorm.v1.FloatVector\x12-\n\tbias_grad\x18\x06 \x01(\x0b\x32\x1a.sharednorm.v1.FloatVector\x12\x19\n\x0cnum_of_props\x18\x07 \x01(\x04H\x00\x88\x01\x01\x12\x19\n\x0cstats_frozen\x18\x08 \x01(\x08H\x01\x88\x01\x01\x12)\n\x04mean\x18\t \x01(\x0b\x32\x1b.sharednorm.v1.DoubleVector\x12(\n\x03var\x18\n \x01(\x0b\x32\x1b.sharednorm.v1.DoubleVector\x12*\n\x05\x63ount\x18\x0b \x01(\x0b\x32\x1b.sharednorm.v1.DoubleVector\x12\'\n\x02m2\x18\x0c \x01(\x0b\x32\x1b.sharednorm.v1.DoubleVectorB\x0f\n\r_num_of_propsB\x0f\n\r_stats_frozenJ\x04\x08\x03\x10\x04J\x04\x08\x04\x10\x05\"\x96\x02\n\x05Layer\x12$\n\x03ref\x18\x01 \x01(\x0b\x32\x17.sharednorm.v1.LayerRef\x12*\n\x06\x63onfig\x18\x02 \x01(\x0b\x32\x1a.sharednorm.v1.LayerConfig\x12)\n\x0c\x64\x65\x66\x61ult_mode\x18\x03 \x01(\x0e\x32\x13.sharednorm.v1.Mode\x12\x0f\n\x07version\x18\x04 \x01(\x04\x12\x14\n\x0cnum_of_props\x18\x05 \x01(\x04\x12\x13\n\x0binitialized\x18\x06 \x01(\x08\x12\x14\n\x0cstats_frozen\x18\x07 \x01(\x08\x12\x0f\n\x07\x64omains\x18\x08 \x01(\r\x12\x17\n\x0f\x63onfig_revision\x18\t \x01(\x04\x12\x14\n\x0clast_changed\x18\n \x01(\x01\"\xb8\x01\n\x17RunningStatisticsConfig\x12\r\n\x05shape\x18\x01 \x03(\x03\x12\x13\n\x0bprior_count\x18\x02 \x01(\x01\x12\x12\n\x05\x64\x65\x63\x61y\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x18\n\x0b\x63ount_limit\x18\x04 \x01(\x01H\x01\x88\x01\x01\x12\x31\n\tnonfinite\x18\x05 \x01(\x0e\x32\x1e.sharednorm.v1.NonFinitePolicyB\x08\n\x06_decayB\x0e\n\x0c_count_limit\"\xc6\x01\n\x11RunningStatistics\x12$\n\x03ref\x18\x01 \x01(\x0b\x32\x17.sharednorm.v1.LayerRef\x12\x36\n\x06\x63onfig\x18\x02 \x01(\x0b\x32&.sharednorm.v1.RunningStatisticsConfig\x12\x0f\n\x07version\x18\x03 \x01(\x04\x12\x0e\n\x06\x66rozen\x18\x04 \x01(\x08\x12\x12\n\x05until\x18\x05 \x01(\x01H\x00\x88\x01\x01\x12\x14\n\x0clast_changed\x18\x06 \x01(\x01\x42\x08\n\x06_until*\x9c\x01\n\tLayerKind\x12\x1a\n\x16LAYER_KIND_UNSPECIFIED\x10\x00\x12\x19\n\x15LAYER_KIND_BATCH_NORM\x10\x01\x12\x1c\n\x18LAYER_KIND_BATCH_NORM_1D\x10\x02\x12\x1c\n\x18LAYER_KIND_BATCH_NORM_2D\x10\x03\x12\x1c\n\x18LAYER_KIND_BATCH_NORM_3D\x10\x04*k\n\tAveraging\x12\x19\n\x15\x41VERAGING_UNSPECIFIED\x10\x00\x12\x16\n\x12\x41VERAGING_STANDARD\x10\x01\x12\x15\n\x11\x41VERAGING_PRINTED\x10\x02\x12\x14\n\x10\x41VERAGING_POOLED\x10\x03*o\n\x0fNonFinitePolicy\x12!\n\x1dNON_FINITE_POLICY_UNSPECIFIED\x10\x00\x12\x1c\n\x18NON_FINITE_POLICY_REFUSE\x10\x01\x12\x1b\n\x17NON_FINITE_POLICY_ALLOW\x10\x02*;\n\x04Mode\x12\x14\n\x10MODE_UNSPECIFIED\x10\x00\x12\x0e\n\nMODE_TRAIN\x10\x01\x12\r\n\tMODE_EVAL\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'sharednorm.v1.layer_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_LAYERKIND']._serialized_start=1025
-  _globals['_LAYERKIND']._serialized_end=1181
-  _globals['_AVERAGING']._serialized_start=1183
-  _globals['_AVERAGING']._serialized_end=1268
-  _globals['_NONFINITEPOLICY']._serialized_start=1270
-  _globals['_NONFINITEPOLICY']._serialized_end=1381
-  _globals['_MODE']._serialized_start=1383
-  _globals['_MODE']._serialized_end=1442
-  _globals['_LAYERREF']._serialized_start=72
-  _globals['_LAYERREF']._serialized_end=182
-  _globals['_LAYERCONFIG']._serialized_start=185
-  _globals['_LAYERCONFIG']._serialized_end=422
-  _globals['_LAYERSTATE']._serialized_start=425
-  _globals['_LAYERSTATE']._serialized_end=788
-  _globals['_LAYER']._serialized_start=791
-  _globals['_LAYER']._serialized_end=1022
+  _globals['_LAYERKIND']._serialized_start=1683
+  _globals['_LAYERKIND']._serialized_end=1839
+  _globals['_AVERAGING']._serialized_start=1841
+  _globals['_AVERAGING']._serialized_end=1948
+  _globals['_NONFINITEPOLICY']._serialized_start=1950
+  _globals['_NONFINITEPOLICY']._serialized_end=2061
+  _globals['_MODE']._serialized_start=2063
+  _globals['_MODE']._serialized_end=2122
+  _globals['_LAYERREF']._serialized_start=73
+  _globals['_LAYERREF']._serialized_end=213
+  _globals['_LAYERCONFIG']._serialized_start=216
+  _globals['_LAYERCONFIG']._serialized_end=546
+  _globals['_LAYERSTATE']._serialized_start=549
+  _globals['_LAYERSTATE']._serialized_end=1011
+  _globals['_LAYER']._serialized_start=1014
+  _globals['_LAYER']._serialized_end=1292
+  _globals['_RUNNINGSTATISTICSCONFIG']._serialized_start=1295
+  _globals['_RUNNINGSTATISTICSCONFIG']._serialized_end=1479
+  _globals['_RUNNINGSTATISTICS']._serialized_start=1482
+  _globals['_RUNNINGSTATISTICS']._serialized_end=1680
 # @@protoc_insertion_point(module_scope)

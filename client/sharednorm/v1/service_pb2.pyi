@@ -5,12 +5,19 @@ The service: named batch-normalization layers, shared by every client of one ser
 
 Errors. Every failed call carries, in the trailing metadata entry "sharednorm-error-bin", a
 serialized ErrorDetail whose reason says which rule was broken; a failed call has changed nothing.
+
+What a release does not serve. The contract is ahead of the releases: a method that a release does not serve, and a
+request that sets a field or an enum value that it does not serve, or does not know, is refused with UNIMPLEMENTED,
+NOT_SUPPORTED; what was sent in fields or methods of an earlier protocol, with UNIMPLEMENTED, INCOMPATIBLE_SERVER.
+Nothing that is set is ever ignored. A call of many requests that sets such a field in one of them is refused as a whole.
 """
 
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import field_mask_pb2 as _field_mask_pb2
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from sharednorm.v1 import layer_pb2 as _layer_pb2
 from sharednorm.v1 import tensor_pb2 as _tensor_pb2
 import builtins as _builtins
@@ -23,6 +30,30 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _ListOrder:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ListOrderEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ListOrder.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    LIST_ORDER_UNSPECIFIED: _ListOrder.ValueType  # 0
+    """Means LIST_ORDER_NAME."""
+    LIST_ORDER_NAME: _ListOrder.ValueType  # 1
+    """By the code points of the names."""
+    LIST_ORDER_LAST_CHANGED: _ListOrder.ValueType  # 2
+    """By last change, the latest first."""
+
+class ListOrder(_ListOrder, metaclass=_ListOrderEnumTypeWrapper):
+    """In which order a list is."""
+
+LIST_ORDER_UNSPECIFIED: ListOrder.ValueType  # 0
+"""Means LIST_ORDER_NAME."""
+LIST_ORDER_NAME: ListOrder.ValueType  # 1
+"""By the code points of the names."""
+LIST_ORDER_LAST_CHANGED: ListOrder.ValueType  # 2
+"""By last change, the latest first."""
+Global___ListOrder: _TypeAlias = ListOrder  # noqa: Y015
 
 @_typing.final
 class ErrorDetail(_message.Message):
@@ -101,7 +132,7 @@ class OpenSessionResponse(_message.Message):
 
     SESSION_FIELD_NUMBER: _builtins.int
     session: _builtins.bytes
-    """8 bytes, the first half of CallKey.session. No other answer has the same, of no server that has this state."""
+    """8 bytes, the first half of IdempotencyKey.session. No other answer has the same, of no server that has this state."""
     def __init__(
         self,
         *,
@@ -116,7 +147,7 @@ class OpenSessionResponse(_message.Message):
 Global___OpenSessionResponse: _TypeAlias = OpenSessionResponse  # noqa: Y015
 
 @_typing.final
-class CallKey(_message.Message):
+class IdempotencyKey(_message.Message):
     """Makes a change known again, so that a client that has had no answer can send it once more, and it is made once.
 
     The layer remembers the last change of each session. The same key again, with the same content: the answer is made
@@ -146,7 +177,7 @@ class CallKey(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___CallKey: _TypeAlias = CallKey  # noqa: Y015
+Global___IdempotencyKey: _TypeAlias = IdempotencyKey  # noqa: Y015
 
 @_typing.final
 class GetServerInfoRequest(_message.Message):
@@ -154,12 +185,19 @@ class GetServerInfoRequest(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    PROTOCOL_FIELD_NUMBER: _builtins.int
+    protocol: _builtins.int
+    """Protocol that the client speaks; 0: it does not say. The call is answered whatever it says, so that both sides can
+    name both numbers; a client that speaks another one stops there.
+    """
     def __init__(
         self,
+        *,
+        protocol: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["protocol", b"protocol"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -184,7 +222,7 @@ class GetServerInfoResponse(_message.Message):
     version: _builtins.str
     """Release of the server, for example "0.1.0"."""
     protocol: _builtins.int
-    """Protocol that the server speaks. A client that needs another one stops here."""
+    """Protocol that the server speaks, 3 here. A client that needs another one stops here."""
     device: _builtins.str
     """What computes, for example "cpu (numba, 8 threads)"."""
     store: _builtins.str
@@ -238,6 +276,8 @@ class DirectEndpoint(_message.Message):
     INSTANCE_FIELD_NUMBER: _builtins.int
     SHARED_MEMORY_FIELD_NUMBER: _builtins.int
     TRACES_FIELD_NUMBER: _builtins.int
+    TLS_FIELD_NUMBER: _builtins.int
+    CUDA_DEVICES_FIELD_NUMBER: _builtins.int
     port: _builtins.int
     """TCP port, of the host that this call was made to; 0 if it is a unix socket."""
     socket: _builtins.str
@@ -248,6 +288,14 @@ class DirectEndpoint(_message.Message):
     """Whether it shares memory with clients that connect to the unix socket."""
     traces: _builtins.bool
     """Whether a call there may name the span that it belongs to."""
+    tls: _builtins.bool
+    """Whether the connection is encrypted: the client then begins TLS as soon as it is connected, with the credentials that
+    it has used for this call, and says Hello inside of it. This release offers no such endpoint.
+    """
+    @_builtins.property
+    def cuda_devices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """UUIDs, 16 bytes each, of the GPUs on which calls there may have their tensors (CudaTensors); empty: none."""
+
     def __init__(
         self,
         *,
@@ -256,10 +304,12 @@ class DirectEndpoint(_message.Message):
         instance: _builtins.bytes = ...,
         shared_memory: _builtins.bool = ...,
         traces: _builtins.bool = ...,
+        tls: _builtins.bool = ...,
+        cuda_devices: _abc.Iterable[_builtins.bytes] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["instance", b"instance", "port", b"port", "shared_memory", b"shared_memory", "socket", b"socket", "traces", b"traces"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cuda_devices", b"cuda_devices", "instance", b"instance", "port", b"port", "shared_memory", b"shared_memory", "socket", b"socket", "tls", b"tls", "traces", b"traces"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -342,24 +392,83 @@ class CreateLayerResponse(_message.Message):
 Global___CreateLayerResponse: _TypeAlias = CreateLayerResponse  # noqa: Y015
 
 @_typing.final
+class BatchCreateLayersRequest(_message.Message):
+    """Asks for many layers."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUESTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def requests(self) -> _containers.RepeatedCompositeFieldContainer[Global___CreateLayerRequest]:
+        """The layers. At most 1024, and at most 2^17 maps together; otherwise RESOURCE_EXHAUSTED, LIMIT_EXCEEDED. If one is
+        refused, none is created, and the error's metadata has its place among them, from 0, under "index". Servers that
+        share layers do so, too.
+        """
+
+    def __init__(
+        self,
+        *,
+        requests: _abc.Iterable[Global___CreateLayerRequest] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["requests", b"requests"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BatchCreateLayersRequest: _TypeAlias = BatchCreateLayersRequest  # noqa: Y015
+
+@_typing.final
+class BatchCreateLayersResponse(_message.Message):
+    """The layers, new or found."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RESPONSES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def responses(self) -> _containers.RepeatedCompositeFieldContainer[Global___CreateLayerResponse]:
+        """One for each, in their order."""
+
+    def __init__(
+        self,
+        *,
+        responses: _abc.Iterable[Global___CreateLayerResponse] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["responses", b"responses"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BatchCreateLayersResponse: _TypeAlias = BatchCreateLayersResponse  # noqa: Y015
+
+@_typing.final
 class GetLayerRequest(_message.Message):
     """Asks for one layer."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     REF_FIELD_NUMBER: _builtins.int
+    READ_MASK_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def ref(self) -> _layer_pb2.LayerRef:
         """Its name. An unknown one: NOT_FOUND, LAYER_NOT_FOUND."""
+
+    @_builtins.property
+    def read_mask(self) -> _field_mask_pb2.FieldMask:
+        """Which fields of GetLayerResponse to answer, for example "layer.version" or "state.mean"; absent: all of the layer, and
+        none of its state. An unknown path: INVALID_ARGUMENT, INVALID_CONFIGURATION. Not in this release.
+        """
 
     def __init__(
         self,
         *,
         ref: _layer_pb2.LayerRef | None = ...,
+        read_mask: _field_mask_pb2.FieldMask | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["ref", b"ref"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["read_mask", b"read_mask", "ref", b"ref"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ref", b"ref"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["read_mask", b"read_mask", "ref", b"ref"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -372,22 +481,100 @@ class GetLayerResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     LAYER_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def layer(self) -> _layer_pb2.Layer:
         """The layer."""
+
+    @_builtins.property
+    def state(self) -> _layer_pb2.LayerState:
+        """Those parts of its state that the mask names, all of one moment. Absent without a mask."""
 
     def __init__(
         self,
         *,
         layer: _layer_pb2.Layer | None = ...,
+        state: _layer_pb2.LayerState | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["layer", b"layer"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["layer", b"layer", "state", b"state"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["layer", b"layer"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["layer", b"layer", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetLayerResponse: _TypeAlias = GetLayerResponse  # noqa: Y015
+
+@_typing.final
+class UpdateLayerRequest(_message.Message):
+    """Changes a layer's configuration."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REF_FIELD_NUMBER: _builtins.int
+    CONFIG_FIELD_NUMBER: _builtins.int
+    UPDATE_MASK_FIELD_NUMBER: _builtins.int
+    KEY_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def ref(self) -> _layer_pb2.LayerRef:
+        """The layer."""
+
+    @_builtins.property
+    def config(self) -> _layer_pb2.LayerConfig:
+        """The new values of the fields that the mask names, in the ranges that they have in CreateLayer."""
+
+    @_builtins.property
+    def update_mask(self) -> _field_mask_pb2.FieldMask:
+        """"init_factor", "min_factor", or both; at least one. Every other field of a configuration is fixed, since backwards,
+        replays and groups depend on it: INVALID_ARGUMENT, INVALID_CONFIGURATION.
+        """
+
+    @_builtins.property
+    def key(self) -> Global___IdempotencyKey:
+        """By which the call is known again; absent: it is not."""
+
+    def __init__(
+        self,
+        *,
+        ref: _layer_pb2.LayerRef | None = ...,
+        config: _layer_pb2.LayerConfig | None = ...,
+        update_mask: _field_mask_pb2.FieldMask | None = ...,
+        key: Global___IdempotencyKey | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "key", b"key", "ref", b"ref", "update_mask", b"update_mask"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "key", b"key", "ref", b"ref", "update_mask", b"update_mask"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UpdateLayerRequest: _TypeAlias = UpdateLayerRequest  # noqa: Y015
+
+@_typing.final
+class UpdateLayerResponse(_message.Message):
+    """The layer with its new configuration."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LAYER_FIELD_NUMBER: _builtins.int
+    REPLAYED_FIELD_NUMBER: _builtins.int
+    replayed: _builtins.bool
+    """Whether the change had been made before this call."""
+    @_builtins.property
+    def layer(self) -> _layer_pb2.Layer:
+        """The layer. Its config_revision counts the change, unless all values were those that it had."""
+
+    def __init__(
+        self,
+        *,
+        layer: _layer_pb2.Layer | None = ...,
+        replayed: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["layer", b"layer"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["layer", b"layer", "replayed", b"replayed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UpdateLayerResponse: _TypeAlias = UpdateLayerResponse  # noqa: Y015
 
 @_typing.final
 class ListLayersRequest(_message.Message):
@@ -398,22 +585,37 @@ class ListLayersRequest(_message.Message):
     NAMESPACE_FIELD_NUMBER: _builtins.int
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    FILTER_FIELD_NUMBER: _builtins.int
+    ORDER_FIELD_NUMBER: _builtins.int
+    CHANGED_SINCE_FIELD_NUMBER: _builtins.int
     namespace: _builtins.str
     """Namespace; empty means "default"."""
     page_size: _builtins.int
     """Most layers in the answer, 1 to 1000; 0 means 100."""
     page_token: _builtins.str
     """next_page_token of the page before; empty for the first. Otherwise INVALID_ARGUMENT, INVALID_PAGE_TOKEN."""
+    filter: _builtins.str
+    """Pattern of the shell (*, ?, [...]) that the names have to fit, 1 to 512 bytes; empty: all do. This and the next two
+    are not in this release. The pages of one list have to be asked for with the same values of all three; otherwise
+    INVALID_ARGUMENT, INVALID_PAGE_TOKEN.
+    """
+    order: Global___ListOrder.ValueType
+    """In which order."""
+    changed_since: _builtins.float
+    """Only those that have changed since, in seconds since the epoch; 0: all."""
     def __init__(
         self,
         *,
         namespace: _builtins.str = ...,
         page_size: _builtins.int = ...,
         page_token: _builtins.str = ...,
+        filter: _builtins.str = ...,
+        order: Global___ListOrder.ValueType = ...,
+        changed_since: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["namespace", b"namespace", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["changed_since", b"changed_since", "filter", b"filter", "namespace", b"namespace", "order", b"order", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -431,7 +633,7 @@ class ListLayersResponse(_message.Message):
     """Token of the next page; empty on the last."""
     @_builtins.property
     def layers(self) -> _containers.RepeatedCompositeFieldContainer[_layer_pb2.Layer]:
-        """The layers, in the order of their names' code points."""
+        """The layers."""
 
     def __init__(
         self,
@@ -487,6 +689,72 @@ class DeleteLayerResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DeleteLayerResponse: _TypeAlias = DeleteLayerResponse  # noqa: Y015
+
+@_typing.final
+class DeleteLayersRequest(_message.Message):
+    """Asks to forget many layers."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAMESPACE_FIELD_NUMBER: _builtins.int
+    FILTER_FIELD_NUMBER: _builtins.int
+    UNUSED_SECONDS_FIELD_NUMBER: _builtins.int
+    INCLUDE_RUNNING_STATISTICS_FIELD_NUMBER: _builtins.int
+    DRY_RUN_FIELD_NUMBER: _builtins.int
+    namespace: _builtins.str
+    """Namespace; empty means "default"."""
+    filter: _builtins.str
+    """Pattern of the shell (*, ?, [...]) that the names have to fit, 1 to 512 bytes. Empty: INVALID_ARGUMENT, INVALID_NAME."""
+    unused_seconds: _builtins.float
+    """Only those that no call has named for so many seconds, >= 0 and finite; 0: all."""
+    include_running_statistics: _builtins.bool
+    """Also running-statistics objects."""
+    dry_run: _builtins.bool
+    """Say what would be deleted, and delete nothing."""
+    def __init__(
+        self,
+        *,
+        namespace: _builtins.str = ...,
+        filter: _builtins.str = ...,
+        unused_seconds: _builtins.float = ...,
+        include_running_statistics: _builtins.bool = ...,
+        dry_run: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dry_run", b"dry_run", "filter", b"filter", "include_running_statistics", b"include_running_statistics", "namespace", b"namespace", "unused_seconds", b"unused_seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteLayersRequest: _TypeAlias = DeleteLayersRequest  # noqa: Y015
+
+@_typing.final
+class DeleteLayersResponse(_message.Message):
+    """The layers are gone."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DELETED_FIELD_NUMBER: _builtins.int
+    NAMES_FIELD_NUMBER: _builtins.int
+    deleted: _builtins.int
+    """How many names were deleted."""
+    @_builtins.property
+    def names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The first 1000 of them, in the order of their code points."""
+
+    def __init__(
+        self,
+        *,
+        deleted: _builtins.int = ...,
+        names: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deleted", b"deleted", "names", b"names"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteLayersResponse: _TypeAlias = DeleteLayersResponse  # noqa: Y015
 
 @_typing.final
 class CreateDomainRequest(_message.Message):
@@ -686,13 +954,29 @@ class ForwardRequest(_message.Message):
     KEEP_INPUT_FIELD_NUMBER: _builtins.int
     RELEASE_INPUT_FIELD_NUMBER: _builtins.int
     KEY_FIELD_NUMBER: _builtins.int
+    TICKET_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    WEIGHTS_FIELD_NUMBER: _builtins.int
+    CUDA_FIELD_NUMBER: _builtins.int
+    WANT_STATISTICS_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
     mode: _layer_pb2.Mode.ValueType
     """Whether to train."""
     keep_input: _builtins.bool
-    """Keep the input on the server for a later Backward. Training only."""
+    """Keep the input on the server for a later Backward. With MODE_EVAL, for the gradient of the evaluation: not in this
+    release. Where no mode is chosen and the layer evaluates by default, this release keeps nothing.
+    """
     release_input: _builtins.str
     """A saved_input of an earlier answer that no Backward will ask for any more."""
+    ticket: _builtins.bytes
+    """Of a member of a group, from JoinGroup: normalizes by the moments of the union of the members' batches, and is
+    answered when all members have sent theirs. Training only, and without a key, for the step says which call it is. Its
+    errors are those of SynchronizeMoments. This and the next four are not in this release.
+    """
+    step: _builtins.int
+    """With a ticket: see SynchronizeMomentsRequest.step. A layer's steps by either method count together."""
+    want_statistics: _builtins.bool
+    """Whether the answer has running statistics."""
     data: _builtins.bytes
     """The input's elements. Empty in the header of a stream, whose chunks carry them."""
     @_builtins.property
@@ -701,11 +985,19 @@ class ForwardRequest(_message.Message):
 
     @_builtins.property
     def input(self) -> _tensor_pb2.TensorSpec:
-        """The input's type and shape."""
+        """The input's type and shape. With a ticket, absent: this member's batch is empty."""
 
     @_builtins.property
-    def key(self) -> Global___CallKey:
+    def key(self) -> Global___IdempotencyKey:
         """By which a training call is known again; absent: it is not."""
+
+    @_builtins.property
+    def weights(self) -> _tensor_pb2.SampleWeights:
+        """How much the samples or positions count; absent: all alike. Their values are behind the input in the data."""
+
+    @_builtins.property
+    def cuda(self) -> _tensor_pb2.CudaTensors:
+        """Where the tensors are, if they are on a GPU; there is no data then. On direct connections alone."""
 
     def __init__(
         self,
@@ -715,12 +1007,17 @@ class ForwardRequest(_message.Message):
         input: _tensor_pb2.TensorSpec | None = ...,
         keep_input: _builtins.bool = ...,
         release_input: _builtins.str = ...,
-        key: Global___CallKey | None = ...,
+        key: Global___IdempotencyKey | None = ...,
+        ticket: _builtins.bytes = ...,
+        step: _builtins.int = ...,
+        weights: _tensor_pb2.SampleWeights | None = ...,
+        cuda: _tensor_pb2.CudaTensors | None = ...,
+        want_statistics: _builtins.bool = ...,
         data: _builtins.bytes = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["input", b"input", "key", b"key", "ref", b"ref"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cuda", b"cuda", "input", b"input", "key", b"key", "ref", b"ref", "weights", b"weights"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "input", b"input", "keep_input", b"keep_input", "key", b"key", "mode", b"mode", "ref", b"ref", "release_input", b"release_input"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cuda", b"cuda", "data", b"data", "input", b"input", "keep_input", b"keep_input", "key", b"key", "mode", b"mode", "ref", b"ref", "release_input", b"release_input", "step", b"step", "ticket", b"ticket", "want_statistics", b"want_statistics", "weights", b"weights"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -740,6 +1037,12 @@ class ForwardResponse(_message.Message):
     MOMENTS_FIELD_NUMBER: _builtins.int
     SCALE_FIELD_NUMBER: _builtins.int
     REPLAYED_FIELD_NUMBER: _builtins.int
+    MEAN_FIELD_NUMBER: _builtins.int
+    VAR_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    RANKS_FIELD_NUMBER: _builtins.int
+    WAITING_FIELD_NUMBER: _builtins.int
+    OUTPUT_EVENT_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
     mode: _layer_pb2.Mode.ValueType
     """What the call did: MODE_TRAIN or MODE_EVAL."""
@@ -751,6 +1054,10 @@ class ForwardResponse(_message.Message):
     """Names the kept input in a Backward; empty if it was not kept."""
     replayed: _builtins.bool
     """Whether the step had been taken before this call."""
+    waiting: _builtins.int
+    """With a ticket: see SynchronizeMomentsResponse."""
+    output_event: _builtins.bytes
+    """Output on a GPU: handle of an event, as in CudaBuffer, after which it is written. Empty: it is written."""
     data: _builtins.bytes
     """The output's elements. Empty in the header of a stream."""
     @_builtins.property
@@ -759,11 +1066,29 @@ class ForwardResponse(_message.Message):
 
     @_builtins.property
     def moments(self) -> _tensor_pb2.Moments:
-        """Training: moments of this batch."""
+        """Training: moments of this batch; with a ticket, of the union."""
 
     @_builtins.property
     def scale(self) -> _tensor_pb2.FloatVector:
-        """Training: the scale that this step used."""
+        """Training, or an evaluation whose input was kept: the scale that was used."""
+
+    @_builtins.property
+    def mean(self) -> _tensor_pb2.DoubleVector:
+        """If asked for: the running mean. After this step in training, or after a later one if the call is repeated; in
+        evaluation, what the output was made with.
+        """
+
+    @_builtins.property
+    def var(self) -> _tensor_pb2.DoubleVector:
+        """The running variance that goes with it."""
+
+    @_builtins.property
+    def count(self) -> _tensor_pb2.DoubleVector:
+        """The count that goes with it; see LayerState.count."""
+
+    @_builtins.property
+    def ranks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """With a ticket: whose batches are in the union, in ascending order."""
 
     def __init__(
         self,
@@ -776,11 +1101,17 @@ class ForwardResponse(_message.Message):
         moments: _tensor_pb2.Moments | None = ...,
         scale: _tensor_pb2.FloatVector | None = ...,
         replayed: _builtins.bool = ...,
+        mean: _tensor_pb2.DoubleVector | None = ...,
+        var: _tensor_pb2.DoubleVector | None = ...,
+        count: _tensor_pb2.DoubleVector | None = ...,
+        ranks: _abc.Iterable[_builtins.int] | None = ...,
+        waiting: _builtins.int = ...,
+        output_event: _builtins.bytes = ...,
         data: _builtins.bytes = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["moments", b"moments", "output", b"output", "scale", b"scale"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "mean", b"mean", "moments", b"moments", "output", b"output", "scale", b"scale", "var", b"var"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "mode", b"mode", "moments", b"moments", "num_of_props", b"num_of_props", "output", b"output", "replayed", b"replayed", "saved_input", b"saved_input", "scale", b"scale", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "data", b"data", "mean", b"mean", "mode", b"mode", "moments", b"moments", "num_of_props", b"num_of_props", "output", b"output", "output_event", b"output_event", "ranks", b"ranks", "replayed", b"replayed", "saved_input", b"saved_input", "scale", b"scale", "var", b"var", "version", b"version", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -858,13 +1189,21 @@ Global___ForwardStreamResponse: _TypeAlias = ForwardStreamResponse  # noqa: Y015
 
 @_typing.final
 class SavedForward(_message.Message):
-    """What a training forward computed with, for a Backward whose input the server no longer keeps."""
+    """What a forward computed with, for a Backward whose input the server no longer keeps."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     INPUT_FIELD_NUMBER: _builtins.int
     MOMENTS_FIELD_NUMBER: _builtins.int
     SCALE_FIELD_NUMBER: _builtins.int
+    MODE_FIELD_NUMBER: _builtins.int
+    MEAN_FIELD_NUMBER: _builtins.int
+    VAR_FIELD_NUMBER: _builtins.int
+    WEIGHTS_FIELD_NUMBER: _builtins.int
+    mode: _layer_pb2.Mode.ValueType
+    """What the forward did, from its answer. MODE_UNSPECIFIED means MODE_TRAIN. This and the next three are not in this
+    release.
+    """
     @_builtins.property
     def input(self) -> _tensor_pb2.TensorSpec:
         """Type and shape of the input: those of the gradient."""
@@ -877,16 +1216,32 @@ class SavedForward(_message.Message):
     def scale(self) -> _tensor_pb2.FloatVector:
         """Scale that the forward used, from its answer."""
 
+    @_builtins.property
+    def mean(self) -> _tensor_pb2.DoubleVector:
+        """MODE_EVAL: the running mean that was used, from the answer to a call with want_statistics. There are no moments then."""
+
+    @_builtins.property
+    def var(self) -> _tensor_pb2.DoubleVector:
+        """MODE_EVAL: the running variance that was used."""
+
+    @_builtins.property
+    def weights(self) -> _tensor_pb2.SampleWeights:
+        """The weights that the forward had. Their values are behind the input in the data."""
+
     def __init__(
         self,
         *,
         input: _tensor_pb2.TensorSpec | None = ...,
         moments: _tensor_pb2.Moments | None = ...,
         scale: _tensor_pb2.FloatVector | None = ...,
+        mode: _layer_pb2.Mode.ValueType = ...,
+        mean: _tensor_pb2.DoubleVector | None = ...,
+        var: _tensor_pb2.DoubleVector | None = ...,
+        weights: _tensor_pb2.SampleWeights | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["input", b"input", "moments", b"moments", "scale", b"scale"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["input", b"input", "mean", b"mean", "moments", b"moments", "scale", b"scale", "var", b"var", "weights", b"weights"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["input", b"input", "moments", b"moments", "scale", b"scale"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["input", b"input", "mean", b"mean", "mode", b"mode", "moments", b"moments", "scale", b"scale", "var", b"var", "weights", b"weights"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -907,6 +1262,9 @@ class BackwardRequest(_message.Message):
     SCALE_FIELD_NUMBER: _builtins.int
     MOMENTUM_FIELD_NUMBER: _builtins.int
     KEY_FIELD_NUMBER: _builtins.int
+    TICKET_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    CUDA_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
     saved_input: _builtins.str
     """saved_input of the forward's answer. One that is not kept any more: FAILED_PRECONDITION,
@@ -920,8 +1278,15 @@ class BackwardRequest(_message.Message):
     """Multiplier of the new gradients of scale and bias, finite. Absent means 1."""
     momentum: _builtins.float
     """Multiplier of the old ones, finite: accumulated = scale * new + momentum * accumulated."""
+    ticket: _builtins.bytes
+    """Of a member of a group whose forward had one: adds up the sums of all members, and is answered when they have sent
+    theirs. Without a key, as in ForwardRequest; errors are those of SynchronizeGradients. This and the next two are not
+    in this release.
+    """
+    step: _builtins.int
+    """With a ticket: see SynchronizeGradientsRequest.step. A layer's backwards by either method count together."""
     data: _builtins.bytes
-    """The gradient's elements, and the input's behind them if saved_forward is set.
+    """The gradient's elements, and the input's behind them if saved_forward is set, and then those of its weights.
     Empty in the header of a stream.
     """
     @_builtins.property
@@ -939,8 +1304,12 @@ class BackwardRequest(_message.Message):
         """
 
     @_builtins.property
-    def key(self) -> Global___CallKey:
+    def key(self) -> Global___IdempotencyKey:
         """By which the change of the gradients of scale and bias is known again; absent: it is not."""
+
+    @_builtins.property
+    def cuda(self) -> _tensor_pb2.CudaTensors:
+        """Where the tensors are, if they are on a GPU; there is no data then. On direct connections alone."""
 
     def __init__(
         self,
@@ -953,12 +1322,15 @@ class BackwardRequest(_message.Message):
         update_grad: _builtins.bool | None = ...,
         scale: _builtins.float | None = ...,
         momentum: _builtins.float = ...,
-        key: Global___CallKey | None = ...,
+        key: Global___IdempotencyKey | None = ...,
+        ticket: _builtins.bytes = ...,
+        step: _builtins.int = ...,
+        cuda: _tensor_pb2.CudaTensors | None = ...,
         data: _builtins.bytes = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_scale", b"_scale", "_update_grad", b"_update_grad", "_update_param_grads", b"_update_param_grads", "grad", b"grad", "key", b"key", "ref", b"ref", "saved_forward", b"saved_forward", "scale", b"scale", "update_grad", b"update_grad", "update_param_grads", b"update_param_grads"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_scale", b"_scale", "_update_grad", b"_update_grad", "_update_param_grads", b"_update_param_grads", "cuda", b"cuda", "grad", b"grad", "key", b"key", "ref", b"ref", "saved_forward", b"saved_forward", "scale", b"scale", "update_grad", b"update_grad", "update_param_grads", b"update_param_grads"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_scale", b"_scale", "_update_grad", b"_update_grad", "_update_param_grads", b"_update_param_grads", "data", b"data", "grad", b"grad", "key", b"key", "momentum", b"momentum", "ref", b"ref", "saved_forward", b"saved_forward", "saved_input", b"saved_input", "scale", b"scale", "update_grad", b"update_grad", "update_param_grads", b"update_param_grads"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_scale", b"_scale", "_update_grad", b"_update_grad", "_update_param_grads", b"_update_param_grads", "cuda", b"cuda", "data", b"data", "grad", b"grad", "key", b"key", "momentum", b"momentum", "ref", b"ref", "saved_forward", b"saved_forward", "saved_input", b"saved_input", "scale", b"scale", "step", b"step", "ticket", b"ticket", "update_grad", b"update_grad", "update_param_grads", b"update_param_grads"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__scale: _TypeAlias = _typing.Literal["scale"]  # noqa: Y015
     _WhichOneofArgType__scale: _TypeAlias = _typing.Literal["_scale", b"_scale"]  # noqa: Y015
@@ -985,9 +1357,16 @@ class BackwardResponse(_message.Message):
     SCALE_GRAD_FIELD_NUMBER: _builtins.int
     BIAS_GRAD_FIELD_NUMBER: _builtins.int
     REPLAYED_FIELD_NUMBER: _builtins.int
+    RANKS_FIELD_NUMBER: _builtins.int
+    WAITING_FIELD_NUMBER: _builtins.int
+    GRAD_EVENT_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
     replayed: _builtins.bool
     """Whether the gradients of scale and bias had been added before this call."""
+    waiting: _builtins.int
+    """With a ticket: see SynchronizeMomentsResponse."""
+    grad_event: _builtins.bytes
+    """Gradient on a GPU: handle of an event, as in CudaBuffer, after which it is written. Empty: it is written."""
     data: _builtins.bytes
     """The gradient's elements. Empty in the header of a stream."""
     @_builtins.property
@@ -1002,6 +1381,10 @@ class BackwardResponse(_message.Message):
     def bias_grad(self) -> _tensor_pb2.FloatVector:
         """This batch's gradient of the bias. C values. Absent if the layer is not affine."""
 
+    @_builtins.property
+    def ranks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """With a ticket: whose parts are in the sums, in ascending order."""
+
     def __init__(
         self,
         *,
@@ -1009,11 +1392,14 @@ class BackwardResponse(_message.Message):
         scale_grad: _tensor_pb2.FloatVector | None = ...,
         bias_grad: _tensor_pb2.FloatVector | None = ...,
         replayed: _builtins.bool = ...,
+        ranks: _abc.Iterable[_builtins.int] | None = ...,
+        waiting: _builtins.int = ...,
+        grad_event: _builtins.bytes = ...,
         data: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["bias_grad", b"bias_grad", "grad", b"grad", "scale_grad", b"scale_grad"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bias_grad", b"bias_grad", "data", b"data", "grad", b"grad", "replayed", b"replayed", "scale_grad", b"scale_grad"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bias_grad", b"bias_grad", "data", b"data", "grad", b"grad", "grad_event", b"grad_event", "ranks", b"ranks", "replayed", b"replayed", "scale_grad", b"scale_grad", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1095,18 +1481,21 @@ class PushMomentsRequest(_message.Message):
     MODE_FIELD_NUMBER: _builtins.int
     MOMENTS_FIELD_NUMBER: _builtins.int
     KEY_FIELD_NUMBER: _builtins.int
+    WANT_STATISTICS_FIELD_NUMBER: _builtins.int
     mode: _layer_pb2.Mode.ValueType
     """Whether to train. MODE_EVAL: INVALID_ARGUMENT, INVALID_CONFIGURATION; GetStats has what evaluation needs."""
+    want_statistics: _builtins.bool
+    """Whether the answer to a training step has running statistics."""
     @_builtins.property
     def ref(self) -> _layer_pb2.LayerRef:
         """The layer."""
 
     @_builtins.property
     def moments(self) -> _tensor_pb2.Moments:
-        """Of the batch. A count of 1: INVALID_ARGUMENT, TOO_FEW_VALUES."""
+        """Of the batch. A count of 1: INVALID_ARGUMENT, TOO_FEW_VALUES, unless the layer averages by AVERAGING_POOLED."""
 
     @_builtins.property
-    def key(self) -> Global___CallKey:
+    def key(self) -> Global___IdempotencyKey:
         """By which a training call is known again; absent: it is not."""
 
     def __init__(
@@ -1115,11 +1504,12 @@ class PushMomentsRequest(_message.Message):
         ref: _layer_pb2.LayerRef | None = ...,
         mode: _layer_pb2.Mode.ValueType = ...,
         moments: _tensor_pb2.Moments | None = ...,
-        key: Global___CallKey | None = ...,
+        key: Global___IdempotencyKey | None = ...,
+        want_statistics: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "moments", b"moments", "ref", b"ref"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "mode", b"mode", "moments", b"moments", "ref", b"ref"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "mode", b"mode", "moments", b"moments", "ref", b"ref", "want_statistics", b"want_statistics"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1136,9 +1526,11 @@ class PushMomentsResponse(_message.Message):
     NUM_OF_PROPS_FIELD_NUMBER: _builtins.int
     SCALE_FIELD_NUMBER: _builtins.int
     BIAS_FIELD_NUMBER: _builtins.int
+    REPLAYED_FIELD_NUMBER: _builtins.int
     MEAN_FIELD_NUMBER: _builtins.int
     VAR_FIELD_NUMBER: _builtins.int
-    REPLAYED_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    STATISTICS_VERSION_FIELD_NUMBER: _builtins.int
     mode: _layer_pb2.Mode.ValueType
     """What the call did: MODE_TRAIN, or MODE_EVAL if that is the layer's default and the call has chosen none; then
     nothing has changed.
@@ -1149,6 +1541,8 @@ class PushMomentsResponse(_message.Message):
     """Steps that the running statistics have taken in at that version."""
     replayed: _builtins.bool
     """Whether the step had been taken before this call."""
+    statistics_version: _builtins.int
+    """Which version of the layer they are of: `version`, or a later one if the call is repeated. 0 if there are none."""
     @_builtins.property
     def scale(self) -> _tensor_pb2.FloatVector:
         """The scale that this step uses."""
@@ -1158,12 +1552,16 @@ class PushMomentsResponse(_message.Message):
         """The bias that this step uses."""
 
     @_builtins.property
-    def mean(self) -> _tensor_pb2.FloatVector:
-        """Evaluation: the running mean."""
+    def mean(self) -> _tensor_pb2.DoubleVector:
+        """Evaluation, or training if asked for: the running mean, at statistics_version."""
 
     @_builtins.property
-    def var(self) -> _tensor_pb2.FloatVector:
-        """Evaluation: the running variance."""
+    def var(self) -> _tensor_pb2.DoubleVector:
+        """The running variance that goes with it."""
+
+    @_builtins.property
+    def count(self) -> _tensor_pb2.DoubleVector:
+        """The count that goes with it; see LayerState.count."""
 
     def __init__(
         self,
@@ -1173,20 +1571,22 @@ class PushMomentsResponse(_message.Message):
         num_of_props: _builtins.int = ...,
         scale: _tensor_pb2.FloatVector | None = ...,
         bias: _tensor_pb2.FloatVector | None = ...,
-        mean: _tensor_pb2.FloatVector | None = ...,
-        var: _tensor_pb2.FloatVector | None = ...,
         replayed: _builtins.bool = ...,
+        mean: _tensor_pb2.DoubleVector | None = ...,
+        var: _tensor_pb2.DoubleVector | None = ...,
+        count: _tensor_pb2.DoubleVector | None = ...,
+        statistics_version: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["bias", b"bias", "mean", b"mean", "scale", b"scale", "var", b"var"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["bias", b"bias", "count", b"count", "mean", b"mean", "scale", b"scale", "var", b"var"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bias", b"bias", "mean", b"mean", "mode", b"mode", "num_of_props", b"num_of_props", "replayed", b"replayed", "scale", b"scale", "var", b"var", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bias", b"bias", "count", b"count", "mean", b"mean", "mode", b"mode", "num_of_props", b"num_of_props", "replayed", b"replayed", "scale", b"scale", "statistics_version", b"statistics_version", "var", b"var", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PushMomentsResponse: _TypeAlias = PushMomentsResponse  # noqa: Y015
 
 @_typing.final
-class PushManyRequest(_message.Message):
+class BatchPushMomentsRequest(_message.Message):
     """Many steps."""
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -1209,23 +1609,23 @@ class PushManyRequest(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___PushManyRequest: _TypeAlias = PushManyRequest  # noqa: Y015
+Global___BatchPushMomentsRequest: _TypeAlias = BatchPushMomentsRequest  # noqa: Y015
 
 @_typing.final
-class PushManyResponse(_message.Message):
+class BatchPushMomentsResponse(_message.Message):
     """What has come of many steps."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     RESULTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___PushManyResult]:
+    def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___BatchPushMomentsResult]:
         """One for each push, in their order."""
 
     def __init__(
         self,
         *,
-        results: _abc.Iterable[Global___PushManyResult] | None = ...,
+        results: _abc.Iterable[Global___BatchPushMomentsResult] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
@@ -1233,10 +1633,10 @@ class PushManyResponse(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___PushManyResponse: _TypeAlias = PushManyResponse  # noqa: Y015
+Global___BatchPushMomentsResponse: _TypeAlias = BatchPushMomentsResponse  # noqa: Y015
 
 @_typing.final
-class PushManyResult(_message.Message):
+class BatchPushMomentsResult(_message.Message):
     """What has come of one of many steps."""
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -1267,7 +1667,7 @@ class PushManyResult(_message.Message):
     _WhichOneofArgType_result: _TypeAlias = _typing.Literal["result", b"result"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_result) -> _WhichOneofReturnType_result | None: ...
 
-Global___PushManyResult: _TypeAlias = PushManyResult  # noqa: Y015
+Global___BatchPushMomentsResult: _TypeAlias = BatchPushMomentsResult  # noqa: Y015
 
 @_typing.final
 class PushGradientsRequest(_message.Message):
@@ -1298,7 +1698,7 @@ class PushGradientsRequest(_message.Message):
         """Gradient of the bias. C values."""
 
     @_builtins.property
-    def key(self) -> Global___CallKey:
+    def key(self) -> Global___IdempotencyKey:
         """By which the call is known again; absent: it is not."""
 
     def __init__(
@@ -1309,7 +1709,7 @@ class PushGradientsRequest(_message.Message):
         bias_grad: _tensor_pb2.FloatVector | None = ...,
         scale: _builtins.float | None = ...,
         momentum: _builtins.float = ...,
-        key: Global___CallKey | None = ...,
+        key: Global___IdempotencyKey | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_scale", b"_scale", "bias_grad", b"bias_grad", "key", b"key", "ref", b"ref", "scale", b"scale", "scale_grad", b"scale_grad"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
@@ -1437,6 +1837,7 @@ class SynchronizeMomentsRequest(_message.Message):
     TICKET_FIELD_NUMBER: _builtins.int
     STEP_FIELD_NUMBER: _builtins.int
     MOMENTS_FIELD_NUMBER: _builtins.int
+    WANT_STATISTICS_FIELD_NUMBER: _builtins.int
     ticket: _builtins.bytes
     """The member's. One that is not of the group's generation: FAILED_PRECONDITION, STALE_GENERATION; join again."""
     step: _builtins.int
@@ -1444,13 +1845,17 @@ class SynchronizeMomentsRequest(_message.Message):
     same content, and gets the same answer; otherwise FAILED_PRECONDITION, STEP_OUT_OF_ORDER. If the call fails with
     metadata "group_step", the step is over for all members, and nothing was changed.
     """
+    want_statistics: _builtins.bool
+    """Whether the answer has running statistics. All members say the same; otherwise INVALID_ARGUMENT,
+    INVALID_CONFIGURATION. Not in this release.
+    """
     @_builtins.property
     def ref(self) -> _layer_pb2.LayerRef:
         """The layer."""
 
     @_builtins.property
     def moments(self) -> _tensor_pb2.Moments:
-        """Of the batch; count 0, without values, if it is empty."""
+        """Of the batch; absent if it is empty."""
 
     def __init__(
         self,
@@ -1459,10 +1864,11 @@ class SynchronizeMomentsRequest(_message.Message):
         ticket: _builtins.bytes = ...,
         step: _builtins.int = ...,
         moments: _tensor_pb2.Moments | None = ...,
+        want_statistics: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["moments", b"moments", "ref", b"ref"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["moments", b"moments", "ref", b"ref", "step", b"step", "ticket", b"ticket"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["moments", b"moments", "ref", b"ref", "step", b"step", "ticket", b"ticket", "want_statistics", b"want_statistics"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1482,6 +1888,9 @@ class SynchronizeMomentsResponse(_message.Message):
     RANKS_FIELD_NUMBER: _builtins.int
     REPLAYED_FIELD_NUMBER: _builtins.int
     WAITING_FIELD_NUMBER: _builtins.int
+    MEAN_FIELD_NUMBER: _builtins.int
+    VAR_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
     version: _builtins.int
     """Version of the layer after the step."""
     num_of_props: _builtins.int
@@ -1506,6 +1915,18 @@ class SynchronizeMomentsResponse(_message.Message):
     def ranks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Whose batches are in the union, in ascending order."""
 
+    @_builtins.property
+    def mean(self) -> _tensor_pb2.DoubleVector:
+        """If asked for: the running mean after the step, or after a later one if the call is repeated."""
+
+    @_builtins.property
+    def var(self) -> _tensor_pb2.DoubleVector:
+        """The running variance that goes with it."""
+
+    @_builtins.property
+    def count(self) -> _tensor_pb2.DoubleVector:
+        """The count that goes with it; see LayerState.count."""
+
     def __init__(
         self,
         *,
@@ -1517,10 +1938,13 @@ class SynchronizeMomentsResponse(_message.Message):
         ranks: _abc.Iterable[_builtins.int] | None = ...,
         replayed: _builtins.bool = ...,
         waiting: _builtins.int = ...,
+        mean: _tensor_pb2.DoubleVector | None = ...,
+        var: _tensor_pb2.DoubleVector | None = ...,
+        count: _tensor_pb2.DoubleVector | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["bias", b"bias", "moments", b"moments", "scale", b"scale"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["bias", b"bias", "count", b"count", "mean", b"mean", "moments", b"moments", "scale", b"scale", "var", b"var"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bias", b"bias", "moments", b"moments", "num_of_props", b"num_of_props", "ranks", b"ranks", "replayed", b"replayed", "scale", b"scale", "version", b"version", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bias", b"bias", "count", b"count", "mean", b"mean", "moments", b"moments", "num_of_props", b"num_of_props", "ranks", b"ranks", "replayed", b"replayed", "scale", b"scale", "var", b"var", "version", b"version", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1741,7 +2165,7 @@ class GetStatsResponse(_message.Message):
 Global___GetStatsResponse: _TypeAlias = GetStatsResponse  # noqa: Y015
 
 @_typing.final
-class GetManyStatsRequest(_message.Message):
+class BatchGetStatsRequest(_message.Message):
     """Asks for the states of many layers."""
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -1762,23 +2186,23 @@ class GetManyStatsRequest(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___GetManyStatsRequest: _TypeAlias = GetManyStatsRequest  # noqa: Y015
+Global___BatchGetStatsRequest: _TypeAlias = BatchGetStatsRequest  # noqa: Y015
 
 @_typing.final
-class GetManyStatsResponse(_message.Message):
+class BatchGetStatsResponse(_message.Message):
     """The states of many layers."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     RESULTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___GetManyStatsResult]:
+    def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___BatchGetStatsResult]:
         """One for each of them, in their order."""
 
     def __init__(
         self,
         *,
-        results: _abc.Iterable[Global___GetManyStatsResult] | None = ...,
+        results: _abc.Iterable[Global___BatchGetStatsResult] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
@@ -1786,10 +2210,10 @@ class GetManyStatsResponse(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___GetManyStatsResponse: _TypeAlias = GetManyStatsResponse  # noqa: Y015
+Global___BatchGetStatsResponse: _TypeAlias = BatchGetStatsResponse  # noqa: Y015
 
 @_typing.final
-class GetManyStatsResult(_message.Message):
+class BatchGetStatsResult(_message.Message):
     """One of many layers."""
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -1818,7 +2242,7 @@ class GetManyStatsResult(_message.Message):
     _WhichOneofArgType_result: _TypeAlias = _typing.Literal["result", b"result"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_result) -> _WhichOneofReturnType_result | None: ...
 
-Global___GetManyStatsResult: _TypeAlias = GetManyStatsResult  # noqa: Y015
+Global___BatchGetStatsResult: _TypeAlias = BatchGetStatsResult  # noqa: Y015
 
 @_typing.final
 class SetTrainRequest(_message.Message):
@@ -1836,7 +2260,7 @@ class SetTrainRequest(_message.Message):
         """The layer."""
 
     @_builtins.property
-    def key(self) -> Global___CallKey:
+    def key(self) -> Global___IdempotencyKey:
         """By which the call is known again; absent: it is not."""
 
     def __init__(
@@ -1844,7 +2268,7 @@ class SetTrainRequest(_message.Message):
         *,
         ref: _layer_pb2.LayerRef | None = ...,
         train: _builtins.bool = ...,
-        key: Global___CallKey | None = ...,
+        key: Global___IdempotencyKey | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "ref", b"ref"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
@@ -1902,7 +2326,7 @@ class SetStateRequest(_message.Message):
         """
 
     @_builtins.property
-    def key(self) -> Global___CallKey:
+    def key(self) -> Global___IdempotencyKey:
         """By which the call is known again; absent: it is not."""
 
     def __init__(
@@ -1910,7 +2334,7 @@ class SetStateRequest(_message.Message):
         *,
         ref: _layer_pb2.LayerRef | None = ...,
         state: _layer_pb2.LayerState | None = ...,
-        key: Global___CallKey | None = ...,
+        key: Global___IdempotencyKey | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "ref", b"ref", "state", b"state"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
@@ -1949,6 +2373,57 @@ class SetStateResponse(_message.Message):
 Global___SetStateResponse: _TypeAlias = SetStateResponse  # noqa: Y015
 
 @_typing.final
+class BatchSetStateRequest(_message.Message):
+    """Replaces parts of the states of many layers."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUESTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def requests(self) -> _containers.RepeatedCompositeFieldContainer[Global___SetStateRequest]:
+        """What to set, each with a key of its own: the session's next number for that layer. At most 1024, of different layers
+        or domains, and at most 2^17 maps together; otherwise RESOURCE_EXHAUSTED, LIMIT_EXCEEDED. If one is refused, none is
+        done, and the error's metadata has its place among them, from 0, under "index". Servers that share layers do so, too.
+        """
+
+    def __init__(
+        self,
+        *,
+        requests: _abc.Iterable[Global___SetStateRequest] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["requests", b"requests"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BatchSetStateRequest: _TypeAlias = BatchSetStateRequest  # noqa: Y015
+
+@_typing.final
+class BatchSetStateResponse(_message.Message):
+    """The layers with their new states."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RESPONSES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def responses(self) -> _containers.RepeatedCompositeFieldContainer[Global___SetStateResponse]:
+        """One for each, in their order."""
+
+    def __init__(
+        self,
+        *,
+        responses: _abc.Iterable[Global___SetStateResponse] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["responses", b"responses"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BatchSetStateResponse: _TypeAlias = BatchSetStateResponse  # noqa: Y015
+
+@_typing.final
 class MergeStatisticsRequest(_message.Message):
     """Takes a step whose batch was gathered elsewhere."""
 
@@ -1965,7 +2440,7 @@ class MergeStatisticsRequest(_message.Message):
 
     @_builtins.property
     def moments(self) -> _tensor_pb2.Moments:
-        """Of all values. A count of 1: INVALID_ARGUMENT, TOO_FEW_VALUES."""
+        """Of all values. A count of 1: INVALID_ARGUMENT, TOO_FEW_VALUES, unless the layer averages by AVERAGING_POOLED."""
 
     def __init__(
         self,
@@ -2026,7 +2501,7 @@ class UpdateParamsRequest(_message.Message):
         """The layer."""
 
     @_builtins.property
-    def key(self) -> Global___CallKey:
+    def key(self) -> Global___IdempotencyKey:
         """By which the call is known again; absent: it is not."""
 
     def __init__(
@@ -2034,7 +2509,7 @@ class UpdateParamsRequest(_message.Message):
         *,
         ref: _layer_pb2.LayerRef | None = ...,
         learn_rate: _builtins.float = ...,
-        key: Global___CallKey | None = ...,
+        key: Global___IdempotencyKey | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "ref", b"ref"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
@@ -2074,14 +2549,14 @@ Global___UpdateParamsResponse: _TypeAlias = UpdateParamsResponse  # noqa: Y015
 
 @_typing.final
 class ListSnapshotsRequest(_message.Message):
-    """Asks for the snapshots of a layer."""
+    """Asks for the snapshots of a layer, or of a running-statistics object."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     REF_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def ref(self) -> _layer_pb2.LayerRef:
-        """The layer; its domain is not looked at."""
+        """Which; its domain is not looked at."""
 
     def __init__(
         self,
@@ -2163,10 +2638,10 @@ class RollbackRequest(_message.Message):
     """Version of a snapshot. One that there is not: NOT_FOUND, SNAPSHOT_NOT_FOUND."""
     @_builtins.property
     def ref(self) -> _layer_pb2.LayerRef:
-        """The layer, with all its domains; its domain is not looked at."""
+        """The layer, with all its domains, or the running-statistics object; its domain is not looked at."""
 
     @_builtins.property
-    def key(self) -> Global___CallKey:
+    def key(self) -> Global___IdempotencyKey:
         """By which the call is known again; absent: it is not."""
 
     def __init__(
@@ -2174,7 +2649,7 @@ class RollbackRequest(_message.Message):
         *,
         ref: _layer_pb2.LayerRef | None = ...,
         version: _builtins.int = ...,
-        key: Global___CallKey | None = ...,
+        key: Global___IdempotencyKey | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "ref", b"ref"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
@@ -2194,21 +2669,27 @@ class RollbackResponse(_message.Message):
 
     LAYER_FIELD_NUMBER: _builtins.int
     REPLAYED_FIELD_NUMBER: _builtins.int
+    STATISTICS_FIELD_NUMBER: _builtins.int
     replayed: _builtins.bool
     """Whether that had been done before this call."""
     @_builtins.property
     def layer(self) -> _layer_pb2.Layer:
         """The layer."""
 
+    @_builtins.property
+    def statistics(self) -> _layer_pb2.RunningStatistics:
+        """The running-statistics object, if it is one."""
+
     def __init__(
         self,
         *,
         layer: _layer_pb2.Layer | None = ...,
         replayed: _builtins.bool = ...,
+        statistics: _layer_pb2.RunningStatistics | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["layer", b"layer"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["layer", b"layer", "statistics", b"statistics"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["layer", b"layer", "replayed", b"replayed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["layer", b"layer", "replayed", b"replayed", "statistics", b"statistics"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -2256,3 +2737,551 @@ class BackupResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___BackupResponse: _TypeAlias = BackupResponse  # noqa: Y015
+
+@_typing.final
+class CreateRunningStatisticsRequest(_message.Message):
+    """Asks for a running-statistics object of that name and configuration."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REF_FIELD_NUMBER: _builtins.int
+    CONFIG_FIELD_NUMBER: _builtins.int
+    INITIAL_FIELD_NUMBER: _builtins.int
+    UNTIL_FIELD_NUMBER: _builtins.int
+    until: _builtins.float
+    """See RunningStatistics.until. Ignored when it exists."""
+    @_builtins.property
+    def ref(self) -> _layer_pb2.LayerRef:
+        """Its name; no domain."""
+
+    @_builtins.property
+    def config(self) -> _layer_pb2.RunningStatisticsConfig:
+        """Its configuration. Another one under an existing name: ALREADY_EXISTS, CONFIGURATION_MISMATCH."""
+
+    @_builtins.property
+    def initial(self) -> _tensor_pb2.Moments:
+        """What a new one has taken in; absent: nothing. Ignored when it exists."""
+
+    def __init__(
+        self,
+        *,
+        ref: _layer_pb2.LayerRef | None = ...,
+        config: _layer_pb2.RunningStatisticsConfig | None = ...,
+        initial: _tensor_pb2.Moments | None = ...,
+        until: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_until", b"_until", "config", b"config", "initial", b"initial", "ref", b"ref", "until", b"until"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_until", b"_until", "config", b"config", "initial", b"initial", "ref", b"ref", "until", b"until"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__until: _TypeAlias = _typing.Literal["until"]  # noqa: Y015
+    _WhichOneofArgType__until: _TypeAlias = _typing.Literal["_until", b"_until"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__until) -> _WhichOneofReturnType__until | None: ...
+
+Global___CreateRunningStatisticsRequest: _TypeAlias = CreateRunningStatisticsRequest  # noqa: Y015
+
+@_typing.final
+class CreateRunningStatisticsResponse(_message.Message):
+    """The object, new or found."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STATISTICS_FIELD_NUMBER: _builtins.int
+    CREATED_FIELD_NUMBER: _builtins.int
+    MOMENTS_FIELD_NUMBER: _builtins.int
+    created: _builtins.bool
+    """True if this call created it."""
+    @_builtins.property
+    def statistics(self) -> _layer_pb2.RunningStatistics:
+        """The object."""
+
+    @_builtins.property
+    def moments(self) -> _tensor_pb2.Moments:
+        """What it has taken in; absent: nothing."""
+
+    def __init__(
+        self,
+        *,
+        statistics: _layer_pb2.RunningStatistics | None = ...,
+        created: _builtins.bool = ...,
+        moments: _tensor_pb2.Moments | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["moments", b"moments", "statistics", b"statistics"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["created", b"created", "moments", b"moments", "statistics", b"statistics"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CreateRunningStatisticsResponse: _TypeAlias = CreateRunningStatisticsResponse  # noqa: Y015
+
+@_typing.final
+class GetRunningStatisticsRequest(_message.Message):
+    """Asks for what a running-statistics object has."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REF_FIELD_NUMBER: _builtins.int
+    UNLESS_VERSION_FIELD_NUMBER: _builtins.int
+    unless_version: _builtins.int
+    """Version of an earlier answer that the caller still has: if it is still that, the answer has no moments. Absent: it has."""
+    @_builtins.property
+    def ref(self) -> _layer_pb2.LayerRef:
+        """Which. An unknown one: NOT_FOUND, LAYER_NOT_FOUND."""
+
+    def __init__(
+        self,
+        *,
+        ref: _layer_pb2.LayerRef | None = ...,
+        unless_version: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_unless_version", b"_unless_version", "ref", b"ref", "unless_version", b"unless_version"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_unless_version", b"_unless_version", "ref", b"ref", "unless_version", b"unless_version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__unless_version: _TypeAlias = _typing.Literal["unless_version"]  # noqa: Y015
+    _WhichOneofArgType__unless_version: _TypeAlias = _typing.Literal["_unless_version", b"_unless_version"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__unless_version) -> _WhichOneofReturnType__unless_version | None: ...
+
+Global___GetRunningStatisticsRequest: _TypeAlias = GetRunningStatisticsRequest  # noqa: Y015
+
+@_typing.final
+class GetRunningStatisticsResponse(_message.Message):
+    """What a running-statistics object has."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STATISTICS_FIELD_NUMBER: _builtins.int
+    MOMENTS_FIELD_NUMBER: _builtins.int
+    UNCHANGED_FIELD_NUMBER: _builtins.int
+    unchanged: _builtins.bool
+    """Whether it still has the version that the call has named."""
+    @_builtins.property
+    def statistics(self) -> _layer_pb2.RunningStatistics:
+        """The object."""
+
+    @_builtins.property
+    def moments(self) -> _tensor_pb2.Moments:
+        """What it has taken in; absent: nothing, or it is unchanged."""
+
+    def __init__(
+        self,
+        *,
+        statistics: _layer_pb2.RunningStatistics | None = ...,
+        moments: _tensor_pb2.Moments | None = ...,
+        unchanged: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["moments", b"moments", "statistics", b"statistics"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["moments", b"moments", "statistics", b"statistics", "unchanged", b"unchanged"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetRunningStatisticsResponse: _TypeAlias = GetRunningStatisticsResponse  # noqa: Y015
+
+@_typing.final
+class PushRunningStatisticsRequest(_message.Message):
+    """Takes moments into a running-statistics object."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REF_FIELD_NUMBER: _builtins.int
+    MOMENTS_FIELD_NUMBER: _builtins.int
+    KEY_FIELD_NUMBER: _builtins.int
+    DELTA_FIELD_NUMBER: _builtins.int
+    delta: _builtins.bytes
+    """Instead of a key: name of what is pushed, 1 to 64 bytes; see MergeStatisticsRequest.delta."""
+    @_builtins.property
+    def ref(self) -> _layer_pb2.LayerRef:
+        """Which."""
+
+    @_builtins.property
+    def moments(self) -> _tensor_pb2.Moments:
+        """What is pushed, as many values as the object has elements; each count >= 0, where an element with count 0 stays as it
+        is, and has mean and m2 0.
+        """
+
+    @_builtins.property
+    def key(self) -> Global___IdempotencyKey:
+        """By which the call is known again; absent: it is not."""
+
+    def __init__(
+        self,
+        *,
+        ref: _layer_pb2.LayerRef | None = ...,
+        moments: _tensor_pb2.Moments | None = ...,
+        key: Global___IdempotencyKey | None = ...,
+        delta: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "moments", b"moments", "ref", b"ref"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta", "key", b"key", "moments", b"moments", "ref", b"ref"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PushRunningStatisticsRequest: _TypeAlias = PushRunningStatisticsRequest  # noqa: Y015
+
+@_typing.final
+class PushRunningStatisticsResponse(_message.Message):
+    """What the object has now."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MOMENTS_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    TAKEN_FIELD_NUMBER: _builtins.int
+    REPLAYED_FIELD_NUMBER: _builtins.int
+    version: _builtins.int
+    """Version of the object that this is: after this push, or a later one if the call is repeated."""
+    taken: _builtins.bool
+    """Whether it was taken in, by this call or an earlier one: false if the object is frozen, or has reached `until`."""
+    replayed: _builtins.bool
+    """Whether that had been done before this call."""
+    @_builtins.property
+    def moments(self) -> _tensor_pb2.Moments:
+        """All that it has taken in, this push included; absent: nothing."""
+
+    def __init__(
+        self,
+        *,
+        moments: _tensor_pb2.Moments | None = ...,
+        version: _builtins.int = ...,
+        taken: _builtins.bool = ...,
+        replayed: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["moments", b"moments"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["moments", b"moments", "replayed", b"replayed", "taken", b"taken", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PushRunningStatisticsResponse: _TypeAlias = PushRunningStatisticsResponse  # noqa: Y015
+
+@_typing.final
+class BatchPushRunningStatisticsRequest(_message.Message):
+    """Many pushes."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PUSHES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def pushes(self) -> _containers.RepeatedCompositeFieldContainer[Global___PushRunningStatisticsRequest]:
+        """In the order in which they are taken. At most 1024, and at most 2^17 elements together; otherwise RESOURCE_EXHAUSTED,
+        LIMIT_EXCEEDED, and none is taken.
+        """
+
+    def __init__(
+        self,
+        *,
+        pushes: _abc.Iterable[Global___PushRunningStatisticsRequest] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["pushes", b"pushes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BatchPushRunningStatisticsRequest: _TypeAlias = BatchPushRunningStatisticsRequest  # noqa: Y015
+
+@_typing.final
+class BatchPushRunningStatisticsResponse(_message.Message):
+    """What has come of many pushes."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RESULTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___BatchPushRunningStatisticsResult]:
+        """One for each push, in their order."""
+
+    def __init__(
+        self,
+        *,
+        results: _abc.Iterable[Global___BatchPushRunningStatisticsResult] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["results", b"results"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BatchPushRunningStatisticsResponse: _TypeAlias = BatchPushRunningStatisticsResponse  # noqa: Y015
+
+@_typing.final
+class BatchPushRunningStatisticsResult(_message.Message):
+    """What has come of one of many pushes."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PUSHED_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def pushed(self) -> Global___PushRunningStatisticsResponse:
+        """It was answered."""
+
+    @_builtins.property
+    def error(self) -> Global___ErrorDetail:
+        """It was refused, as were later pushes of this object in the same call, whose reason is CANCELLED."""
+
+    def __init__(
+        self,
+        *,
+        pushed: Global___PushRunningStatisticsResponse | None = ...,
+        error: Global___ErrorDetail | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "pushed", b"pushed", "result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "pushed", b"pushed", "result", b"result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_result: _TypeAlias = _typing.Literal["pushed", "error"]  # noqa: Y015
+    _WhichOneofArgType_result: _TypeAlias = _typing.Literal["result", b"result"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_result) -> _WhichOneofReturnType_result | None: ...
+
+Global___BatchPushRunningStatisticsResult: _TypeAlias = BatchPushRunningStatisticsResult  # noqa: Y015
+
+@_typing.final
+class SetRunningStatisticsRequest(_message.Message):
+    """Replaces what a running-statistics object has."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REF_FIELD_NUMBER: _builtins.int
+    MOMENTS_FIELD_NUMBER: _builtins.int
+    KEY_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def ref(self) -> _layer_pb2.LayerRef:
+        """Which."""
+
+    @_builtins.property
+    def moments(self) -> _tensor_pb2.Moments:
+        """What it has from now on; absent: nothing, not even what prior_count says."""
+
+    @_builtins.property
+    def key(self) -> Global___IdempotencyKey:
+        """By which the call is known again; absent: it is not."""
+
+    def __init__(
+        self,
+        *,
+        ref: _layer_pb2.LayerRef | None = ...,
+        moments: _tensor_pb2.Moments | None = ...,
+        key: Global___IdempotencyKey | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "moments", b"moments", "ref", b"ref"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "moments", b"moments", "ref", b"ref"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetRunningStatisticsRequest: _TypeAlias = SetRunningStatisticsRequest  # noqa: Y015
+
+@_typing.final
+class SetRunningStatisticsResponse(_message.Message):
+    """The object with what it has now."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STATISTICS_FIELD_NUMBER: _builtins.int
+    REPLAYED_FIELD_NUMBER: _builtins.int
+    replayed: _builtins.bool
+    """Whether the change had been made before this call."""
+    @_builtins.property
+    def statistics(self) -> _layer_pb2.RunningStatistics:
+        """The object."""
+
+    def __init__(
+        self,
+        *,
+        statistics: _layer_pb2.RunningStatistics | None = ...,
+        replayed: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["statistics", b"statistics"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["replayed", b"replayed", "statistics", b"statistics"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetRunningStatisticsResponse: _TypeAlias = SetRunningStatisticsResponse  # noqa: Y015
+
+@_typing.final
+class FreezeRunningStatisticsRequest(_message.Message):
+    """Says whether, and until when, pushes change a running-statistics object."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REF_FIELD_NUMBER: _builtins.int
+    FROZEN_FIELD_NUMBER: _builtins.int
+    UNTIL_FIELD_NUMBER: _builtins.int
+    KEY_FIELD_NUMBER: _builtins.int
+    frozen: _builtins.bool
+    """Whether pushes leave it as it is from now on; absent: as it was."""
+    until: _builtins.float
+    """See RunningStatistics.until, >= 0; infinity: without end. Absent: as it was."""
+    @_builtins.property
+    def ref(self) -> _layer_pb2.LayerRef:
+        """Which."""
+
+    @_builtins.property
+    def key(self) -> Global___IdempotencyKey:
+        """By which the call is known again; absent: it is not."""
+
+    def __init__(
+        self,
+        *,
+        ref: _layer_pb2.LayerRef | None = ...,
+        frozen: _builtins.bool | None = ...,
+        until: _builtins.float | None = ...,
+        key: Global___IdempotencyKey | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_frozen", b"_frozen", "_until", b"_until", "frozen", b"frozen", "key", b"key", "ref", b"ref", "until", b"until"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_frozen", b"_frozen", "_until", b"_until", "frozen", b"frozen", "key", b"key", "ref", b"ref", "until", b"until"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__frozen: _TypeAlias = _typing.Literal["frozen"]  # noqa: Y015
+    _WhichOneofArgType__frozen: _TypeAlias = _typing.Literal["_frozen", b"_frozen"]  # noqa: Y015
+    _WhichOneofReturnType__until: _TypeAlias = _typing.Literal["until"]  # noqa: Y015
+    _WhichOneofArgType__until: _TypeAlias = _typing.Literal["_until", b"_until"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__frozen) -> _WhichOneofReturnType__frozen | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__until) -> _WhichOneofReturnType__until | None: ...
+
+Global___FreezeRunningStatisticsRequest: _TypeAlias = FreezeRunningStatisticsRequest  # noqa: Y015
+
+@_typing.final
+class FreezeRunningStatisticsResponse(_message.Message):
+    """The object."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STATISTICS_FIELD_NUMBER: _builtins.int
+    REPLAYED_FIELD_NUMBER: _builtins.int
+    replayed: _builtins.bool
+    """Whether the change had been made before this call."""
+    @_builtins.property
+    def statistics(self) -> _layer_pb2.RunningStatistics:
+        """The object."""
+
+    def __init__(
+        self,
+        *,
+        statistics: _layer_pb2.RunningStatistics | None = ...,
+        replayed: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["statistics", b"statistics"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["replayed", b"replayed", "statistics", b"statistics"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FreezeRunningStatisticsResponse: _TypeAlias = FreezeRunningStatisticsResponse  # noqa: Y015
+
+@_typing.final
+class ListRunningStatisticsRequest(_message.Message):
+    """Asks for a page of running-statistics objects."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAMESPACE_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    FILTER_FIELD_NUMBER: _builtins.int
+    ORDER_FIELD_NUMBER: _builtins.int
+    CHANGED_SINCE_FIELD_NUMBER: _builtins.int
+    namespace: _builtins.str
+    """Namespace; empty means "default"."""
+    page_size: _builtins.int
+    """Most objects in the answer, 1 to 1000; 0 means 100."""
+    page_token: _builtins.str
+    """next_page_token of the page before; empty for the first. Otherwise INVALID_ARGUMENT, INVALID_PAGE_TOKEN."""
+    filter: _builtins.str
+    """See ListLayersRequest.filter."""
+    order: Global___ListOrder.ValueType
+    """In which order."""
+    changed_since: _builtins.float
+    """Only those that have changed since, in seconds since the epoch; 0: all."""
+    def __init__(
+        self,
+        *,
+        namespace: _builtins.str = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+        filter: _builtins.str = ...,
+        order: Global___ListOrder.ValueType = ...,
+        changed_since: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["changed_since", b"changed_since", "filter", b"filter", "namespace", b"namespace", "order", b"order", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListRunningStatisticsRequest: _TypeAlias = ListRunningStatisticsRequest  # noqa: Y015
+
+@_typing.final
+class ListRunningStatisticsResponse(_message.Message):
+    """A page of running-statistics objects."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STATISTICS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Token of the next page; empty on the last."""
+    @_builtins.property
+    def statistics(self) -> _containers.RepeatedCompositeFieldContainer[_layer_pb2.RunningStatistics]:
+        """The objects."""
+
+    def __init__(
+        self,
+        *,
+        statistics: _abc.Iterable[_layer_pb2.RunningStatistics] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["next_page_token", b"next_page_token", "statistics", b"statistics"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListRunningStatisticsResponse: _TypeAlias = ListRunningStatisticsResponse  # noqa: Y015
+
+@_typing.final
+class DeleteRunningStatisticsRequest(_message.Message):
+    """Asks to forget a running-statistics object."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REF_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def ref(self) -> _layer_pb2.LayerRef:
+        """Which. An unknown one: NOT_FOUND, LAYER_NOT_FOUND."""
+
+    def __init__(
+        self,
+        *,
+        ref: _layer_pb2.LayerRef | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ref", b"ref"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ref", b"ref"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteRunningStatisticsRequest: _TypeAlias = DeleteRunningStatisticsRequest  # noqa: Y015
+
+@_typing.final
+class DeleteRunningStatisticsResponse(_message.Message):
+    """The object is gone."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteRunningStatisticsResponse: _TypeAlias = DeleteRunningStatisticsResponse  # noqa: Y015

@@ -50,10 +50,20 @@ class BatchNormServiceStub(object):
                 request_serializer=sharednorm_dot_v1_dot_service__pb2.CreateLayerRequest.SerializeToString,
                 response_deserializer=sharednorm_dot_v1_dot_service__pb2.CreateLayerResponse.FromString,
                 _registered_method=True)
+        self.BatchCreateLayers = channel.unary_unary(
+                '/sharednorm.v1.BatchNormService/BatchCreateLayers',
+                request_serializer=sharednorm_dot_v1_dot_service__pb2.BatchCreateLayersRequest.SerializeToString,
+                response_deserializer=sharednorm_dot_v1_dot_service__pb2.BatchCreateLayersResponse.FromString,
+                _registered_method=True)
         self.GetLayer = channel.unary_unary(
                 '/sharednorm.v1.BatchNormService/GetLayer',
                 request_serializer=sharednorm_dot_v1_dot_service__pb2.GetLayerRequest.SerializeToString,
                 response_deserializer=sharednorm_dot_v1_dot_service__pb2.GetLayerResponse.FromString,
+                _registered_method=True)
+        self.UpdateLayer = channel.unary_unary(
+                '/sharednorm.v1.BatchNormService/UpdateLayer',
+                request_serializer=sharednorm_dot_v1_dot_service__pb2.UpdateLayerRequest.SerializeToString,
+                response_deserializer=sharednorm_dot_v1_dot_service__pb2.UpdateLayerResponse.FromString,
                 _registered_method=True)
         self.ListLayers = channel.unary_unary(
                 '/sharednorm.v1.BatchNormService/ListLayers',
@@ -64,6 +74,11 @@ class BatchNormServiceStub(object):
                 '/sharednorm.v1.BatchNormService/DeleteLayer',
                 request_serializer=sharednorm_dot_v1_dot_service__pb2.DeleteLayerRequest.SerializeToString,
                 response_deserializer=sharednorm_dot_v1_dot_service__pb2.DeleteLayerResponse.FromString,
+                _registered_method=True)
+        self.DeleteLayers = channel.unary_unary(
+                '/sharednorm.v1.BatchNormService/DeleteLayers',
+                request_serializer=sharednorm_dot_v1_dot_service__pb2.DeleteLayersRequest.SerializeToString,
+                response_deserializer=sharednorm_dot_v1_dot_service__pb2.DeleteLayersResponse.FromString,
                 _registered_method=True)
         self.CreateDomain = channel.unary_unary(
                 '/sharednorm.v1.BatchNormService/CreateDomain',
@@ -105,10 +120,10 @@ class BatchNormServiceStub(object):
                 request_serializer=sharednorm_dot_v1_dot_service__pb2.PushMomentsRequest.SerializeToString,
                 response_deserializer=sharednorm_dot_v1_dot_service__pb2.PushMomentsResponse.FromString,
                 _registered_method=True)
-        self.PushMany = channel.unary_unary(
-                '/sharednorm.v1.BatchNormService/PushMany',
-                request_serializer=sharednorm_dot_v1_dot_service__pb2.PushManyRequest.SerializeToString,
-                response_deserializer=sharednorm_dot_v1_dot_service__pb2.PushManyResponse.FromString,
+        self.BatchPushMoments = channel.unary_unary(
+                '/sharednorm.v1.BatchNormService/BatchPushMoments',
+                request_serializer=sharednorm_dot_v1_dot_service__pb2.BatchPushMomentsRequest.SerializeToString,
+                response_deserializer=sharednorm_dot_v1_dot_service__pb2.BatchPushMomentsResponse.FromString,
                 _registered_method=True)
         self.PushGradients = channel.unary_unary(
                 '/sharednorm.v1.BatchNormService/PushGradients',
@@ -140,10 +155,10 @@ class BatchNormServiceStub(object):
                 request_serializer=sharednorm_dot_v1_dot_service__pb2.GetStatsRequest.SerializeToString,
                 response_deserializer=sharednorm_dot_v1_dot_service__pb2.GetStatsResponse.FromString,
                 _registered_method=True)
-        self.GetManyStats = channel.unary_unary(
-                '/sharednorm.v1.BatchNormService/GetManyStats',
-                request_serializer=sharednorm_dot_v1_dot_service__pb2.GetManyStatsRequest.SerializeToString,
-                response_deserializer=sharednorm_dot_v1_dot_service__pb2.GetManyStatsResponse.FromString,
+        self.BatchGetStats = channel.unary_unary(
+                '/sharednorm.v1.BatchNormService/BatchGetStats',
+                request_serializer=sharednorm_dot_v1_dot_service__pb2.BatchGetStatsRequest.SerializeToString,
+                response_deserializer=sharednorm_dot_v1_dot_service__pb2.BatchGetStatsResponse.FromString,
                 _registered_method=True)
         self.SetTrain = channel.unary_unary(
                 '/sharednorm.v1.BatchNormService/SetTrain',
@@ -154,6 +169,11 @@ class BatchNormServiceStub(object):
                 '/sharednorm.v1.BatchNormService/SetState',
                 request_serializer=sharednorm_dot_v1_dot_service__pb2.SetStateRequest.SerializeToString,
                 response_deserializer=sharednorm_dot_v1_dot_service__pb2.SetStateResponse.FromString,
+                _registered_method=True)
+        self.BatchSetState = channel.unary_unary(
+                '/sharednorm.v1.BatchNormService/BatchSetState',
+                request_serializer=sharednorm_dot_v1_dot_service__pb2.BatchSetStateRequest.SerializeToString,
+                response_deserializer=sharednorm_dot_v1_dot_service__pb2.BatchSetStateResponse.FromString,
                 _registered_method=True)
         self.MergeStatistics = channel.unary_unary(
                 '/sharednorm.v1.BatchNormService/MergeStatistics',
@@ -179,6 +199,46 @@ class BatchNormServiceStub(object):
                 '/sharednorm.v1.BatchNormService/UpdateParams',
                 request_serializer=sharednorm_dot_v1_dot_service__pb2.UpdateParamsRequest.SerializeToString,
                 response_deserializer=sharednorm_dot_v1_dot_service__pb2.UpdateParamsResponse.FromString,
+                _registered_method=True)
+        self.CreateRunningStatistics = channel.unary_unary(
+                '/sharednorm.v1.BatchNormService/CreateRunningStatistics',
+                request_serializer=sharednorm_dot_v1_dot_service__pb2.CreateRunningStatisticsRequest.SerializeToString,
+                response_deserializer=sharednorm_dot_v1_dot_service__pb2.CreateRunningStatisticsResponse.FromString,
+                _registered_method=True)
+        self.GetRunningStatistics = channel.unary_unary(
+                '/sharednorm.v1.BatchNormService/GetRunningStatistics',
+                request_serializer=sharednorm_dot_v1_dot_service__pb2.GetRunningStatisticsRequest.SerializeToString,
+                response_deserializer=sharednorm_dot_v1_dot_service__pb2.GetRunningStatisticsResponse.FromString,
+                _registered_method=True)
+        self.PushRunningStatistics = channel.unary_unary(
+                '/sharednorm.v1.BatchNormService/PushRunningStatistics',
+                request_serializer=sharednorm_dot_v1_dot_service__pb2.PushRunningStatisticsRequest.SerializeToString,
+                response_deserializer=sharednorm_dot_v1_dot_service__pb2.PushRunningStatisticsResponse.FromString,
+                _registered_method=True)
+        self.BatchPushRunningStatistics = channel.unary_unary(
+                '/sharednorm.v1.BatchNormService/BatchPushRunningStatistics',
+                request_serializer=sharednorm_dot_v1_dot_service__pb2.BatchPushRunningStatisticsRequest.SerializeToString,
+                response_deserializer=sharednorm_dot_v1_dot_service__pb2.BatchPushRunningStatisticsResponse.FromString,
+                _registered_method=True)
+        self.SetRunningStatistics = channel.unary_unary(
+                '/sharednorm.v1.BatchNormService/SetRunningStatistics',
+                request_serializer=sharednorm_dot_v1_dot_service__pb2.SetRunningStatisticsRequest.SerializeToString,
+                response_deserializer=sharednorm_dot_v1_dot_service__pb2.SetRunningStatisticsResponse.FromString,
+                _registered_method=True)
+        self.FreezeRunningStatistics = channel.unary_unary(
+                '/sharednorm.v1.BatchNormService/FreezeRunningStatistics',
+                request_serializer=sharednorm_dot_v1_dot_service__pb2.FreezeRunningStatisticsRequest.SerializeToString,
+                response_deserializer=sharednorm_dot_v1_dot_service__pb2.FreezeRunningStatisticsResponse.FromString,
+                _registered_method=True)
+        self.ListRunningStatistics = channel.unary_unary(
+                '/sharednorm.v1.BatchNormService/ListRunningStatistics',
+                request_serializer=sharednorm_dot_v1_dot_service__pb2.ListRunningStatisticsRequest.SerializeToString,
+                response_deserializer=sharednorm_dot_v1_dot_service__pb2.ListRunningStatisticsResponse.FromString,
+                _registered_method=True)
+        self.DeleteRunningStatistics = channel.unary_unary(
+                '/sharednorm.v1.BatchNormService/DeleteRunningStatistics',
+                request_serializer=sharednorm_dot_v1_dot_service__pb2.DeleteRunningStatisticsRequest.SerializeToString,
+                response_deserializer=sharednorm_dot_v1_dot_service__pb2.DeleteRunningStatisticsResponse.FromString,
                 _registered_method=True)
 
 
@@ -207,15 +267,29 @@ class BatchNormServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def BatchCreateLayers(self, request, context):
+        """Creates many layers, or attaches to them: all, or none. Not in this release.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetLayer(self, request, context):
-        """Describes one layer.
+        """Describes one layer, and reads parts of its state.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UpdateLayer(self, request, context):
+        """Changes the averaging factors of a layer. Not in this release.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListLayers(self, request, context):
-        """Describes the layers of a namespace, in the order of their names, a page at a time.
+        """Describes the layers of a namespace, a page at a time.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -223,6 +297,13 @@ class BatchNormServiceServicer(object):
 
     def DeleteLayer(self, request, context):
         """Forgets a layer and all that it had learned.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteLayers(self, request, context):
+        """Forgets all layers whose names fit a pattern. Not in this release.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -284,7 +365,7 @@ class BatchNormServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def PushMany(self, request, context):
+    def BatchPushMoments(self, request, context):
         """Takes many such steps, of any layers, one after the other. Each has an answer or an error of its own.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -333,7 +414,7 @@ class BatchNormServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def GetManyStats(self, request, context):
+    def BatchGetStats(self, request, context):
         """Reads many layers, each of a moment of its own. Each has an answer or an error of its own.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -349,6 +430,13 @@ class BatchNormServiceServicer(object):
 
     def SetState(self, request, context):
         """Replaces those parts of a layer's state that the request sets, all at once.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def BatchSetState(self, request, context):
+        """Replaces parts of the states of many layers: of all, or of none. Not in this release.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -389,6 +477,63 @@ class BatchNormServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CreateRunningStatistics(self, request, context):
+        """Creates a running-statistics object, or attaches to the one of that name if its configuration is the same. This and
+        the other methods of such objects are not in this release.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetRunningStatistics(self, request, context):
+        """Reads a running-statistics object.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PushRunningStatistics(self, request, context):
+        """Takes moments into a running-statistics object, and reads what it has then.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def BatchPushRunningStatistics(self, request, context):
+        """Takes many such pushes, of any objects, one after the other. Each has an answer or an error of its own.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetRunningStatistics(self, request, context):
+        """Replaces what a running-statistics object has.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def FreezeRunningStatistics(self, request, context):
+        """Says whether, and until when, pushes change a running-statistics object.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListRunningStatistics(self, request, context):
+        """Describes the running-statistics objects of a namespace, a page at a time.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteRunningStatistics(self, request, context):
+        """Forgets a running-statistics object.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_BatchNormServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -407,10 +552,20 @@ def add_BatchNormServiceServicer_to_server(servicer, server):
                     request_deserializer=sharednorm_dot_v1_dot_service__pb2.CreateLayerRequest.FromString,
                     response_serializer=sharednorm_dot_v1_dot_service__pb2.CreateLayerResponse.SerializeToString,
             ),
+            'BatchCreateLayers': grpc.unary_unary_rpc_method_handler(
+                    servicer.BatchCreateLayers,
+                    request_deserializer=sharednorm_dot_v1_dot_service__pb2.BatchCreateLayersRequest.FromString,
+                    response_serializer=sharednorm_dot_v1_dot_service__pb2.BatchCreateLayersResponse.SerializeToString,
+            ),
             'GetLayer': grpc.unary_unary_rpc_method_handler(
                     servicer.GetLayer,
                     request_deserializer=sharednorm_dot_v1_dot_service__pb2.GetLayerRequest.FromString,
                     response_serializer=sharednorm_dot_v1_dot_service__pb2.GetLayerResponse.SerializeToString,
+            ),
+            'UpdateLayer': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdateLayer,
+                    request_deserializer=sharednorm_dot_v1_dot_service__pb2.UpdateLayerRequest.FromString,
+                    response_serializer=sharednorm_dot_v1_dot_service__pb2.UpdateLayerResponse.SerializeToString,
             ),
             'ListLayers': grpc.unary_unary_rpc_method_handler(
                     servicer.ListLayers,
@@ -421,6 +576,11 @@ def add_BatchNormServiceServicer_to_server(servicer, server):
                     servicer.DeleteLayer,
                     request_deserializer=sharednorm_dot_v1_dot_service__pb2.DeleteLayerRequest.FromString,
                     response_serializer=sharednorm_dot_v1_dot_service__pb2.DeleteLayerResponse.SerializeToString,
+            ),
+            'DeleteLayers': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteLayers,
+                    request_deserializer=sharednorm_dot_v1_dot_service__pb2.DeleteLayersRequest.FromString,
+                    response_serializer=sharednorm_dot_v1_dot_service__pb2.DeleteLayersResponse.SerializeToString,
             ),
             'CreateDomain': grpc.unary_unary_rpc_method_handler(
                     servicer.CreateDomain,
@@ -462,10 +622,10 @@ def add_BatchNormServiceServicer_to_server(servicer, server):
                     request_deserializer=sharednorm_dot_v1_dot_service__pb2.PushMomentsRequest.FromString,
                     response_serializer=sharednorm_dot_v1_dot_service__pb2.PushMomentsResponse.SerializeToString,
             ),
-            'PushMany': grpc.unary_unary_rpc_method_handler(
-                    servicer.PushMany,
-                    request_deserializer=sharednorm_dot_v1_dot_service__pb2.PushManyRequest.FromString,
-                    response_serializer=sharednorm_dot_v1_dot_service__pb2.PushManyResponse.SerializeToString,
+            'BatchPushMoments': grpc.unary_unary_rpc_method_handler(
+                    servicer.BatchPushMoments,
+                    request_deserializer=sharednorm_dot_v1_dot_service__pb2.BatchPushMomentsRequest.FromString,
+                    response_serializer=sharednorm_dot_v1_dot_service__pb2.BatchPushMomentsResponse.SerializeToString,
             ),
             'PushGradients': grpc.unary_unary_rpc_method_handler(
                     servicer.PushGradients,
@@ -497,10 +657,10 @@ def add_BatchNormServiceServicer_to_server(servicer, server):
                     request_deserializer=sharednorm_dot_v1_dot_service__pb2.GetStatsRequest.FromString,
                     response_serializer=sharednorm_dot_v1_dot_service__pb2.GetStatsResponse.SerializeToString,
             ),
-            'GetManyStats': grpc.unary_unary_rpc_method_handler(
-                    servicer.GetManyStats,
-                    request_deserializer=sharednorm_dot_v1_dot_service__pb2.GetManyStatsRequest.FromString,
-                    response_serializer=sharednorm_dot_v1_dot_service__pb2.GetManyStatsResponse.SerializeToString,
+            'BatchGetStats': grpc.unary_unary_rpc_method_handler(
+                    servicer.BatchGetStats,
+                    request_deserializer=sharednorm_dot_v1_dot_service__pb2.BatchGetStatsRequest.FromString,
+                    response_serializer=sharednorm_dot_v1_dot_service__pb2.BatchGetStatsResponse.SerializeToString,
             ),
             'SetTrain': grpc.unary_unary_rpc_method_handler(
                     servicer.SetTrain,
@@ -511,6 +671,11 @@ def add_BatchNormServiceServicer_to_server(servicer, server):
                     servicer.SetState,
                     request_deserializer=sharednorm_dot_v1_dot_service__pb2.SetStateRequest.FromString,
                     response_serializer=sharednorm_dot_v1_dot_service__pb2.SetStateResponse.SerializeToString,
+            ),
+            'BatchSetState': grpc.unary_unary_rpc_method_handler(
+                    servicer.BatchSetState,
+                    request_deserializer=sharednorm_dot_v1_dot_service__pb2.BatchSetStateRequest.FromString,
+                    response_serializer=sharednorm_dot_v1_dot_service__pb2.BatchSetStateResponse.SerializeToString,
             ),
             'MergeStatistics': grpc.unary_unary_rpc_method_handler(
                     servicer.MergeStatistics,
@@ -536,6 +701,46 @@ def add_BatchNormServiceServicer_to_server(servicer, server):
                     servicer.UpdateParams,
                     request_deserializer=sharednorm_dot_v1_dot_service__pb2.UpdateParamsRequest.FromString,
                     response_serializer=sharednorm_dot_v1_dot_service__pb2.UpdateParamsResponse.SerializeToString,
+            ),
+            'CreateRunningStatistics': grpc.unary_unary_rpc_method_handler(
+                    servicer.CreateRunningStatistics,
+                    request_deserializer=sharednorm_dot_v1_dot_service__pb2.CreateRunningStatisticsRequest.FromString,
+                    response_serializer=sharednorm_dot_v1_dot_service__pb2.CreateRunningStatisticsResponse.SerializeToString,
+            ),
+            'GetRunningStatistics': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetRunningStatistics,
+                    request_deserializer=sharednorm_dot_v1_dot_service__pb2.GetRunningStatisticsRequest.FromString,
+                    response_serializer=sharednorm_dot_v1_dot_service__pb2.GetRunningStatisticsResponse.SerializeToString,
+            ),
+            'PushRunningStatistics': grpc.unary_unary_rpc_method_handler(
+                    servicer.PushRunningStatistics,
+                    request_deserializer=sharednorm_dot_v1_dot_service__pb2.PushRunningStatisticsRequest.FromString,
+                    response_serializer=sharednorm_dot_v1_dot_service__pb2.PushRunningStatisticsResponse.SerializeToString,
+            ),
+            'BatchPushRunningStatistics': grpc.unary_unary_rpc_method_handler(
+                    servicer.BatchPushRunningStatistics,
+                    request_deserializer=sharednorm_dot_v1_dot_service__pb2.BatchPushRunningStatisticsRequest.FromString,
+                    response_serializer=sharednorm_dot_v1_dot_service__pb2.BatchPushRunningStatisticsResponse.SerializeToString,
+            ),
+            'SetRunningStatistics': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetRunningStatistics,
+                    request_deserializer=sharednorm_dot_v1_dot_service__pb2.SetRunningStatisticsRequest.FromString,
+                    response_serializer=sharednorm_dot_v1_dot_service__pb2.SetRunningStatisticsResponse.SerializeToString,
+            ),
+            'FreezeRunningStatistics': grpc.unary_unary_rpc_method_handler(
+                    servicer.FreezeRunningStatistics,
+                    request_deserializer=sharednorm_dot_v1_dot_service__pb2.FreezeRunningStatisticsRequest.FromString,
+                    response_serializer=sharednorm_dot_v1_dot_service__pb2.FreezeRunningStatisticsResponse.SerializeToString,
+            ),
+            'ListRunningStatistics': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListRunningStatistics,
+                    request_deserializer=sharednorm_dot_v1_dot_service__pb2.ListRunningStatisticsRequest.FromString,
+                    response_serializer=sharednorm_dot_v1_dot_service__pb2.ListRunningStatisticsResponse.SerializeToString,
+            ),
+            'DeleteRunningStatistics': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteRunningStatistics,
+                    request_deserializer=sharednorm_dot_v1_dot_service__pb2.DeleteRunningStatisticsRequest.FromString,
+                    response_serializer=sharednorm_dot_v1_dot_service__pb2.DeleteRunningStatisticsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -631,6 +836,33 @@ class BatchNormService(object):
             _registered_method=True)
 
     @staticmethod
+    def BatchCreateLayers(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sharednorm.v1.BatchNormService/BatchCreateLayers',
+            sharednorm_dot_v1_dot_service__pb2.BatchCreateLayersRequest.SerializeToString,
+            sharednorm_dot_v1_dot_service__pb2.BatchCreateLayersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def GetLayer(request,
             target,
             options=(),
@@ -647,6 +879,33 @@ class BatchNormService(object):
             '/sharednorm.v1.BatchNormService/GetLayer',
             sharednorm_dot_v1_dot_service__pb2.GetLayerRequest.SerializeToString,
             sharednorm_dot_v1_dot_service__pb2.GetLayerResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpdateLayer(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sharednorm.v1.BatchNormService/UpdateLayer',
+            sharednorm_dot_v1_dot_service__pb2.UpdateLayerRequest.SerializeToString,
+            sharednorm_dot_v1_dot_service__pb2.UpdateLayerResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -701,6 +960,33 @@ class BatchNormService(object):
             '/sharednorm.v1.BatchNormService/DeleteLayer',
             sharednorm_dot_v1_dot_service__pb2.DeleteLayerRequest.SerializeToString,
             sharednorm_dot_v1_dot_service__pb2.DeleteLayerResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteLayers(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sharednorm.v1.BatchNormService/DeleteLayers',
+            sharednorm_dot_v1_dot_service__pb2.DeleteLayersRequest.SerializeToString,
+            sharednorm_dot_v1_dot_service__pb2.DeleteLayersResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -928,7 +1214,7 @@ class BatchNormService(object):
             _registered_method=True)
 
     @staticmethod
-    def PushMany(request,
+    def BatchPushMoments(request,
             target,
             options=(),
             channel_credentials=None,
@@ -941,9 +1227,9 @@ class BatchNormService(object):
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/sharednorm.v1.BatchNormService/PushMany',
-            sharednorm_dot_v1_dot_service__pb2.PushManyRequest.SerializeToString,
-            sharednorm_dot_v1_dot_service__pb2.PushManyResponse.FromString,
+            '/sharednorm.v1.BatchNormService/BatchPushMoments',
+            sharednorm_dot_v1_dot_service__pb2.BatchPushMomentsRequest.SerializeToString,
+            sharednorm_dot_v1_dot_service__pb2.BatchPushMomentsResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -1117,7 +1403,7 @@ class BatchNormService(object):
             _registered_method=True)
 
     @staticmethod
-    def GetManyStats(request,
+    def BatchGetStats(request,
             target,
             options=(),
             channel_credentials=None,
@@ -1130,9 +1416,9 @@ class BatchNormService(object):
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/sharednorm.v1.BatchNormService/GetManyStats',
-            sharednorm_dot_v1_dot_service__pb2.GetManyStatsRequest.SerializeToString,
-            sharednorm_dot_v1_dot_service__pb2.GetManyStatsResponse.FromString,
+            '/sharednorm.v1.BatchNormService/BatchGetStats',
+            sharednorm_dot_v1_dot_service__pb2.BatchGetStatsRequest.SerializeToString,
+            sharednorm_dot_v1_dot_service__pb2.BatchGetStatsResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -1187,6 +1473,33 @@ class BatchNormService(object):
             '/sharednorm.v1.BatchNormService/SetState',
             sharednorm_dot_v1_dot_service__pb2.SetStateRequest.SerializeToString,
             sharednorm_dot_v1_dot_service__pb2.SetStateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def BatchSetState(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sharednorm.v1.BatchNormService/BatchSetState',
+            sharednorm_dot_v1_dot_service__pb2.BatchSetStateRequest.SerializeToString,
+            sharednorm_dot_v1_dot_service__pb2.BatchSetStateResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -1322,6 +1635,222 @@ class BatchNormService(object):
             '/sharednorm.v1.BatchNormService/UpdateParams',
             sharednorm_dot_v1_dot_service__pb2.UpdateParamsRequest.SerializeToString,
             sharednorm_dot_v1_dot_service__pb2.UpdateParamsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CreateRunningStatistics(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sharednorm.v1.BatchNormService/CreateRunningStatistics',
+            sharednorm_dot_v1_dot_service__pb2.CreateRunningStatisticsRequest.SerializeToString,
+            sharednorm_dot_v1_dot_service__pb2.CreateRunningStatisticsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetRunningStatistics(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sharednorm.v1.BatchNormService/GetRunningStatistics',
+            sharednorm_dot_v1_dot_service__pb2.GetRunningStatisticsRequest.SerializeToString,
+            sharednorm_dot_v1_dot_service__pb2.GetRunningStatisticsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PushRunningStatistics(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sharednorm.v1.BatchNormService/PushRunningStatistics',
+            sharednorm_dot_v1_dot_service__pb2.PushRunningStatisticsRequest.SerializeToString,
+            sharednorm_dot_v1_dot_service__pb2.PushRunningStatisticsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def BatchPushRunningStatistics(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sharednorm.v1.BatchNormService/BatchPushRunningStatistics',
+            sharednorm_dot_v1_dot_service__pb2.BatchPushRunningStatisticsRequest.SerializeToString,
+            sharednorm_dot_v1_dot_service__pb2.BatchPushRunningStatisticsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetRunningStatistics(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sharednorm.v1.BatchNormService/SetRunningStatistics',
+            sharednorm_dot_v1_dot_service__pb2.SetRunningStatisticsRequest.SerializeToString,
+            sharednorm_dot_v1_dot_service__pb2.SetRunningStatisticsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FreezeRunningStatistics(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sharednorm.v1.BatchNormService/FreezeRunningStatistics',
+            sharednorm_dot_v1_dot_service__pb2.FreezeRunningStatisticsRequest.SerializeToString,
+            sharednorm_dot_v1_dot_service__pb2.FreezeRunningStatisticsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListRunningStatistics(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sharednorm.v1.BatchNormService/ListRunningStatistics',
+            sharednorm_dot_v1_dot_service__pb2.ListRunningStatisticsRequest.SerializeToString,
+            sharednorm_dot_v1_dot_service__pb2.ListRunningStatisticsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteRunningStatistics(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sharednorm.v1.BatchNormService/DeleteRunningStatistics',
+            sharednorm_dot_v1_dot_service__pb2.DeleteRunningStatisticsRequest.SerializeToString,
+            sharednorm_dot_v1_dot_service__pb2.DeleteRunningStatisticsResponse.FromString,
             options,
             channel_credentials,
             insecure,

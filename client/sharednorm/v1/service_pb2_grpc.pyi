@@ -5,6 +5,11 @@ The service: named batch-normalization layers, shared by every client of one ser
 
 Errors. Every failed call carries, in the trailing metadata entry "sharednorm-error-bin", a
 serialized ErrorDetail whose reason says which rule was broken; a failed call has changed nothing.
+
+What a release does not serve. The contract is ahead of the releases: a method that a release does not serve, and a
+request that sets a field or an enum value that it does not serve, or does not know, is refused with UNIMPLEMENTED,
+NOT_SUPPORTED; what was sent in fields or methods of an earlier protocol, with UNIMPLEMENTED, INCOMPATIBLE_SERVER.
+Nothing that is set is ever ignored. A call of many requests that sets such a field in one of them is refused as a whole.
 """
 
 from collections import abc as _abc
@@ -43,12 +48,18 @@ class BatchNormServiceStub:
     """Says what the server is and what it accepts."""
     CreateLayer: _grpc.UnaryUnaryMultiCallable[_service_pb2.CreateLayerRequest, _service_pb2.CreateLayerResponse]
     """Creates a layer, or attaches to the one of that name if its configuration is the same."""
+    BatchCreateLayers: _grpc.UnaryUnaryMultiCallable[_service_pb2.BatchCreateLayersRequest, _service_pb2.BatchCreateLayersResponse]
+    """Creates many layers, or attaches to them: all, or none. Not in this release."""
     GetLayer: _grpc.UnaryUnaryMultiCallable[_service_pb2.GetLayerRequest, _service_pb2.GetLayerResponse]
-    """Describes one layer."""
+    """Describes one layer, and reads parts of its state."""
+    UpdateLayer: _grpc.UnaryUnaryMultiCallable[_service_pb2.UpdateLayerRequest, _service_pb2.UpdateLayerResponse]
+    """Changes the averaging factors of a layer. Not in this release."""
     ListLayers: _grpc.UnaryUnaryMultiCallable[_service_pb2.ListLayersRequest, _service_pb2.ListLayersResponse]
-    """Describes the layers of a namespace, in the order of their names, a page at a time."""
+    """Describes the layers of a namespace, a page at a time."""
     DeleteLayer: _grpc.UnaryUnaryMultiCallable[_service_pb2.DeleteLayerRequest, _service_pb2.DeleteLayerResponse]
     """Forgets a layer and all that it had learned."""
+    DeleteLayers: _grpc.UnaryUnaryMultiCallable[_service_pb2.DeleteLayersRequest, _service_pb2.DeleteLayersResponse]
+    """Forgets all layers whose names fit a pattern. Not in this release."""
     CreateDomain: _grpc.UnaryUnaryMultiCallable[_service_pb2.CreateDomainRequest, _service_pb2.CreateDomainResponse]
     """Has a layer keep statistics of a domain beside its own, or finds that it does."""
     ListDomains: _grpc.UnaryUnaryMultiCallable[_service_pb2.ListDomainsRequest, _service_pb2.ListDomainsResponse]
@@ -65,7 +76,7 @@ class BatchNormServiceStub:
     """Gradients of one forward of any size, in chunks."""
     PushMoments: _grpc.UnaryUnaryMultiCallable[_service_pb2.PushMomentsRequest, _service_pb2.PushMomentsResponse]
     """Takes a step whose tensor stays with the client: only the moments of its batch travel."""
-    PushMany: _grpc.UnaryUnaryMultiCallable[_service_pb2.PushManyRequest, _service_pb2.PushManyResponse]
+    BatchPushMoments: _grpc.UnaryUnaryMultiCallable[_service_pb2.BatchPushMomentsRequest, _service_pb2.BatchPushMomentsResponse]
     """Takes many such steps, of any layers, one after the other. Each has an answer or an error of its own."""
     PushGradients: _grpc.UnaryUnaryMultiCallable[_service_pb2.PushGradientsRequest, _service_pb2.PushGradientsResponse]
     """Adds the gradients of scale and bias that a client has computed."""
@@ -79,12 +90,14 @@ class BatchNormServiceStub:
     """Leaves a group in order: the others go on without this member."""
     GetStats: _grpc.UnaryUnaryMultiCallable[_service_pb2.GetStatsRequest, _service_pb2.GetStatsResponse]
     """Reads a layer's parameters, statistics and gradients, all of one moment."""
-    GetManyStats: _grpc.UnaryUnaryMultiCallable[_service_pb2.GetManyStatsRequest, _service_pb2.GetManyStatsResponse]
+    BatchGetStats: _grpc.UnaryUnaryMultiCallable[_service_pb2.BatchGetStatsRequest, _service_pb2.BatchGetStatsResponse]
     """Reads many layers, each of a moment of its own. Each has an answer or an error of its own."""
     SetTrain: _grpc.UnaryUnaryMultiCallable[_service_pb2.SetTrainRequest, _service_pb2.SetTrainResponse]
     """Sets the mode of calls that do not choose one."""
     SetState: _grpc.UnaryUnaryMultiCallable[_service_pb2.SetStateRequest, _service_pb2.SetStateResponse]
     """Replaces those parts of a layer's state that the request sets, all at once."""
+    BatchSetState: _grpc.UnaryUnaryMultiCallable[_service_pb2.BatchSetStateRequest, _service_pb2.BatchSetStateResponse]
+    """Replaces parts of the states of many layers: of all, or of none. Not in this release."""
     MergeStatistics: _grpc.UnaryUnaryMultiCallable[_service_pb2.MergeStatisticsRequest, _service_pb2.MergeStatisticsResponse]
     """Takes statistics that were gathered elsewhere into the running ones, once."""
     ListSnapshots: _grpc.UnaryUnaryMultiCallable[_service_pb2.ListSnapshotsRequest, _service_pb2.ListSnapshotsResponse]
@@ -95,6 +108,24 @@ class BatchNormServiceStub:
     """Copies all that the server remembers to a file beside it, while it works."""
     UpdateParams: _grpc.UnaryUnaryMultiCallable[_service_pb2.UpdateParamsRequest, _service_pb2.UpdateParamsResponse]
     """Adds learn_rate times the accumulated gradients to scale and bias."""
+    CreateRunningStatistics: _grpc.UnaryUnaryMultiCallable[_service_pb2.CreateRunningStatisticsRequest, _service_pb2.CreateRunningStatisticsResponse]
+    """Creates a running-statistics object, or attaches to the one of that name if its configuration is the same. This and
+    the other methods of such objects are not in this release.
+    """
+    GetRunningStatistics: _grpc.UnaryUnaryMultiCallable[_service_pb2.GetRunningStatisticsRequest, _service_pb2.GetRunningStatisticsResponse]
+    """Reads a running-statistics object."""
+    PushRunningStatistics: _grpc.UnaryUnaryMultiCallable[_service_pb2.PushRunningStatisticsRequest, _service_pb2.PushRunningStatisticsResponse]
+    """Takes moments into a running-statistics object, and reads what it has then."""
+    BatchPushRunningStatistics: _grpc.UnaryUnaryMultiCallable[_service_pb2.BatchPushRunningStatisticsRequest, _service_pb2.BatchPushRunningStatisticsResponse]
+    """Takes many such pushes, of any objects, one after the other. Each has an answer or an error of its own."""
+    SetRunningStatistics: _grpc.UnaryUnaryMultiCallable[_service_pb2.SetRunningStatisticsRequest, _service_pb2.SetRunningStatisticsResponse]
+    """Replaces what a running-statistics object has."""
+    FreezeRunningStatistics: _grpc.UnaryUnaryMultiCallable[_service_pb2.FreezeRunningStatisticsRequest, _service_pb2.FreezeRunningStatisticsResponse]
+    """Says whether, and until when, pushes change a running-statistics object."""
+    ListRunningStatistics: _grpc.UnaryUnaryMultiCallable[_service_pb2.ListRunningStatisticsRequest, _service_pb2.ListRunningStatisticsResponse]
+    """Describes the running-statistics objects of a namespace, a page at a time."""
+    DeleteRunningStatistics: _grpc.UnaryUnaryMultiCallable[_service_pb2.DeleteRunningStatisticsRequest, _service_pb2.DeleteRunningStatisticsResponse]
+    """Forgets a running-statistics object."""
 
 @_typing.type_check_only
 class BatchNormServiceAsyncStub(BatchNormServiceStub):
@@ -107,12 +138,18 @@ class BatchNormServiceAsyncStub(BatchNormServiceStub):
     """Says what the server is and what it accepts."""
     CreateLayer: _aio.UnaryUnaryMultiCallable[_service_pb2.CreateLayerRequest, _service_pb2.CreateLayerResponse]  # type: ignore[assignment]
     """Creates a layer, or attaches to the one of that name if its configuration is the same."""
+    BatchCreateLayers: _aio.UnaryUnaryMultiCallable[_service_pb2.BatchCreateLayersRequest, _service_pb2.BatchCreateLayersResponse]  # type: ignore[assignment]
+    """Creates many layers, or attaches to them: all, or none. Not in this release."""
     GetLayer: _aio.UnaryUnaryMultiCallable[_service_pb2.GetLayerRequest, _service_pb2.GetLayerResponse]  # type: ignore[assignment]
-    """Describes one layer."""
+    """Describes one layer, and reads parts of its state."""
+    UpdateLayer: _aio.UnaryUnaryMultiCallable[_service_pb2.UpdateLayerRequest, _service_pb2.UpdateLayerResponse]  # type: ignore[assignment]
+    """Changes the averaging factors of a layer. Not in this release."""
     ListLayers: _aio.UnaryUnaryMultiCallable[_service_pb2.ListLayersRequest, _service_pb2.ListLayersResponse]  # type: ignore[assignment]
-    """Describes the layers of a namespace, in the order of their names, a page at a time."""
+    """Describes the layers of a namespace, a page at a time."""
     DeleteLayer: _aio.UnaryUnaryMultiCallable[_service_pb2.DeleteLayerRequest, _service_pb2.DeleteLayerResponse]  # type: ignore[assignment]
     """Forgets a layer and all that it had learned."""
+    DeleteLayers: _aio.UnaryUnaryMultiCallable[_service_pb2.DeleteLayersRequest, _service_pb2.DeleteLayersResponse]  # type: ignore[assignment]
+    """Forgets all layers whose names fit a pattern. Not in this release."""
     CreateDomain: _aio.UnaryUnaryMultiCallable[_service_pb2.CreateDomainRequest, _service_pb2.CreateDomainResponse]  # type: ignore[assignment]
     """Has a layer keep statistics of a domain beside its own, or finds that it does."""
     ListDomains: _aio.UnaryUnaryMultiCallable[_service_pb2.ListDomainsRequest, _service_pb2.ListDomainsResponse]  # type: ignore[assignment]
@@ -129,7 +166,7 @@ class BatchNormServiceAsyncStub(BatchNormServiceStub):
     """Gradients of one forward of any size, in chunks."""
     PushMoments: _aio.UnaryUnaryMultiCallable[_service_pb2.PushMomentsRequest, _service_pb2.PushMomentsResponse]  # type: ignore[assignment]
     """Takes a step whose tensor stays with the client: only the moments of its batch travel."""
-    PushMany: _aio.UnaryUnaryMultiCallable[_service_pb2.PushManyRequest, _service_pb2.PushManyResponse]  # type: ignore[assignment]
+    BatchPushMoments: _aio.UnaryUnaryMultiCallable[_service_pb2.BatchPushMomentsRequest, _service_pb2.BatchPushMomentsResponse]  # type: ignore[assignment]
     """Takes many such steps, of any layers, one after the other. Each has an answer or an error of its own."""
     PushGradients: _aio.UnaryUnaryMultiCallable[_service_pb2.PushGradientsRequest, _service_pb2.PushGradientsResponse]  # type: ignore[assignment]
     """Adds the gradients of scale and bias that a client has computed."""
@@ -143,12 +180,14 @@ class BatchNormServiceAsyncStub(BatchNormServiceStub):
     """Leaves a group in order: the others go on without this member."""
     GetStats: _aio.UnaryUnaryMultiCallable[_service_pb2.GetStatsRequest, _service_pb2.GetStatsResponse]  # type: ignore[assignment]
     """Reads a layer's parameters, statistics and gradients, all of one moment."""
-    GetManyStats: _aio.UnaryUnaryMultiCallable[_service_pb2.GetManyStatsRequest, _service_pb2.GetManyStatsResponse]  # type: ignore[assignment]
+    BatchGetStats: _aio.UnaryUnaryMultiCallable[_service_pb2.BatchGetStatsRequest, _service_pb2.BatchGetStatsResponse]  # type: ignore[assignment]
     """Reads many layers, each of a moment of its own. Each has an answer or an error of its own."""
     SetTrain: _aio.UnaryUnaryMultiCallable[_service_pb2.SetTrainRequest, _service_pb2.SetTrainResponse]  # type: ignore[assignment]
     """Sets the mode of calls that do not choose one."""
     SetState: _aio.UnaryUnaryMultiCallable[_service_pb2.SetStateRequest, _service_pb2.SetStateResponse]  # type: ignore[assignment]
     """Replaces those parts of a layer's state that the request sets, all at once."""
+    BatchSetState: _aio.UnaryUnaryMultiCallable[_service_pb2.BatchSetStateRequest, _service_pb2.BatchSetStateResponse]  # type: ignore[assignment]
+    """Replaces parts of the states of many layers: of all, or of none. Not in this release."""
     MergeStatistics: _aio.UnaryUnaryMultiCallable[_service_pb2.MergeStatisticsRequest, _service_pb2.MergeStatisticsResponse]  # type: ignore[assignment]
     """Takes statistics that were gathered elsewhere into the running ones, once."""
     ListSnapshots: _aio.UnaryUnaryMultiCallable[_service_pb2.ListSnapshotsRequest, _service_pb2.ListSnapshotsResponse]  # type: ignore[assignment]
@@ -159,6 +198,24 @@ class BatchNormServiceAsyncStub(BatchNormServiceStub):
     """Copies all that the server remembers to a file beside it, while it works."""
     UpdateParams: _aio.UnaryUnaryMultiCallable[_service_pb2.UpdateParamsRequest, _service_pb2.UpdateParamsResponse]  # type: ignore[assignment]
     """Adds learn_rate times the accumulated gradients to scale and bias."""
+    CreateRunningStatistics: _aio.UnaryUnaryMultiCallable[_service_pb2.CreateRunningStatisticsRequest, _service_pb2.CreateRunningStatisticsResponse]  # type: ignore[assignment]
+    """Creates a running-statistics object, or attaches to the one of that name if its configuration is the same. This and
+    the other methods of such objects are not in this release.
+    """
+    GetRunningStatistics: _aio.UnaryUnaryMultiCallable[_service_pb2.GetRunningStatisticsRequest, _service_pb2.GetRunningStatisticsResponse]  # type: ignore[assignment]
+    """Reads a running-statistics object."""
+    PushRunningStatistics: _aio.UnaryUnaryMultiCallable[_service_pb2.PushRunningStatisticsRequest, _service_pb2.PushRunningStatisticsResponse]  # type: ignore[assignment]
+    """Takes moments into a running-statistics object, and reads what it has then."""
+    BatchPushRunningStatistics: _aio.UnaryUnaryMultiCallable[_service_pb2.BatchPushRunningStatisticsRequest, _service_pb2.BatchPushRunningStatisticsResponse]  # type: ignore[assignment]
+    """Takes many such pushes, of any objects, one after the other. Each has an answer or an error of its own."""
+    SetRunningStatistics: _aio.UnaryUnaryMultiCallable[_service_pb2.SetRunningStatisticsRequest, _service_pb2.SetRunningStatisticsResponse]  # type: ignore[assignment]
+    """Replaces what a running-statistics object has."""
+    FreezeRunningStatistics: _aio.UnaryUnaryMultiCallable[_service_pb2.FreezeRunningStatisticsRequest, _service_pb2.FreezeRunningStatisticsResponse]  # type: ignore[assignment]
+    """Says whether, and until when, pushes change a running-statistics object."""
+    ListRunningStatistics: _aio.UnaryUnaryMultiCallable[_service_pb2.ListRunningStatisticsRequest, _service_pb2.ListRunningStatisticsResponse]  # type: ignore[assignment]
+    """Describes the running-statistics objects of a namespace, a page at a time."""
+    DeleteRunningStatistics: _aio.UnaryUnaryMultiCallable[_service_pb2.DeleteRunningStatisticsRequest, _service_pb2.DeleteRunningStatisticsResponse]  # type: ignore[assignment]
+    """Forgets a running-statistics object."""
 
 class BatchNormServiceServicer(metaclass=_abc_1.ABCMeta):
     """Keeps layers and computes with them."""
@@ -188,12 +245,28 @@ class BatchNormServiceServicer(metaclass=_abc_1.ABCMeta):
         """Creates a layer, or attaches to the one of that name if its configuration is the same."""
 
     @_abc_1.abstractmethod
+    def BatchCreateLayers(
+        self,
+        request: _service_pb2.BatchCreateLayersRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_service_pb2.BatchCreateLayersResponse, _abc.Awaitable[_service_pb2.BatchCreateLayersResponse]]:
+        """Creates many layers, or attaches to them: all, or none. Not in this release."""
+
+    @_abc_1.abstractmethod
     def GetLayer(
         self,
         request: _service_pb2.GetLayerRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_service_pb2.GetLayerResponse, _abc.Awaitable[_service_pb2.GetLayerResponse]]:
-        """Describes one layer."""
+        """Describes one layer, and reads parts of its state."""
+
+    @_abc_1.abstractmethod
+    def UpdateLayer(
+        self,
+        request: _service_pb2.UpdateLayerRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_service_pb2.UpdateLayerResponse, _abc.Awaitable[_service_pb2.UpdateLayerResponse]]:
+        """Changes the averaging factors of a layer. Not in this release."""
 
     @_abc_1.abstractmethod
     def ListLayers(
@@ -201,7 +274,7 @@ class BatchNormServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _service_pb2.ListLayersRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_service_pb2.ListLayersResponse, _abc.Awaitable[_service_pb2.ListLayersResponse]]:
-        """Describes the layers of a namespace, in the order of their names, a page at a time."""
+        """Describes the layers of a namespace, a page at a time."""
 
     @_abc_1.abstractmethod
     def DeleteLayer(
@@ -210,6 +283,14 @@ class BatchNormServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_service_pb2.DeleteLayerResponse, _abc.Awaitable[_service_pb2.DeleteLayerResponse]]:
         """Forgets a layer and all that it had learned."""
+
+    @_abc_1.abstractmethod
+    def DeleteLayers(
+        self,
+        request: _service_pb2.DeleteLayersRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_service_pb2.DeleteLayersResponse, _abc.Awaitable[_service_pb2.DeleteLayersResponse]]:
+        """Forgets all layers whose names fit a pattern. Not in this release."""
 
     @_abc_1.abstractmethod
     def CreateDomain(
@@ -276,11 +357,11 @@ class BatchNormServiceServicer(metaclass=_abc_1.ABCMeta):
         """Takes a step whose tensor stays with the client: only the moments of its batch travel."""
 
     @_abc_1.abstractmethod
-    def PushMany(
+    def BatchPushMoments(
         self,
-        request: _service_pb2.PushManyRequest,
+        request: _service_pb2.BatchPushMomentsRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_service_pb2.PushManyResponse, _abc.Awaitable[_service_pb2.PushManyResponse]]:
+    ) -> _typing.Union[_service_pb2.BatchPushMomentsResponse, _abc.Awaitable[_service_pb2.BatchPushMomentsResponse]]:
         """Takes many such steps, of any layers, one after the other. Each has an answer or an error of its own."""
 
     @_abc_1.abstractmethod
@@ -332,11 +413,11 @@ class BatchNormServiceServicer(metaclass=_abc_1.ABCMeta):
         """Reads a layer's parameters, statistics and gradients, all of one moment."""
 
     @_abc_1.abstractmethod
-    def GetManyStats(
+    def BatchGetStats(
         self,
-        request: _service_pb2.GetManyStatsRequest,
+        request: _service_pb2.BatchGetStatsRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_service_pb2.GetManyStatsResponse, _abc.Awaitable[_service_pb2.GetManyStatsResponse]]:
+    ) -> _typing.Union[_service_pb2.BatchGetStatsResponse, _abc.Awaitable[_service_pb2.BatchGetStatsResponse]]:
         """Reads many layers, each of a moment of its own. Each has an answer or an error of its own."""
 
     @_abc_1.abstractmethod
@@ -354,6 +435,14 @@ class BatchNormServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_service_pb2.SetStateResponse, _abc.Awaitable[_service_pb2.SetStateResponse]]:
         """Replaces those parts of a layer's state that the request sets, all at once."""
+
+    @_abc_1.abstractmethod
+    def BatchSetState(
+        self,
+        request: _service_pb2.BatchSetStateRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_service_pb2.BatchSetStateResponse, _abc.Awaitable[_service_pb2.BatchSetStateResponse]]:
+        """Replaces parts of the states of many layers: of all, or of none. Not in this release."""
 
     @_abc_1.abstractmethod
     def MergeStatistics(
@@ -394,5 +483,71 @@ class BatchNormServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_service_pb2.UpdateParamsResponse, _abc.Awaitable[_service_pb2.UpdateParamsResponse]]:
         """Adds learn_rate times the accumulated gradients to scale and bias."""
+
+    @_abc_1.abstractmethod
+    def CreateRunningStatistics(
+        self,
+        request: _service_pb2.CreateRunningStatisticsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_service_pb2.CreateRunningStatisticsResponse, _abc.Awaitable[_service_pb2.CreateRunningStatisticsResponse]]:
+        """Creates a running-statistics object, or attaches to the one of that name if its configuration is the same. This and
+        the other methods of such objects are not in this release.
+        """
+
+    @_abc_1.abstractmethod
+    def GetRunningStatistics(
+        self,
+        request: _service_pb2.GetRunningStatisticsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_service_pb2.GetRunningStatisticsResponse, _abc.Awaitable[_service_pb2.GetRunningStatisticsResponse]]:
+        """Reads a running-statistics object."""
+
+    @_abc_1.abstractmethod
+    def PushRunningStatistics(
+        self,
+        request: _service_pb2.PushRunningStatisticsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_service_pb2.PushRunningStatisticsResponse, _abc.Awaitable[_service_pb2.PushRunningStatisticsResponse]]:
+        """Takes moments into a running-statistics object, and reads what it has then."""
+
+    @_abc_1.abstractmethod
+    def BatchPushRunningStatistics(
+        self,
+        request: _service_pb2.BatchPushRunningStatisticsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_service_pb2.BatchPushRunningStatisticsResponse, _abc.Awaitable[_service_pb2.BatchPushRunningStatisticsResponse]]:
+        """Takes many such pushes, of any objects, one after the other. Each has an answer or an error of its own."""
+
+    @_abc_1.abstractmethod
+    def SetRunningStatistics(
+        self,
+        request: _service_pb2.SetRunningStatisticsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_service_pb2.SetRunningStatisticsResponse, _abc.Awaitable[_service_pb2.SetRunningStatisticsResponse]]:
+        """Replaces what a running-statistics object has."""
+
+    @_abc_1.abstractmethod
+    def FreezeRunningStatistics(
+        self,
+        request: _service_pb2.FreezeRunningStatisticsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_service_pb2.FreezeRunningStatisticsResponse, _abc.Awaitable[_service_pb2.FreezeRunningStatisticsResponse]]:
+        """Says whether, and until when, pushes change a running-statistics object."""
+
+    @_abc_1.abstractmethod
+    def ListRunningStatistics(
+        self,
+        request: _service_pb2.ListRunningStatisticsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_service_pb2.ListRunningStatisticsResponse, _abc.Awaitable[_service_pb2.ListRunningStatisticsResponse]]:
+        """Describes the running-statistics objects of a namespace, a page at a time."""
+
+    @_abc_1.abstractmethod
+    def DeleteRunningStatistics(
+        self,
+        request: _service_pb2.DeleteRunningStatisticsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_service_pb2.DeleteRunningStatisticsResponse, _abc.Awaitable[_service_pb2.DeleteRunningStatisticsResponse]]:
+        """Forgets a running-statistics object."""
 
 def add_BatchNormServiceServicer_to_server(servicer: BatchNormServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

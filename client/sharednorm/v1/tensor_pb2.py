@@ -24,21 +24,33 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1asharednorm/v1/tensor.proto\x12\rsharednorm.v1\"C\n\nTensorSpec\x12&\n\x05\x64type\x18\x01 \x01(\x0e\x32\x17.sharednorm.v1.DataType\x12\r\n\x05shape\x18\x02 \x03(\x03\"\x1d\n\x0b\x46loatVector\x12\x0e\n\x06values\x18\x01 \x03(\x02\"2\n\x07Moments\x12\r\n\x05\x63ount\x18\x01 \x01(\x04\x12\x0c\n\x04mean\x18\x02 \x03(\x01\x12\n\n\x02m2\x18\x03 \x03(\x01\"-\n\x0cGradientSums\x12\x0c\n\x04grad\x18\x01 \x03(\x01\x12\x0f\n\x07product\x18\x02 \x03(\x01*k\n\x08\x44\x61taType\x12\x19\n\x15\x44\x41TA_TYPE_UNSPECIFIED\x10\x00\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT32\x10\x01\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT16\x10\x02\x12\x16\n\x12\x44\x41TA_TYPE_BFLOAT16\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1asharednorm/v1/tensor.proto\x12\rsharednorm.v1\"C\n\nTensorSpec\x12&\n\x05\x64type\x18\x01 \x01(\x0e\x32\x17.sharednorm.v1.DataType\x12\r\n\x05shape\x18\x02 \x03(\x03\"\x1d\n\x0b\x46loatVector\x12\x0e\n\x06values\x18\x01 \x03(\x02\"\x1e\n\x0c\x44oubleVector\x12\x0e\n\x06values\x18\x01 \x03(\x01\"8\n\x07Moments\x12\r\n\x05\x63ount\x18\x04 \x03(\x01\x12\x0c\n\x04mean\x18\x02 \x03(\x01\x12\n\n\x02m2\x18\x03 \x03(\x01J\x04\x08\x01\x10\x02\"t\n\rSampleWeights\x12\'\n\x04type\x18\x01 \x01(\x0e\x32\x19.sharednorm.v1.WeightType\x12\r\n\x05shape\x18\x02 \x03(\x03\x12+\n\x06masked\x18\x03 \x01(\x0e\x32\x1b.sharednorm.v1.MaskedOutput\"^\n\nCudaBuffer\x12\x0e\n\x06handle\x18\x01 \x01(\x0c\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0c\n\x04size\x18\x03 \x01(\x04\x12\r\n\x05\x65vent\x18\x04 \x01(\x0c\x12\x13\n\x0b\x64\x65vice_uuid\x18\x05 \x01(\x0c\"\xce\x01\n\x0b\x43udaTensors\x12(\n\x05input\x18\x01 \x01(\x0b\x32\x19.sharednorm.v1.CudaBuffer\x12.\n\x0bsaved_input\x18\x02 \x01(\x0b\x32\x19.sharednorm.v1.CudaBuffer\x12)\n\x06output\x18\x03 \x01(\x0b\x32\x19.sharednorm.v1.CudaBuffer\x12*\n\x07weights\x18\x04 \x01(\x0b\x32\x19.sharednorm.v1.CudaBuffer\x12\x0e\n\x06\x63losed\x18\x05 \x03(\x0c\"-\n\x0cGradientSums\x12\x0c\n\x04grad\x18\x01 \x03(\x01\x12\x0f\n\x07product\x18\x02 \x03(\x01*k\n\x08\x44\x61taType\x12\x19\n\x15\x44\x41TA_TYPE_UNSPECIFIED\x10\x00\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT32\x10\x01\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT16\x10\x02\x12\x16\n\x12\x44\x41TA_TYPE_BFLOAT16\x10\x03*X\n\nWeightType\x12\x1b\n\x17WEIGHT_TYPE_UNSPECIFIED\x10\x00\x12\x14\n\x10WEIGHT_TYPE_MASK\x10\x01\x12\x17\n\x13WEIGHT_TYPE_FLOAT32\x10\x02*b\n\x0cMaskedOutput\x12\x1d\n\x19MASKED_OUTPUT_UNSPECIFIED\x10\x00\x12\x1b\n\x17MASKED_OUTPUT_NORMALIZE\x10\x01\x12\x16\n\x12MASKED_OUTPUT_KEEP\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'sharednorm.v1.tensor_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DATATYPE']._serialized_start=244
-  _globals['_DATATYPE']._serialized_end=351
+  _globals['_DATATYPE']._serialized_start=705
+  _globals['_DATATYPE']._serialized_end=812
+  _globals['_WEIGHTTYPE']._serialized_start=814
+  _globals['_WEIGHTTYPE']._serialized_end=902
+  _globals['_MASKEDOUTPUT']._serialized_start=904
+  _globals['_MASKEDOUTPUT']._serialized_end=1002
   _globals['_TENSORSPEC']._serialized_start=45
   _globals['_TENSORSPEC']._serialized_end=112
   _globals['_FLOATVECTOR']._serialized_start=114
   _globals['_FLOATVECTOR']._serialized_end=143
-  _globals['_MOMENTS']._serialized_start=145
-  _globals['_MOMENTS']._serialized_end=195
-  _globals['_GRADIENTSUMS']._serialized_start=197
-  _globals['_GRADIENTSUMS']._serialized_end=242
+  _globals['_DOUBLEVECTOR']._serialized_start=145
+  _globals['_DOUBLEVECTOR']._serialized_end=175
+  _globals['_MOMENTS']._serialized_start=177
+  _globals['_MOMENTS']._serialized_end=233
+  _globals['_SAMPLEWEIGHTS']._serialized_start=235
+  _globals['_SAMPLEWEIGHTS']._serialized_end=351
+  _globals['_CUDABUFFER']._serialized_start=353
+  _globals['_CUDABUFFER']._serialized_end=447
+  _globals['_CUDATENSORS']._serialized_start=450
+  _globals['_CUDATENSORS']._serialized_end=656
+  _globals['_GRADIENTSUMS']._serialized_start=658
+  _globals['_GRADIENTSUMS']._serialized_end=703
 # @@protoc_insertion_point(module_scope)

@@ -50,19 +50,28 @@ class Right(enum.IntEnum):
 # The right that each method needs in its namespace. Forward needs TRAIN as well if it may train.
 RIGHTS: Mapping[str, Right] = {
     **dict.fromkeys(
-        ("GetServerInfo", "GetLayer", "ListLayers", "ListDomains", "GetStats", "GetManyStats", "ListSnapshots"),
+        ("GetServerInfo", "GetLayer", "ListLayers", "ListDomains", "GetStats", "BatchGetStats", "ListSnapshots",
+         "GetRunningStatistics", "ListRunningStatistics"),
         Right.READ,
     ),
     **dict.fromkeys(("Forward", "ForwardStream"), Right.EVAL),
     **dict.fromkeys(
         (
-            "OpenSession", "CreateLayer", "CreateDomain", "Backward", "BackwardStream", "PushMoments", "PushMany",
-            "PushGradients", "JoinGroup", "SynchronizeMoments", "SynchronizeGradients", "LeaveGroup", "SetState",
-            "MergeStatistics", "UpdateParams",
+            "OpenSession", "CreateLayer", "BatchCreateLayers", "CreateDomain", "Backward", "BackwardStream",
+            "PushMoments", "BatchPushMoments", "PushGradients", "JoinGroup", "SynchronizeMoments",
+            "SynchronizeGradients", "LeaveGroup", "SetState", "BatchSetState", "MergeStatistics", "UpdateParams",
+            "CreateRunningStatistics", "PushRunningStatistics", "BatchPushRunningStatistics", "SetRunningStatistics",
+            "FreezeRunningStatistics",
         ),
         Right.TRAIN,
     ),
-    **dict.fromkeys(("DeleteLayer", "DeleteDomain", "SetTrain", "Rollback", "Backup"), Right.ADMIN),
+    **dict.fromkeys(
+        (
+            "DeleteLayer", "DeleteLayers", "DeleteDomain", "DeleteRunningStatistics", "SetTrain", "UpdateLayer",
+            "Rollback", "Backup",
+        ),
+        Right.ADMIN,
+    ),
 }  # fmt: skip
 # What concerns all namespaces takes a token for all of them.
 _EVERYWHERE = {"Backup"}
@@ -191,7 +200,7 @@ class TokenFile:
         """Return who makes a call, if they may.
 
         Args:
-            method: Of the contract.
+            method: Its name.
             metadata: Of the call.
 
         Raises:
@@ -200,7 +209,9 @@ class TokenFile:
         """
         token = self._find(metadata.get(AUTHORIZATION))
         namespace = _namespace(metadata.get(NAMESPACE))
-        return self._admitted(token, namespace, RIGHTS[method], everywhere=method in _EVERYWHERE)
+        # One that there is not is refused behind this by its name, whatever the right.
+        needed = RIGHTS.get(method, Right.READ)
+        return self._admitted(token, namespace, needed, everywhere=method in _EVERYWHERE)
 
     def admit_reader(self, authorization: str | None, namespace: str) -> None:
         """Check that somebody may read what a namespace has; raises what `admit` raises.

@@ -6,25 +6,29 @@ any other; the connection's own one reads again meanwhile, and sees when the cli
 
 from __future__ import annotations
 
+import re
 import socket
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
+from typing import NoReturn
 
 from sharednorm.codec import frames, wire
 from sharednorm.codec.convert import error_to_detail, error_to_status
-from sharednorm.errors import DeadlineExceeded, MalformedMessage, SharedNormError
-from sharednorm.v1 import service_pb2
-from sharednorm_server.device.tensor_io import Incoming
+from sharednorm.errors import DeadlineExceeded, MalformedMessage, NotSupported, SharedNormError
+from sharednorm.v1 import direct_pb2, service_pb2
+from sharednorm_server.device.tensor_io import Incoming, Output
 from sharednorm_server.direct.shared_memory import InRegions, Session, SessionEnded
 from sharednorm_server.observability.instrumentation import Origin, Seen, Watcher, working_on
 from sharednorm_server.observability.logs import in_call, new_call
+from sharednorm_server.rpc import unserved
 from sharednorm_server.rpc.call_pool import CallPool
 from sharednorm_server.rpc.errors import known_error
 from sharednorm_server.rpc.group_methods import Meeting
-from sharednorm_server.rpc.servicer import Answer, Servicer
+from sharednorm_server.rpc.handlers import NO_METHOD
+from sharednorm_server.rpc.servicer import Servicer
 from sharednorm_server.rpc.tensor_io import Arriving, Here, InMessage
 
 # A reply that fits the socket's buffer leaves at once. For one that does not, and for a tensor on its way, a client is
@@ -66,6 +70,15 @@ class Turns:
                 self._free.release()
         finally:
             self._pool.end_elsewhere()
+
+    @contextmanager
+    def none(self) -> Iterator[None]:
+        """Count a call that waits for others as long as the context lasts; raises what `begin_none` raises."""
+        self.begin_none()
+        try:
+            yield
+        finally:
+            self.end_none()
 
     def begin_none(self) -> None:
         """Count a call that waits for others, until `end_none`, without a turn: it does next to nothing.
@@ -136,6 +149,8 @@ class Lane:
             self._answering = False
             self._end = time.monotonic() + min(micros * 1e-6, _LONGEST_SECONDS)
             shared = None
+            if flags & ~(frames.SHARED | frames.TRACED):
+                self._refuse_flags(method, flags)
             if flags & frames.SHARED:
                 places = frames.PLACES.unpack(self._read(frames.PLACES.size))
                 if self._session is None or data_bytes:
@@ -149,11 +164,18 @@ class Lane:
             if self._reader.waiting:
                 raise EOFError  # the next call, before this one's answer: not a client of ours
             here = shared or (None if small is None else InMessage(memoryview(small)))
-            call, way = new_call(_NAMES.get(method, _NO_METHOD)), DIRECT if shared is None else SHARED
+            call, way = new_call(METHODS.get(method, NO_METHOD)), DIRECT if shared is None else SHARED
             origin = partial(self._origin, parent)
             seen = self._watcher.begin(call.method, way, call.id, origin, time.perf_counter())
             with in_call(call), working_on(seen):
                 self._call(method, message, here, data_bytes, seen)
+
+    def _refuse_flags(self, method: int, flags: int) -> NoReturn:
+        # What stands behind the request is not known, so that this is the connection's last answer.
+        error = NotSupported(f"this release knows no flags {flags:#x} of a request (expected: 1, 2, or both)")
+        detail = error_to_detail(error).SerializeToString()
+        self._connection.sendall(frames.REPLY.pack(frames.ERROR, 0, len(detail), 0) + detail)
+        raise EOFError(f"unknown flags, method {method}")
 
     def _origin(self, parent: bytes) -> Origin:
         if not parent:
@@ -168,14 +190,16 @@ class Lane:
             return
         data = _Data(self, data_bytes)
         try:
-            with self._turns.one(max(0.0, self._end - time.monotonic())):
+            # A member that joins waits for the others, who need the turns.
+            joins = method == direct_pb2.DIRECT_METHOD_JOIN_GROUP
+            with self._turns.none() if joins else self._turns.one(max(0.0, self._end - time.monotonic())):
                 seen.started()
                 if here is not None:
-                    self._send(self._answer(method, message, here), seen, shared=isinstance(here, InRegions))
+                    self._send(*self._answer(method, message, here), seen, shared=isinstance(here, InRegions))
                     return
                 with ExitStack() as until_sent:
                     answer = self._answer(method, message, Arriving(data.begin, data.fill, until_sent))
-                    self._send(answer, seen, shared=False)
+                    self._send(*answer, seen, shared=False)
         except SessionEnded:
             seen.failed(_GIVEN_UP)
             self._connection.sendall(frames.REPLY.pack(frames.NO_SESSION, 0, 0, 0))
@@ -246,25 +270,24 @@ class Lane:
         finally:
             self._turns.end_none()
 
-    def _answer(self, method: int, message: bytes, tensors: Here | Arriving) -> AnyAnswer:
-        servicer = self._servicer
+    def _answer(self, method: int, message: bytes, tensors: Here | Arriving) -> tuple[bytes, Output | None]:
+        name, servicer = METHODS.get(method), self._servicer
         if method == frames.FORWARD:
-            return servicer.forward(wire.parse(service_pb2.ForwardRequest, message), tensors, self._wanted)
+            forward = servicer.forward(unserved.parse(service_pb2.ForwardRequest, message), tensors, self._wanted)
+            return forward.response.SerializeToString(), forward.output
         if method == frames.BACKWARD:
-            return servicer.backward(wire.parse(service_pb2.BackwardRequest, message), tensors, self._wanted)
-        if method == frames.PUSH_MOMENTS:
-            return servicer.push_moments(wire.parse(service_pb2.PushMomentsRequest, message), self._wanted)
-        if method == frames.PUSH_GRADIENTS:
-            return servicer.push_gradients(wire.parse(service_pb2.PushGradientsRequest, message), self._wanted)
-        if method == frames.PUSH_MANY:
-            many = wire.parse(service_pb2.PushManyRequest, message)
-            return Answer(servicer.push_many(many, self._wanted), None)
-        if method == frames.GET_MANY_STATS:
-            return Answer(servicer.get_many_stats(wire.parse(service_pb2.GetManyStatsRequest, message)), None)
-        raise MalformedMessage(f"there is no method {method} (expected: one of {', '.join(map(str, _NAMES))})")
+            backward = servicer.backward(unserved.parse(service_pb2.BackwardRequest, message), tensors, self._wanted)
+            return backward.response.SerializeToString(), backward.output
+        if name is None:
+            raise NotSupported(f"this release knows no method {method} (expected: 1 to {max(METHODS)})")
+        if not isinstance(tensors, InMessage) or tensors.nbytes:
+            raise MalformedMessage(f"the call comes with data, and {name} takes none")
+        unary = servicer.plain.get(name) or servicer.groups.unary().get(name)
+        if unary is None:
+            raise unserved.method_error(name)
+        return unary(message, self._wanted), None
 
-    def _send(self, answer: AnyAnswer, seen: Seen, *, shared: bool) -> None:
-        message, output = answer.response.SerializeToString(), answer.output
+    def _send(self, message: bytes, output: Output | None, seen: Seen, *, shared: bool) -> None:
         self._answering = True  # what goes wrong from here on goes wrong behind the change
         if shared:
             try:
@@ -376,31 +399,22 @@ class _Data:
         self._lane.done_reading()
 
 
-AnyAnswer = (
-    Answer[service_pb2.ForwardResponse]
-    | Answer[service_pb2.BackwardResponse]
-    | Answer[service_pb2.PushMomentsResponse]
-    | Answer[service_pb2.PushGradientsResponse]
-    | Answer[service_pb2.PushManyResponse]
-    | Answer[service_pb2.GetManyStatsResponse]
-)
+def _names() -> dict[int, str]:
+    # SynchronizeMoments is DIRECT_METHOD_SYNCHRONIZE_MOMENTS, and so on.
+    service = service_pb2.DESCRIPTOR.services_by_name["BatchNormService"]
+    by_constant = {"_".join(_WORD.findall(method.name)).upper(): method.name for method in service.methods}
+    numbers = direct_pb2.DirectMethod.items()
+    return {number: by_constant[constant.removeprefix(_CONSTANT)] for constant, number in numbers if number}
 
-_NAMES = {
-    frames.FORWARD: "Forward",
-    frames.BACKWARD: "Backward",
-    frames.PUSH_MOMENTS: "PushMoments",
-    frames.PUSH_GRADIENTS: "PushGradients",
-    frames.SYNCHRONIZE_MOMENTS: "SynchronizeMoments",
-    frames.SYNCHRONIZE_GRADIENTS: "SynchronizeGradients",
-    frames.PUSH_MANY: "PushMany",
-    frames.GET_MANY_STATS: "GetManyStats",
-}
-_NO_METHOD = "unknown"
+
+_WORD, _CONSTANT = re.compile("[A-Z][a-z]+"), "DIRECT_METHOD_"
+METHODS = _names()
+"""Names of the methods that direct connections have a number for."""
 _TOGETHER = {frames.SYNCHRONIZE_MOMENTS, frames.SYNCHRONIZE_GRADIENTS}
 
 
 def _refusal(method: int, error: Exception, seen: Seen) -> bytes:
-    known = known_error(_NAMES.get(method, str(method)), error)
+    known = known_error(METHODS.get(method, str(method)), error)
     seen.failed(error_to_status(known)[0].name)
     detail = error_to_detail(known).SerializeToString()
     return frames.REPLY.pack(frames.ERROR, 0, len(detail), 0) + detail

@@ -17,18 +17,23 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from sharednorm.codec import frames
+from sharednorm.codec import frames, wire
 from sharednorm.codec.convert import error_to_detail
-from sharednorm.errors import SharedNormError
+from sharednorm.errors import IncompatibleServer, MalformedMessage, SharedNormError
+from sharednorm.v1 import direct_pb2, service_pb2
 from sharednorm_server.direct.connection import STALL_SECONDS, Lane, Turns
 from sharednorm_server.direct.shared_memory import Session, SharedMemory
 from sharednorm_server.errors import StartError
 from sharednorm_server.observability.instrumentation import Watcher
+from sharednorm_server.rpc import unserved
 from sharednorm_server.rpc.call_pool import CallPool
 from sharednorm_server.rpc.servicer import Servicer
 
 _BACKLOG = 128
 _CREDENTIALS = struct.Struct("@iII")  # struct ucred: process, user, group
+
+# How protocol 2 began, and what it answered: magic, session, status, 0, 0.
+_OLD_MAGIC, _OLD_HELLO_BYTES, _OLD_WELCOME = b"sharednorm lane1", 56, struct.Struct("<16s16sHHI")
 
 _log = logging.getLogger(__name__)
 
@@ -184,29 +189,63 @@ class DirectServer:
                     self._connections.discard(connection)
 
     def _greet(self, connection: socket.socket, reader: frames.Reader, full: bool) -> None:
-        hello = frames.HELLO.unpack(reader.start(frames.HELLO.size))
-        magic, instance, session_id, purpose, _, _ = hello
-        if magic != frames.MAGIC or purpose not in {frames.CALLS, frames.MEMORY}:
+        magic, size, _ = frames.GREETING.unpack(reader.start(frames.GREETING.size))
+        if magic == _OLD_MAGIC:
+            reader.take(_OLD_HELLO_BYTES - frames.GREETING.size)
+            _refuse_old(connection)
+        if magic != frames.MAGIC or size > frames.MAX_GREETING_BYTES:
             return
-        unix = connection.family == socket.AF_UNIX
-        memory = self.memory if unix else None
-        session = None if memory is None or session_id == frames.NO_SESSION_ID else memory.find(session_id)
-        status = frames.OK
-        if instance != self.instance:
-            status = frames.OTHER_SERVER
+        try:
+            hello = unserved.parse(direct_pb2.Hello, reader.take(size))
+            _require_right(hello)
+        except SharedNormError as error:
+            connection.sendall(_welcome(direct_pb2.WELCOME_STATUS_REFUSED, error=error_to_detail(error)))
+            return
+        sharing = hello.purpose == direct_pb2.CONNECTION_PURPOSE_MEMORY
+        memory = self.memory if connection.family == socket.AF_UNIX else None
+        session = memory.find(hello.session) if memory is not None and hello.session else None
+        status = direct_pb2.WELCOME_STATUS_OK
+        if hello.instance != self.instance:
+            status = direct_pb2.WELCOME_STATUS_OTHER_SERVER
         elif full:
-            status = frames.FULL
-        elif (session_id != frames.NO_SESSION_ID and session is None) or (purpose == frames.MEMORY and memory is None):
-            status = frames.NO_SESSION
-        if status != frames.OK:
-            connection.sendall(frames.WELCOME.pack(frames.MAGIC, session_id, status, 0, 0))
-        elif purpose == frames.CALLS:
-            connection.sendall(frames.WELCOME.pack(frames.MAGIC, session_id, status, 0, 0))
+            status = direct_pb2.WELCOME_STATUS_FULL
+        elif (hello.session and session is None) or (sharing and memory is None):
+            status = direct_pb2.WELCOME_STATUS_NO_SESSION
+        if status != direct_pb2.WELCOME_STATUS_OK:
+            connection.sendall(_welcome(status))
+        elif not sharing:
+            connection.sendall(_welcome(status))
             frames.set_timeout(connection, socket.SO_RCVTIMEO, 0)
             peer = _peer_of(connection)
             Lane(self._servicer, self.turns, connection, reader, session, peer, self._watcher).serve()
         elif memory is not None:
             _share(connection, reader, memory)
+
+
+def _require_right(hello: direct_pb2.Hello) -> None:
+    if hello.protocol != wire.PROTOCOL:
+        raise IncompatibleServer(
+            f"this server speaks protocol {wire.PROTOCOL}, and the client {hello.protocol}: install the same release "
+            "on both sides"
+        )
+    if hello.purpose not in {direct_pb2.CONNECTION_PURPOSE_CALLS, direct_pb2.CONNECTION_PURPOSE_MEMORY}:
+        raise MalformedMessage(f"a connection has purpose {int(hello.purpose)} (expected: 1, calls, or 2, memory)")
+
+
+def _welcome(
+    status: direct_pb2.WelcomeStatus.ValueType, session: bytes = b"", error: service_pb2.ErrorDetail | None = None
+) -> bytes:
+    return frames.greeting(direct_pb2.Welcome(protocol=wire.PROTOCOL, status=status, session=session, error=error))
+
+
+def _refuse_old(connection: socket.socket) -> None:
+    # In the words of protocol 2, whose welcome had a status and room for a size: an ErrorDetail is behind it.
+    error = IncompatibleServer(
+        f"this connection begins as protocol 2 does, and this server speaks protocol {wire.PROTOCOL}: install the same "
+        "release on both sides"
+    )
+    detail = error_to_detail(error).SerializeToString()
+    connection.sendall(_OLD_WELCOME.pack(_OLD_MAGIC, bytes(16), frames.ERROR, 0, len(detail)) + detail)
 
 
 def _peer_of(connection: socket.socket) -> str:
@@ -222,7 +261,7 @@ def _share(connection: socket.socket, reader: frames.Reader, memory: SharedMemor
     """Give and take back regions, until the client closes the connection; then all of them go."""
     session = memory.open()
     try:
-        connection.sendall(frames.WELCOME.pack(frames.MAGIC, session.id, frames.OK, 0, 0))
+        connection.sendall(_welcome(direct_pb2.WELCOME_STATUS_OK, session.id))
         frames.set_timeout(connection, socket.SO_RCVTIMEO, 0)
         while True:
             wish, _, _, value = frames.ALLOCATE.unpack(reader.start(frames.ALLOCATE.size))

@@ -13,9 +13,9 @@ from sharednorm_server.rpc.errors import known_error
 
 
 def push_many(
-    request: service_pb2.PushManyRequest,
+    request: service_pb2.BatchPushMomentsRequest,
     push: Callable[[service_pb2.PushMomentsRequest], service_pb2.PushMomentsResponse],
-) -> service_pb2.PushManyResponse:
+) -> service_pb2.BatchPushMomentsResponse:
     """Take many steps. One that is refused takes with it those of the same layer and domain that come behind.
 
     Args:
@@ -26,24 +26,24 @@ def push_many(
         LimitExceeded: They are too many, or have too many maps; none was taken.
     """
     require_few("pushes", len(request.pushes), sum(len(each.moments.mean) for each in request.pushes))
-    results: list[service_pb2.PushManyResult] = []
+    results: list[service_pb2.BatchPushMomentsResult] = []
     refused: set[tuple[str, str, str]] = set()
     for each in request.pushes:
         name = _name(each.ref)
         try:
             _require_none_before(name, refused)
-            results.append(service_pb2.PushManyResult(moments=push(each)))
+            results.append(service_pb2.BatchPushMomentsResult(moments=push(each)))
         except Exception as error:  # noqa: BLE001 - the edge: everything becomes the answer to this one
             refused.add(name)
-            results.append(service_pb2.PushManyResult(error=_detail("PushMany", error)))
-    return service_pb2.PushManyResponse(results=results)
+            results.append(service_pb2.BatchPushMomentsResult(error=_detail("BatchPushMoments", error)))
+    return service_pb2.BatchPushMomentsResponse(results=results)
 
 
 def get_many_stats(
-    request: service_pb2.GetManyStatsRequest,
+    request: service_pb2.BatchGetStatsRequest,
     find: Callable[[layer_pb2.LayerRef], LayerRecord],
     read: Callable[[LayerRecord, service_pb2.GetStatsRequest], service_pb2.GetStatsResponse],
-) -> service_pb2.GetManyStatsResponse:
+) -> service_pb2.BatchGetStatsResponse:
     """Read many layers.
 
     Args:
@@ -62,12 +62,12 @@ def get_many_stats(
         except Exception as error:  # noqa: BLE001, PERF203 - the edge: everything becomes the answer to this one
             found.append(error)
     require_few("reads", len(found), sum(one.config.maps for one in found if isinstance(one, LayerRecord)))
-    answer = service_pb2.GetManyStatsResponse()
+    answer = service_pb2.BatchGetStatsResponse()
     for each, one in zip(request.reads, found, strict=True):
         if isinstance(one, LayerRecord):
             answer.results.add(stats=read(one, each))
         else:
-            answer.results.add(error=_detail("GetManyStats", one))
+            answer.results.add(error=_detail("BatchGetStats", one))
     return answer
 
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar, final
 
 from google.protobuf.message import Message
 
-from sharednorm.codec import convert, wire
+from sharednorm.codec import convert
 from sharednorm.core.limits import MAX_GROUP_MEMBERS, MAX_GROUP_SECONDS
 from sharednorm.core.types import NonFinitePolicy
 from sharednorm.core.validation import check_group_name, is_finite
@@ -18,6 +18,7 @@ from sharednorm_server.groups.coordinator import GroupKey, Stepped, Summed, Sync
 from sharednorm_server.groups.state_machine import Done, GroupSettings
 from sharednorm_server.layers.requests import BackwardCall, Wanted
 from sharednorm_server.layers.service import LayerService
+from sharednorm_server.rpc import unserved
 from sharednorm_server.rpc.converters import key_of, namespace_of
 from sharednorm_server.rpc.handlers import Unary
 
@@ -111,18 +112,18 @@ class GroupCalls:
 
     def moments(self, message: bytes) -> Meeting:
         """Take a step together with the other members of a group: bring this one's part."""
-        request = wire.parse(service_pb2.SynchronizeMomentsRequest, message)
+        request = unserved.parse(service_pb2.SynchronizeMomentsRequest, message)
         key = key_of(request.ref)
         maps = self._service.get_layer(key).config.maps
         batch = None
-        if request.moments.count:
+        if request.moments.count or request.moments.mean or request.moments.m2:
             # Whether a value that is not finite is refused, is decided for the union, and so for all members.
             batch = convert.moments_from_proto(request.moments, maps, allow_nonfinite=True)
         return Meeting(self._groups.moments(key, request.ticket, request.step, batch), _moments_answer)
 
     def gradients(self, message: bytes) -> Meeting:
         """Add up the sums of a backward together with the other members of a group: bring this one's part."""
-        request = wire.parse(service_pb2.SynchronizeGradientsRequest, message)
+        request = unserved.parse(service_pb2.SynchronizeGradientsRequest, message)
         key = key_of(request.ref)
         config = self._service.get_layer(key).config
         call = BackwardCall(
@@ -161,7 +162,7 @@ def _gradients_answer(done: Done[Summed]) -> service_pb2.SynchronizeGradientsRes
 
 
 def _plain(cls: type[M], behaviour: Callable[[M, Wanted], Message]) -> Unary:
-    return lambda buffer, wanted: behaviour(wire.parse(cls, buffer), wanted).SerializeToString()
+    return lambda buffer, wanted: behaviour(unserved.parse(cls, buffer), wanted).SerializeToString()
 
 
 def _waiting(behaviour: Callable[[bytes], Meeting]) -> Unary:

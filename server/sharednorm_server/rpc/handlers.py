@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import grpc
 
-from sharednorm_server.auth.tokens import TokenFile
+from sharednorm.errors import SharedNormError
+from sharednorm_server.auth.tokens import RIGHTS, TokenFile
 from sharednorm_server.layers.requests import Wanted
 from sharednorm_server.observability.instrumentation import NOBODY, Origin, Seen, Watcher, working_on
 from sharednorm_server.observability.logs import in_call, new_call
@@ -21,6 +22,9 @@ Unary = Callable[[bytes, Wanted], bytes]
 
 Stream = Callable[[Iterator[bytes], Wanted, Callable[[], None]], Iterator[bytes]]
 """Makes answers of requests; may ask whether somebody still waits for them, and say that the requests may come."""
+
+NO_METHOD = "unknown"
+"""What a method is called that the contract has not."""
 
 WAY = "grpc"
 """What calls by gRPC are called, among the ways that calls come."""
@@ -107,6 +111,46 @@ class StreamCall:
             seen.ended()
 
 
+class MethodTable(grpc.GenericRpcHandler):
+    """The methods of one service, as gRPC finds them. For a name that is none of them there is a typed error, too.
+
+    Args:
+        service: The service's full name.
+        calls: What is served.
+        refuse: Makes the error of another name.
+        pool: Runs the calls that end with it.
+        watcher: Is told of them.
+        tokens: Who may call.
+    """
+
+    def __init__(
+        self,
+        service: str,
+        calls: Iterable[UnaryCall | StreamCall],
+        refuse: Callable[[str], SharedNormError],
+        pool: CallPool,
+        watcher: Watcher,
+        tokens: TokenFile | None,
+    ) -> None:
+        self._prefix = f"/{service}/"
+        self._handlers = {call.name: method_handler(call) for call in calls}
+        self._refuse = refuse
+        self._pool, self._watcher, self._tokens = pool, watcher, tokens
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any] | None:
+        """Return what handles a call; None: it is of another service."""
+        if not handler_call_details.method.startswith(self._prefix):
+            return None
+        name = handler_call_details.method[len(self._prefix) :]
+        return self._handlers.get(name) or self._refusing(name)
+
+    def _refusing(self, name: str) -> grpc.RpcMethodHandler[Any, Any]:
+        def behaviour(_: Iterator[bytes], __: Wanted, ___: Callable[[], None]) -> Iterator[bytes]:
+            raise self._refuse(name)
+
+        return method_handler(StreamCall(known_method(name), behaviour, self._pool, self._watcher, self._tokens))
+
+
 def _caller(tokens: TokenFile | None, name: str, context: grpc.ServicerContext) -> AbstractContextManager[None]:
     if tokens is None:
         return nullcontext()
@@ -123,6 +167,11 @@ def _counted(requests: Iterator[bytes], seen: Seen) -> Iterator[bytes]:
     for request in requests:
         seen.moved(len(request), 0)
         yield request
+
+
+def known_method(name: str) -> str:
+    """Return a method's name, as logs and metrics have it: those that a stranger makes up are all one."""
+    return name if name in RIGHTS else NO_METHOD
 
 
 def method_handler(call: Any) -> grpc.RpcMethodHandler[bytes, bytes]:

@@ -14,7 +14,7 @@ from sharednorm_server.observability.instrumentation import Watcher
 from sharednorm_server.observability.logs import in_call, new_call
 from sharednorm_server.rpc.call_pool import CallPool
 from sharednorm_server.rpc.errors import refuse
-from sharednorm_server.rpc.handlers import WAY, origin_of
+from sharednorm_server.rpc.handlers import WAY, known_method, origin_of
 
 
 class Doorkeeper(grpc.ServerInterceptor):
@@ -40,7 +40,7 @@ class Doorkeeper(grpc.ServerInterceptor):
         handler = continuation(details)
         if handler is None or not details.method.startswith(self._prefix):
             return handler
-        name = details.method[len(self._prefix) :]
+        name = known_method(details.method[len(self._prefix) :])
         try:
             if self._tokens is not None:
                 self._tokens.admit(name, dict(details.invocation_metadata))

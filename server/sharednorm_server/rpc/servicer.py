@@ -5,13 +5,14 @@ Every method takes bytes and gives bytes; `wire` has the tensors, `convert` ever
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import grpc
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import Message
 
 from sharednorm.codec import convert, wire
 from sharednorm.core.types import NonFinitePolicy
@@ -22,6 +23,7 @@ from sharednorm_server.device.tensor_io import Output
 from sharednorm_server.layers.requests import BackwardCall, ForwardFacts, LayerKey, Wanted
 from sharednorm_server.layers.service import LayerService
 from sharednorm_server.observability.instrumentation import Watcher
+from sharednorm_server.rpc import unserved
 from sharednorm_server.rpc.batch_methods import get_many_stats, push_many
 from sharednorm_server.rpc.call_pool import CallPool
 from sharednorm_server.rpc.converters import (
@@ -35,13 +37,15 @@ from sharednorm_server.rpc.converters import (
     stats_of,
 )
 from sharednorm_server.rpc.group_methods import GroupCalls
-from sharednorm_server.rpc.handlers import Stream, StreamCall, Unary, UnaryCall, method_handler
+from sharednorm_server.rpc.handlers import MethodTable, Stream, StreamCall, Unary, UnaryCall
 from sharednorm_server.rpc.tensor_io import Arriving, Here, InChunks, InMessage
 from sharednorm_server.rpc.transfer_scheduler import Movers
 
 SERVICE_NAME = service_pb2.DESCRIPTOR.services_by_name["BatchNormService"].full_name
 
 M = TypeVar("M", bound=Message)
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,10 @@ class Servicer:
         groups: The methods of groups.
         limits: What is accepted.
         movers: Whose turn it is to move large tensors.
+
+    Attributes:
+        groups: The methods of groups.
+        plain: The methods without a tensor that wait for nothing, bytes in and bytes out.
     """
 
     def __init__(self, service: LayerService, groups: GroupCalls, limits: Limits, movers: Movers) -> None:
@@ -102,6 +110,29 @@ class Servicer:
         self.groups = groups
         self._limits = limits
         self._direct: service_pb2.DirectEndpoint | None = None
+        self.plain: dict[str, Unary] = {
+            "OpenSession": _plain(service_pb2.OpenSessionRequest, self._open_session),
+            "GetServerInfo": _plain(service_pb2.GetServerInfoRequest, self._get_server_info),
+            "CreateLayer": _plain(service_pb2.CreateLayerRequest, self._create_layer),
+            "GetLayer": _plain(service_pb2.GetLayerRequest, self._get_layer),
+            "ListLayers": _plain(service_pb2.ListLayersRequest, self._list_layers),
+            "DeleteLayer": _plain(service_pb2.DeleteLayerRequest, self._delete_layer),
+            "CreateDomain": _plain(service_pb2.CreateDomainRequest, self._create_domain),
+            "ListDomains": _plain(service_pb2.ListDomainsRequest, self._list_domains),
+            "DeleteDomain": _plain(service_pb2.DeleteDomainRequest, self._delete_domain),
+            "PushMoments": self._push_moments_message,
+            "PushGradients": self._push_gradients_message,
+            "BatchPushMoments": self._push_many_message,
+            "BatchGetStats": _plain(service_pb2.BatchGetStatsRequest, self.get_many_stats),
+            "GetStats": _plain(service_pb2.GetStatsRequest, self._get_stats),
+            "SetTrain": _plain(service_pb2.SetTrainRequest, self._set_train),
+            "SetState": _plain(service_pb2.SetStateRequest, self._set_state),
+            "MergeStatistics": _plain(service_pb2.MergeStatisticsRequest, self._merge_statistics),
+            "ListSnapshots": _plain(service_pb2.ListSnapshotsRequest, self._list_snapshots),
+            "Rollback": _plain(service_pb2.RollbackRequest, self._rollback),
+            "Backup": _plain(service_pb2.BackupRequest, self._backup),
+            "UpdateParams": _plain(service_pb2.UpdateParamsRequest, self._update_params),
+        }
 
     def offer_direct(self, port: int, socket: str, instance: bytes, shared_memory: bool) -> None:
         """Have clients told of direct connections from now on."""
@@ -116,43 +147,22 @@ class Servicer:
 
         For the members of a group wait for each other, and would else wait for a thread that one of them has.
         """
-        unary: dict[str, Unary] = {
-            "OpenSession": _plain(service_pb2.OpenSessionRequest, self._open_session),
-            "GetServerInfo": _plain(service_pb2.GetServerInfoRequest, self._get_server_info),
-            "CreateLayer": _plain(service_pb2.CreateLayerRequest, self._create_layer),
-            "GetLayer": _plain(service_pb2.GetLayerRequest, self._get_layer),
-            "ListLayers": _plain(service_pb2.ListLayersRequest, self._list_layers),
-            "DeleteLayer": _plain(service_pb2.DeleteLayerRequest, self._delete_layer),
-            "CreateDomain": _plain(service_pb2.CreateDomainRequest, self._create_domain),
-            "ListDomains": _plain(service_pb2.ListDomainsRequest, self._list_domains),
-            "DeleteDomain": _plain(service_pb2.DeleteDomainRequest, self._delete_domain),
-            "Forward": self._forward_message,
-            "Backward": self._backward_message,
-            "PushMoments": self._push_moments_message,
-            "PushGradients": self._push_gradients_message,
-            "PushMany": self._push_many_message,
-            "GetManyStats": _plain(service_pb2.GetManyStatsRequest, self.get_many_stats),
-            "GetStats": _plain(service_pb2.GetStatsRequest, self._get_stats),
-            "SetTrain": _plain(service_pb2.SetTrainRequest, self._set_train),
-            "SetState": _plain(service_pb2.SetStateRequest, self._set_state),
-            "MergeStatistics": _plain(service_pb2.MergeStatisticsRequest, self._merge_statistics),
-            "ListSnapshots": _plain(service_pb2.ListSnapshotsRequest, self._list_snapshots),
-            "Rollback": _plain(service_pb2.RollbackRequest, self._rollback),
-            "Backup": _plain(service_pb2.BackupRequest, self._backup),
-            "UpdateParams": _plain(service_pb2.UpdateParamsRequest, self._update_params),
-        }
+        tensors: dict[str, Unary] = {"Forward": self._forward_message, "Backward": self._backward_message}
         streams: dict[str, Stream] = {"ForwardStream": self._forward_stream, "BackwardStream": self._backward_stream}
         calls: list[UnaryCall | StreamCall] = [
-            *(UnaryCall(name, behaviour, pool, watcher, tokens) for name, behaviour in unary.items()),
+            *(UnaryCall(name, behaviour, pool, watcher, tokens) for name, behaviour in (tensors | self.plain).items()),
             *(UnaryCall(name, behaviour, waiting, watcher, tokens) for name, behaviour in self.groups.unary().items()),
             *(StreamCall(name, behaviour, pool, watcher, tokens) for name, behaviour in streams.items()),
         ]
-        handlers = {call.name: method_handler(call) for call in calls}
-        return grpc.method_handlers_generic_handler(SERVICE_NAME, handlers)
+        return MethodTable(SERVICE_NAME, calls, unserved.method_error, pool, watcher, tokens)
 
     # --- Layers -------------------------------------------------------------------------------------
 
-    def _get_server_info(self, _: service_pb2.GetServerInfoRequest) -> service_pb2.GetServerInfoResponse:
+    def _get_server_info(self, request: service_pb2.GetServerInfoRequest) -> service_pb2.GetServerInfoResponse:
+        if request.protocol not in {0, wire.PROTOCOL}:
+            _log.warning(
+                "a client speaks protocol %d, and this server %d: it will stop there", request.protocol, wire.PROTOCOL
+            )
         info = self._service.info
         return service_pb2.GetServerInfoResponse(
             version=info.version,
@@ -212,7 +222,7 @@ class Servicer:
     def _get_stats(self, request: service_pb2.GetStatsRequest) -> service_pb2.GetStatsResponse:
         return stats_of(self._service.get_layer(key_of(request.ref)), request)
 
-    def get_many_stats(self, request: service_pb2.GetManyStatsRequest) -> service_pb2.GetManyStatsResponse:
+    def get_many_stats(self, request: service_pb2.BatchGetStatsRequest) -> service_pb2.BatchGetStatsResponse:
         """Read many layers, each of a moment of its own."""
         return get_many_stats(request, lambda ref: self._service.get_layer(key_of(ref)), stats_of)
 
@@ -322,13 +332,16 @@ class Servicer:
             bias=convert.vector_to_proto(answer.bias),
             replayed=answer.replayed,
         )
-        if not answer.train:
+        if not answer.train or request.want_statistics:
             state = answer.record.state
-            response.mean.CopyFrom(convert.vector_to_proto(state.mean))
-            response.var.CopyFrom(convert.vector_to_proto(state.var))
+            response.mean.CopyFrom(convert.doubles_to_proto(state.mean))
+            response.var.CopyFrom(convert.doubles_to_proto(state.var))
+            response.statistics_version = state.version
         return Answer(response, None)
 
-    def push_many(self, request: service_pb2.PushManyRequest, wanted: Wanted) -> service_pb2.PushManyResponse:
+    def push_many(
+        self, request: service_pb2.BatchPushMomentsRequest, wanted: Wanted
+    ) -> service_pb2.BatchPushMomentsResponse:
         """Take many steps whose tensors stay with their client, one after the other."""
         return push_many(request, lambda each: self.push_moments(each, wanted).response)
 
@@ -347,14 +360,14 @@ class Servicer:
         return Answer(service_pb2.PushGradientsResponse(replayed=replayed), None)
 
     def _push_moments_message(self, buffer: bytes, wanted: Wanted) -> bytes:
-        request = wire.parse(service_pb2.PushMomentsRequest, buffer)
+        request = unserved.parse(service_pb2.PushMomentsRequest, buffer)
         return self.push_moments(request, wanted).response.SerializeToString()
 
     def _push_many_message(self, buffer: bytes, wanted: Wanted) -> bytes:
-        return self.push_many(wire.parse(service_pb2.PushManyRequest, buffer), wanted).SerializeToString()
+        return self.push_many(unserved.parse(service_pb2.BatchPushMomentsRequest, buffer), wanted).SerializeToString()
 
     def _push_gradients_message(self, buffer: bytes, wanted: Wanted) -> bytes:
-        request = wire.parse(service_pb2.PushGradientsRequest, buffer)
+        request = unserved.parse(service_pb2.PushGradientsRequest, buffer)
         return self.push_gradients(request, wanted).response.SerializeToString()
 
     def _most(self, tensors: Here | Arriving) -> tuple[int, str]:
@@ -365,11 +378,11 @@ class Servicer:
         return limits.max_tensor_bytes, "max_tensor_bytes"
 
     def _forward_message(self, buffer: bytes, wanted: Wanted) -> bytes:
-        request, data = wire.decode(service_pb2.ForwardRequest, buffer)
+        request, data = unserved.decode(service_pb2.ForwardRequest, buffer)
         return _whole(self.forward(request, InMessage(data), wanted))
 
     def _backward_message(self, buffer: bytes, wanted: Wanted) -> bytes:
-        request, data = wire.decode(service_pb2.BackwardRequest, buffer)
+        request, data = unserved.decode(service_pb2.BackwardRequest, buffer)
         return _whole(self.backward(request, InMessage(data), wanted))
 
     def _forward_stream(self, messages: Iterator[bytes], wanted: Wanted, go_on: Callable[[], None]) -> Iterator[bytes]:
@@ -426,14 +439,7 @@ class Servicer:
 
 def _plain(cls: type[M], behaviour: Callable[[M], Message]) -> Unary:
     # A method without a tensor. It is over at once, so that nobody is asked whether the answer is wanted.
-    def call(buffer: bytes, _: Wanted) -> bytes:
-        try:
-            request = cls.FromString(buffer)
-        except (DecodeError, UnicodeDecodeError) as error:
-            raise MalformedMessage(f"the bytes are not a {cls.DESCRIPTOR.full_name}: {error}") from error
-        return behaviour(request).SerializeToString()
-
-    return call
+    return lambda buffer, _: behaviour(unserved.parse(cls, buffer)).SerializeToString()
 
 
 S = TypeVar("S", service_pb2.ForwardStreamRequest, service_pb2.BackwardStreamRequest)
@@ -443,7 +449,7 @@ def _header(cls: type[S], messages: Iterator[bytes]) -> S:
     first = next(messages, None)
     if first is None:
         raise MalformedMessage("the stream has no message (expected: a header, then chunks)")
-    message, chunk = wire.decode(cls, first)
+    message, chunk = unserved.decode(cls, first)
     if not message.HasField("header") or message.offset or chunk.nbytes or message.header.data:
         raise MalformedMessage("the first message of a stream is not a header without data")
     return message

@@ -15,6 +15,7 @@ from sharednorm.errors import MalformedMessage
 from sharednorm.v1 import service_pb2
 from sharednorm_server.device.tensor_io import DeviceTensor, Incoming, Output
 from sharednorm_server.layers.requests import Wanted
+from sharednorm_server.rpc import unserved
 from sharednorm_server.rpc.transfer_scheduler import Movers, Turn
 
 
@@ -54,6 +55,11 @@ class InMessage:
 
     def __init__(self, data: memoryview) -> None:
         self._data = data
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes of data there are."""
+        return self._data.nbytes
 
     def arrays(self, layouts: Sequence[wire.TensorLayout]) -> list[Array]:
         """Return the tensors, where they lie."""
@@ -191,7 +197,7 @@ class InChunks:
         if buffer is None:
             self._order.finish()
             return memoryview(b"")
-        message, chunk = wire.decode(self._cls, buffer)
+        message, chunk = unserved.decode(self._cls, buffer)
         if message.HasField("header"):
             raise MalformedMessage("a stream has a second header (expected: chunks)")
         self._order.take(message.offset, chunk.nbytes)

@@ -164,17 +164,19 @@ def test_each_handle_of_a_layer_is_told_of_its_own(hub: sharednorm.Hub, other: s
 def test_a_step_that_failed_in_a_call_of_its_own_mode(hub: sharednorm.Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     bn, x = ahead(hub), random_tensor(1, SHAPE)
 
-    def push_many(request: service_pb2.PushManyRequest, push: Any) -> service_pb2.PushManyResponse:
+    def push_many(request: service_pb2.BatchPushMomentsRequest, push: Any) -> service_pb2.BatchPushMomentsResponse:
         answers = [service_pb2.PushMomentsResponse(mode=layer_pb2.MODE_TRAIN) for _ in request.pushes]
-        return service_pb2.PushManyResponse(results=[service_pb2.PushManyResult(moments=each) for each in answers])
+        return service_pb2.BatchPushMomentsResponse(
+            results=[service_pb2.BatchPushMomentsResult(moments=each) for each in answers]
+        )
 
     monkeypatch.setattr("sharednorm_server.rpc.servicer.push_many", push_many)
     bn(x)
     with pytest.raises(sharednorm.MalformedMessage, match=r"1 may or may not have been taken, and 0 .* has 0 values"):
         bn.flush()
-    monkeypatch.setattr("sharednorm_server.rpc.servicer.push_many", lambda *_: service_pb2.PushManyResponse())
+    monkeypatch.setattr("sharednorm_server.rpc.servicer.push_many", lambda *_: service_pb2.BatchPushMomentsResponse())
     bn(x)
-    with pytest.raises(sharednorm.MalformedMessage, match=r"PushMany has 0 results \(expected: 1\)"):
+    with pytest.raises(sharednorm.MalformedMessage, match=r"BatchPushMoments has 0 results \(expected: 1\)"):
         bn.flush()
 
 

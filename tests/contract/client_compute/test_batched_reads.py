@@ -23,7 +23,7 @@ from sharednorm_server.server import RunningServer
 from tests.support import oracle
 from tests.support.oracle import random_tensor
 from tests.support.processes.server import in_process, server_process
-from tests.support.stock import MAPS, SECONDS, StockClient, channel_to, code_of, detail_of, ref, vector
+from tests.support.stock import MAPS, SECONDS, StockClient, channel_to, code_of, detail_of, doubles, ref, vector
 
 SHAPE = (8, 5, 7, 3)
 LONG = 1e6
@@ -54,7 +54,7 @@ def server() -> Iterator[RunningServer]:
         READS.one.append(one(record, request))
         return READS.one[-1]
 
-    def get_many_stats(self: Servicer, request: service_pb2.GetManyStatsRequest) -> service_pb2.GetManyStatsResponse:
+    def get_many_stats(self: Servicer, request: service_pb2.BatchGetStatsRequest) -> service_pb2.BatchGetStatsResponse:
         READS.many.append(len(request.reads))
         return many(self, request)
 
@@ -192,7 +192,7 @@ def answer(tag: bytes, *, unchanged: bool = False, mean: float = 0.0) -> service
     layer = layer_pb2.Layer(ref=ref("x"), config=layer_pb2.LayerConfig(maps=1), initialized=True)
     if unchanged:
         return service_pb2.GetStatsResponse(layer=layer, tag=tag, unchanged=True)
-    state = layer_pb2.LayerState(scale=vector([1]), bias=vector([0]), mean=vector([mean]), var=vector([1]))
+    state = layer_pb2.LayerState(scale=vector([1]), bias=vector([0]), mean=doubles([mean]), var=doubles([1]))
     return service_pb2.GetStatsResponse(layer=layer, tag=tag, state=state)
 
 
@@ -241,8 +241,8 @@ def test_what_goes_into_one_call() -> None:
     assert [len(group) for group in grouped([1] * 2049, int)] == [1024, 1024, 1]
     widest = MAX_BATCH_MAPS
     assert list(grouped([widest, 1, widest - 1, 1], int)) == [[widest], [1, widest - 1], [1]]
-    with pytest.raises(MalformedMessage, match=r"PushMany has 1 results \(expected: 2\)"):
-        require_results("PushMany", 1, 2)
+    with pytest.raises(MalformedMessage, match=r"BatchPushMoments has 1 results \(expected: 2\)"):
+        require_results("BatchPushMoments", 1, 2)
 
 
 # --- By the contract alone --------------------------------------------------------------------------------
@@ -260,12 +260,12 @@ def read(client: StockClient, name: str, tag: bytes = b"") -> service_pb2.GetSta
     return client.stub.GetStats(service_pb2.GetStatsRequest(ref=ref(name), unless_tag=tag), timeout=SECONDS)
 
 
-def read_many(client: StockClient, *reads: service_pb2.GetStatsRequest) -> service_pb2.GetManyStatsResponse:
-    return client.stub.GetManyStats(service_pb2.GetManyStatsRequest(reads=reads), timeout=SECONDS)
+def read_many(client: StockClient, *reads: service_pb2.GetStatsRequest) -> service_pb2.BatchGetStatsResponse:
+    return client.stub.BatchGetStats(service_pb2.BatchGetStatsRequest(reads=reads), timeout=SECONDS)
 
 
 def moments() -> tensor_pb2.Moments:
-    return tensor_pb2.Moments(count=4, mean=[1.0, 2.0, 3.0], m2=[3.0, 6.0, 9.0])
+    return tensor_pb2.Moments(count=[4], mean=[1.0, 2.0, 3.0], m2=[3.0, 6.0, 9.0])
 
 
 CHANGES: dict[str, Callable[[StockClient], object]] = {

@@ -232,7 +232,7 @@ def client(server: RunningServer) -> Iterator[StockClient]:
 
 
 def moments(**changes: Any) -> tensor_pb2.Moments:
-    return tensor_pb2.Moments(**{"count": 4, "mean": [1.0, 2.0, 3.0], "m2": [3.0, 6.0, 9.0], **changes})
+    return tensor_pb2.Moments(**{"count": [4], "mean": [1.0, 2.0, 3.0], "m2": [3.0, 6.0, 9.0], **changes})
 
 
 def push(client: StockClient, message: tensor_pb2.Moments, mode: int = layer_pb2.MODE_TRAIN) -> Any:
@@ -261,8 +261,8 @@ def test_a_stock_client_pushes_moments_and_gradients(client: StockClient) -> Non
 @pytest.mark.parametrize(
     ("message", "mode", "reason"),
     [
-        (moments(count=0), layer_pb2.MODE_TRAIN, "MALFORMED_MESSAGE"),
-        (moments(count=1), layer_pb2.MODE_TRAIN, "TOO_FEW_VALUES"),
+        (moments(count=[0]), layer_pb2.MODE_TRAIN, "MALFORMED_MESSAGE"),
+        (moments(count=[1]), layer_pb2.MODE_TRAIN, "TOO_FEW_VALUES"),
         (moments(mean=[1.0, 2.0]), layer_pb2.MODE_TRAIN, "MALFORMED_MESSAGE"),
         (moments(m2=[1.0, 2.0, -1e-30]), layer_pb2.MODE_TRAIN, "MALFORMED_MESSAGE"),
         (moments(m2=[1.0, 2.0, float("nan")]), layer_pb2.MODE_TRAIN, "NON_FINITE_INPUT"),

@@ -33,13 +33,13 @@ def client(server: RunningServer) -> Iterator[StockClient]:
 
 
 def push(name: str, mode: layer_pb2.Mode.ValueType = layer_pb2.MODE_TRAIN, **changes: Any) -> Any:
-    moments = tensor_pb2.Moments(**{"count": 4, "mean": [1.0, 2.0, 3.0], "m2": [3.0, 6.0, 9.0], **changes})
+    moments = tensor_pb2.Moments(**{"count": [4], "mean": [1.0, 2.0, 3.0], "m2": [3.0, 6.0, 9.0], **changes})
     return service_pb2.PushMomentsRequest(ref=ref(name), mode=mode, moments=moments)
 
 
-def push_many(client: StockClient, *pushes: service_pb2.PushMomentsRequest) -> list[service_pb2.PushManyResult]:
-    request = service_pb2.PushManyRequest(pushes=pushes)
-    return list(client.stub.PushMany(request, timeout=SECONDS).results)
+def push_many(client: StockClient, *pushes: service_pb2.PushMomentsRequest) -> list[service_pb2.BatchPushMomentsResult]:
+    request = service_pb2.BatchPushMomentsRequest(pushes=pushes)
+    return list(client.stub.BatchPushMoments(request, timeout=SECONDS).results)
 
 
 def test_a_stock_client_pushes_many(client: StockClient) -> None:

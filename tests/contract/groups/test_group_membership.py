@@ -260,14 +260,14 @@ def test_a_client_of_the_contract_alone(address: str) -> None:
             ref=hub._ref(name),
             ticket=joined.ticket,
             step=1,
-            moments=tensor_pb2.Moments(count=count, mean=mean, m2=m2),
+            moments=tensor_pb2.Moments(count=[count], mean=mean, m2=m2),
         )
         step = stub.SynchronizeMoments(request, timeout=SECONDS)
         assert (step.version, step.num_of_props, list(step.ranks), step.replayed) == (1, 1, [0, 1], False)
         assert stub.SynchronizeMoments(request, timeout=SECONDS).replayed  # asked for again
         whole = np.concatenate([mine, part(7, 2)])
         np.testing.assert_allclose(step.moments.mean, whole.mean(axis=0), rtol=1e-6)
-        assert step.moments.count == 6
+        assert list(step.moments.count) == [6]
         deviation = mine - np.array(step.moments.mean)
         sums = stub.SynchronizeGradients(
             service_pb2.SynchronizeGradientsRequest(

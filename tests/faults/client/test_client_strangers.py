@@ -154,7 +154,7 @@ def test_a_server_of_another_protocol() -> None:
     answer = service_pb2.GetServerInfoResponse(version="42.0.0", protocol=99).SerializeToString()
     with (
         grpc_server(GetServerInfo=lambda *_: answer) as address,
-        pytest.raises(IncompatibleServer, match=r"release 42\.0\.0\) speaks protocol 99.*speaks protocol 2: install"),
+        pytest.raises(IncompatibleServer, match=r"release 42\.0\.0\) speaks protocol 99.*speaks protocol 3: install"),
     ):
         connect(address)
 

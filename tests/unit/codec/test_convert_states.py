@@ -111,7 +111,7 @@ def test_a_state_without_one_of_its_parts_is_refused(name: Any) -> None:
 @pytest.mark.parametrize("size", [0, 2, 4])
 def test_a_part_of_another_length_is_refused(name: str, size: int) -> None:
     message = convert.state_to_proto(a_state(), gradients=True)
-    getattr(message, name).CopyFrom(tensor_pb2.FloatVector(values=[1.0] * size))
+    getattr(message, name).CopyFrom(type(getattr(message, name))(values=[1.0] * size))
     with pytest.raises(MalformedMessage, match=f"{name} has {size} values .expected: 3"):
         convert.state_from_proto(a_layer(), message)
 
@@ -183,6 +183,7 @@ READERS: list[tuple[type[Any], Callable[[Any], object]]] = [
     (layer_pb2.LayerState, lambda message: convert.state_from_proto(a_layer(), message)),
     (layer_pb2.Layer, lambda layer: convert.state_from_proto(layer, convert.state_to_proto(a_state(), gradients=True))),
     (tensor_pb2.FloatVector, lambda message: convert.vector_from_proto(message, 3)),
+    (tensor_pb2.DoubleVector, lambda message: convert.doubles_from_proto(message, 3)),
     (tensor_pb2.Moments, lambda message: convert.moments_from_proto(message, 3)),
 ]
 

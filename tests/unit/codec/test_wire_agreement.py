@@ -88,7 +88,7 @@ def valid_parts() -> list[bytes]:
     """Whole, valid fields that the messages have, in several values, those of nested messages among them."""
     ref = layer_pb2.LayerRef(namespace="n", name="stem/bn-é")
     spec = tensor_pb2.TensorSpec(dtype=tensor_pb2.DATA_TYPE_FLOAT32, shape=[2, 3, -1, 1 << 62])
-    moments = tensor_pb2.Moments(count=7, mean=[1.0, float("nan")], m2=[0.5, 2.0])
+    moments = tensor_pb2.Moments(count=[7], mean=[1.0, float("nan")], m2=[0.5, 2.0])
     scale = tensor_pb2.FloatVector(values=[1.0, float("inf"), -0.0])
     saved = service_pb2.SavedForward(input=spec, moments=moments, scale=scale)
     forward = service_pb2.ForwardRequest(ref=ref, mode=layer_pb2.MODE_TRAIN, input=spec, keep_input=True, data=b"in")

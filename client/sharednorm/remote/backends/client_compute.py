@@ -108,9 +108,7 @@ class ClientComputeBackend(RemoteBackend):
         )
         epsilon = self._config.epsilon
         if not convert.is_train(answer.mode):
-            mean, var = (
-                convert.vector_from_proto(vector, maps).astype(np.float64) for vector in (answer.mean, answer.var)
-            )
+            mean, var = (convert.doubles_from_proto(vector, maps) for vector in (answer.mean, answer.var))
             return ForwardResult(self._arithmetic.normalize(x, mean, var, scale, bias, epsilon, out), None)
         result = self._arithmetic.normalize(x, batch.mean, batch.biased_var, scale, bias, epsilon, out)
         return ForwardResult(result, SavedForward(x, batch, scale, answer.version))
