@@ -143,6 +143,14 @@ def test_every_method_refuses_a_lesser_right_and_takes_its_own(guarded: Guarded,
             assert (code is grpc.StatusCode.PERMISSION_DENIED) is refused, method
 
 
+def test_a_method_that_there_is_not_takes_a_token_and_says_so(guarded: Guarded) -> None:
+    with guarded.channel() as channel:
+        for method, reason in (("PushMany", "INCOMPATIBLE_SERVER"), ("Nothing", "NOT_SUPPORTED")):
+            assert outcome(channel, method, None) == (grpc.StatusCode.UNAUTHENTICATED, "UNAUTHENTICATED")
+            found = outcome(channel, method, guarded.tokens["read"])
+            assert found == (grpc.StatusCode.UNIMPLEMENTED, reason)
+
+
 def test_the_body_cannot_name_another_namespace(guarded: Guarded) -> None:
     with guarded.channel() as channel:
         token = guarded.tokens["admin"]

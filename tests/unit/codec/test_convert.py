@@ -20,6 +20,7 @@ from sharednorm.errors import (
     InvalidConfiguration,
     InvalidName,
     MalformedMessage,
+    NotSupported,
 )
 from sharednorm.v1 import layer_pb2, tensor_pb2
 
@@ -235,6 +236,21 @@ def stock_moments(mean: list[float], m2: list[float], count: int = 8) -> tensor_
 def test_moments_that_cannot_be_are_refused(message: tensor_pb2.Moments, words: str) -> None:
     with pytest.raises(MalformedMessage, match=words):
         convert.moments_from_proto(sent(message), 2)
+
+
+@pytest.mark.parametrize("count", [[8.0, 8.0], [8.5], [0.25]])
+def test_counts_of_a_later_release_are_refused_as_such(count: list[float]) -> None:
+    with pytest.raises(NotSupported, match=r"Moments.count: .* not served by this release"):
+        convert.moments_from_proto(tensor_pb2.Moments(count=count, mean=[0, 0], m2=[1, 1]), 2)
+
+
+def test_doubles_go_there_and_back_to_the_last_bit() -> None:
+    values = np.array([0.1, 1e300, -1e-300])
+    got = convert.doubles_from_proto(sent(convert.doubles_to_proto(values)), 3)
+    np.testing.assert_array_equal(got, values, strict=True)
+    assert not got.flags.writeable
+    with pytest.raises(MalformedMessage, match=r"3 values .expected: 2"):
+        convert.doubles_from_proto(convert.doubles_to_proto(values), 2)
 
 
 def test_moments_of_a_layer_that_allows_it_may_be_non_finite_but_not_negative() -> None:
