@@ -1,4 +1,4 @@
-"""What several stores write alike: configurations, and the names of merged deltas."""
+"""What several stores write alike: configurations, the names of merged deltas, and running statistics."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from sharednorm.core.layer_config import LayerConfig
-from sharednorm.core.types import Averaging, LayerKind, NonFinitePolicy
+from sharednorm.core.types import Averaging, LayerKind, NonFinitePolicy, Vector
 
 
 def config_to_text(config: LayerConfig) -> str:
@@ -41,3 +44,28 @@ def names_from_bytes(data: bytes) -> tuple[bytes, ...]:
         names.append(data[at + 1 : end])
         at = end
     return tuple(names)
+
+
+def statistics_to_bytes(vector: npt.NDArray[np.floating[Any]]) -> bytes:
+    """Return a running mean or variance as little-endian float64."""
+    return vector.astype("<f8").tobytes()
+
+
+def statistics_from_bytes(data: bytes) -> Vector:
+    """Return a running mean or variance as records have it today, float32.
+
+    Raises:
+        ValueError: A value is not a float32. A later release has written it; to round it would change the layer.
+    """
+    wide = np.frombuffer(data, "<f8")
+    with np.errstate(over="ignore"):  # which is no float32, and so refused below
+        vector = wide.astype(np.float32)
+    if not np.array_equal(vector, wide, equal_nan=True):
+        raise ValueError("running statistics beyond float32, which a newer release has written")
+    vector.setflags(write=False)
+    return vector
+
+
+def widened(data: bytes) -> bytes:
+    """Return a running mean or variance that was stored as float32 as float64, which has the same values."""
+    return statistics_to_bytes(np.frombuffer(data, "<f4"))

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from sharednorm.errors import LayerNotFound, StoreFailed
 from sharednorm_server.errors import StartError
 from sharednorm_server.layers.requests import ForwardCall
 from sharednorm_server.store.base import LayerKey, LayerRecord
-from sharednorm_server.store.records import LastChange, Note, Remembered, TakenStep
+from sharednorm_server.store.records import LastChange, Note, TakenStep
 from sharednorm_server.store.sqlite.database import FILE_VERSION
 from sharednorm_server.store.sqlite.store import FILE_NAME, SqliteStore
 from tests.support import oracle
@@ -232,33 +231,6 @@ def test_each_opening_is_another_run(tmp_path: Path) -> None:
         assert store.open_session() == run << 32
         store = again(store)
     store.close()
-
-
-def test_a_file_of_the_first_version_is_brought_to_this_one(tmp_path: Path) -> None:
-    store = SqliteStore(tmp_path)
-    service = new_service(store=store)
-    create(service)
-    service.push_moments(KEY, True, moments(1))
-    record = service.get_layer(KEY)
-    service.close()
-    with closing(sqlite3.connect(tmp_path / FILE_NAME)) as database:  # take away what later versions have added
-        database.executescript(
-            """
-            DROP TABLE changes; DROP TABLE server; DROP TABLE snapshot_statistics; DROP TABLE snapshots;
-            ALTER TABLE layers DROP COLUMN session_floor; PRAGMA user_version = 1
-            """
-        )
-        columns = [name for _, name, *_ in database.execute("PRAGMA table_info(layers)")]
-        assert columns == ["id", "namespace", "name", "uid", "config", "train", "initialized", "version"]
-    store = SqliteStore(tmp_path)
-    same(store.get(KEY), record)
-    assert (store.open_session(), store.remembered(KEY)) == (1 << 32, Remembered({}, 0))
-    store = again(store)
-    same(store.get(KEY), record)
-    assert store.open_session() == 2 << 32
-    store.close()
-    with closing(sqlite3.connect(tmp_path / FILE_NAME)) as database:
-        assert database.execute("PRAGMA user_version").fetchone() == (FILE_VERSION,)
 
 
 # --- Many at a time ---------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import os
 import socket
 import sqlite3
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -20,9 +20,17 @@ from sharednorm.core.state import LayerState, Moments, blank_state
 from sharednorm.core.types import Vector
 from sharednorm_server.errors import StartError
 from sharednorm_server.store.base import LayerKey, LayerRecord
-from sharednorm_server.store.codec import config_from_text, config_to_text, names_from_bytes, names_to_bytes
+from sharednorm_server.store.codec import (
+    config_from_text,
+    config_to_text,
+    names_from_bytes,
+    names_to_bytes,
+    statistics_from_bytes,
+    statistics_to_bytes,
+)
 from sharednorm_server.store.records import LastChange, Note, Remembered, TakenStep
 from sharednorm_server.store.snapshots import SnapshotInfo
+from sharednorm_server.store.sqlite.layout import keep_copy, migrate, refuse_unknown
 
 # "snrm": a file of anything else is refused, whatever is in it.
 APPLICATION_ID = 0x736E726D
@@ -82,6 +90,19 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             PRIMARY KEY (layer, version, domain),
             FOREIGN KEY (layer, version) REFERENCES snapshots ON DELETE CASCADE)
         """,
+    ),
+    (
+        # Running statistics are float64 from here on, which holds what the float32 were.
+        "UPDATE statistics SET mean = widened(mean), var = widened(var)",
+        "UPDATE snapshot_statistics SET mean = widened(mean), var = widened(var)",
+        # How many values the statistics stand for, float64: one, or one a channel. NULL: it is not counted.
+        "ALTER TABLE statistics ADD COLUMN count BLOB",
+        "ALTER TABLE snapshot_statistics ADD COLUMN count BLOB",
+        # How often the configuration was changed.
+        "ALTER TABLE layers ADD COLUMN config_revision INTEGER NOT NULL DEFAULT 0",
+        # Words for what a reader has to know beyond the layout, and the name of the copy of the layout before this one.
+        "ALTER TABLE server ADD COLUMN features TEXT NOT NULL DEFAULT ''",
+        "ALTER TABLE server ADD COLUMN backup TEXT",
     ),
 )
 FILE_VERSION = 1 + len(MIGRATIONS)
@@ -172,7 +193,8 @@ class Rows:
             return False
         if any(getattr(state, name) is not getattr(old, name) for name in _NOT_OF_STEPS):
             return False
-        statistics = _to_blob(state.mean), _to_blob(state.var), state.num_of_props, state.stats_frozen
+        mean, var = statistics_to_bytes(state.mean), statistics_to_bytes(state.var)
+        statistics = mean, var, state.num_of_props, state.stats_frozen
         self._database.execute(
             "INSERT INTO temp.steps VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (row, *_counters(record), *statistics, place, *self._values(note)),
@@ -239,10 +261,11 @@ class Rows:
         if write("INSERT OR IGNORE INTO snapshots VALUES (?, ?, ?, ?, ?, ?, ?)", values).rowcount:
             for domain, each in {"": statistics_of(state), **record.domains}.items():
                 write(
-                    "INSERT INTO snapshot_statistics VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                    "INSERT INTO snapshot_statistics (layer, version, domain, mean, var, num_of_props, frozen, merged) "
+                    "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
                     (
-                        row, state.version, domain, _to_blob(each.mean), _to_blob(each.var), each.num_of_props,
-                        each.stats_frozen, names_to_bytes(each.merged),
+                        row, state.version, domain, statistics_to_bytes(each.mean), statistics_to_bytes(each.var),
+                        each.num_of_props, each.stats_frozen, names_to_bytes(each.merged),
                     ),
                 )  # fmt: skip
         for version in drop:
@@ -268,7 +291,9 @@ class Rows:
         train, initialized, *pair = found
         now = self.find(row)
         sets = {
-            domain: DomainStatistics(*_pair(each, now.config), steps, bool(frozen), names_from_bytes(merged))
+            domain: DomainStatistics(
+                *_pair(each, now.config, statistics_from_bytes), steps, bool(frozen), names_from_bytes(merged)
+            )
             for domain, *each, steps, frozen, merged in read(
                 "SELECT domain, mean, var, num_of_props, frozen, merged FROM snapshot_statistics "
                 "WHERE layer = ? AND version = ?",
@@ -319,11 +344,12 @@ class Rows:
     def _write_statistics(self, row: int, domain: str, now: DomainStatistics, old: DomainStatistics | None) -> None:
         if old is not None and all(getattr(now, field.name) is getattr(old, field.name) for field in fields(now)):
             return
+        values = statistics_to_bytes(now.mean), statistics_to_bytes(now.var), now.num_of_props, now.stats_frozen
         self._database.execute(
             "INSERT INTO statistics (mean, var, num_of_props, frozen, layer, domain) VALUES (?, ?, ?, ?, ?, ?)"
             if old is None
             else "UPDATE statistics SET mean = ?, var = ?, num_of_props = ?, frozen = ? WHERE layer = ? AND domain = ?",
-            (_to_blob(now.mean), _to_blob(now.var), now.num_of_props, now.stats_frozen, row, domain),
+            (*values, row, domain),
         )
         if now.merged is not (old.merged if old is not None else ()):
             names = names_to_bytes(now.merged)
@@ -354,7 +380,10 @@ class Rows:
         merged = dict(read("SELECT domain, names FROM merged WHERE layer = ?", (row,)).fetchall())
         sets = {
             domain: DomainStatistics(
-                *_pair(pair, config), steps, bool(frozen), names_from_bytes(merged.get(domain, b""))
+                *_pair(pair, config, statistics_from_bytes),
+                steps,
+                bool(frozen),
+                names_from_bytes(merged.get(domain, b"")),
             )
             for domain, *pair, steps, frozen in read(
                 "SELECT domain, mean, var, num_of_props, frozen FROM statistics WHERE layer = ?", (row,)
@@ -401,7 +430,8 @@ def prepare(database: sqlite3.Connection, path: Path, durability: str) -> None:
     """Make the file ready, of this release's version.
 
     Raises:
-        StartError: It is of a newer release, of something else, or damaged.
+        StartError: It is of a newer release, of something else, or damaged; or it is of an earlier one, and there is
+            no room to bring it to this one's layout.
     """
     # Alone from the first access on, so that the log's index is in this process's memory: no file is shared.
     database.execute("PRAGMA locking_mode = EXCLUSIVE")
@@ -410,11 +440,7 @@ def prepare(database: sqlite3.Connection, path: Path, durability: str) -> None:
     (tables,) = database.execute("SELECT count(*) FROM sqlite_schema").fetchone()
     if application != APPLICATION_ID and (application or version or tables):
         raise StartError(f"{path} is not a state of sharednorm (expected: one, or an empty directory)")
-    if version > FILE_VERSION:
-        raise StartError(
-            f"the state in {path} is of file version {version}, and this release knows {FILE_VERSION}: use the release "
-            "that wrote it, or a newer one"
-        )
+    refuse_unknown(database, path, version, FILE_VERSION)
     database.execute("PRAGMA temp_store = MEMORY")
     database.execute("PRAGMA journal_mode = WAL")
     database.execute(f"PRAGMA synchronous = {_SYNCHRONOUS[durability]}")
@@ -425,12 +451,9 @@ def prepare(database: sqlite3.Connection, path: Path, durability: str) -> None:
         raise StartError(f"the state in {path} is damaged ({found}): put a backup in its place")
     steps = [_SCHEMA, *MIGRATIONS][version:]
     if steps:
-        database.execute("BEGIN IMMEDIATE")
-        for statement in (statement for step in steps for statement in step):
-            database.execute(statement)
-        database.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-        database.execute(f"PRAGMA user_version = {FILE_VERSION}")
-        database.execute("COMMIT")
+        copy = keep_copy(database, path, version) if version else None
+        statements = [statement for step in steps for statement in step]
+        migrate(database, path, copy, [*statements, f"PRAGMA application_id = {APPLICATION_ID}"], FILE_VERSION)
 
 
 def _counters(record: LayerRecord) -> tuple[bool, bool, int]:
@@ -466,8 +489,10 @@ def _to_step(count: int | None, mean: bytes, m2: bytes, scale: bytes, bias: byte
     return TakenStep(moments, _from_blob(scale), _from_blob(bias))
 
 
-def _pair(blobs: Iterable[bytes], config: LayerConfig) -> tuple[Vector, Vector]:
-    one, two = map(_from_blob, blobs)
+def _pair(
+    blobs: Iterable[bytes], config: LayerConfig, read: Callable[[bytes], Vector] = _from_blob
+) -> tuple[Vector, Vector]:
+    one, two = map(read, blobs)
     if not one.size == two.size == config.maps:
         raise ValueError(f"a vector of {one.size} or {two.size} values, of a layer of {config.maps} maps")
     return one, two

@@ -36,6 +36,7 @@ from sharednorm_server.store.records import Note, Remembered
 from sharednorm_server.store.snapshots import SnapshotInfo
 from sharednorm_server.store.sqlite.database import Rows, hold, prepare
 from sharednorm_server.store.sqlite.group_commit import Change, Waiter, Works, failed, needed
+from sharednorm_server.store.sqlite.layout import kept_copy, sync
 
 FILE_NAME = "sharednorm.sqlite3"
 LOCK_NAME = "lock"
@@ -62,6 +63,9 @@ class SqliteStore:
         directory: Where; it is made if it is not there.
         durability: What a change has to survive before it is kept: "os", the end of this process, whichever way; or
             "fsync", that of the machine.
+
+    Attributes:
+        earlier: The copy of the file that was made before its layout was changed, if there is one.
 
     Raises:
         StartError: Another process uses the directory; the file is of a newer release, damaged, or no store; or the
@@ -102,6 +106,7 @@ class SqliteStore:
             self._database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
             try:
                 prepare(self._database, path, durability)
+                self.earlier = kept_copy(self._database, path)
                 self._rows = Rows(self._database)
                 self._names = self._rows.names()
                 self._numbers = SessionNumbers(self._rows.opened())
@@ -252,11 +257,7 @@ class SqliteStore:
                     raise failed()
                 self._database.execute("VACUUM INTO ?", (str(path),))
             for place in (path, path.parent):
-                descriptor = os.open(place, os.O_RDONLY)
-                try:
-                    os.fsync(descriptor)
-                finally:
-                    os.close(descriptor)
+                sync(place)
             return path, path.stat().st_size
         except (OSError, sqlite3.Error) as error:
             with suppress(OSError):  # it may never have been there
