@@ -21,7 +21,8 @@ from sharednorm_server.auth import certificates
 from sharednorm_server.errors import StartError
 from sharednorm_server.store.base import LayerKey, LayerRecord
 from sharednorm_server.store.records import LastChange, Note
-from sharednorm_server.store.redis.store import STATE_VERSION, RedisStore
+from sharednorm_server.store.redis.layout import LAYOUT
+from sharednorm_server.store.redis.store import RedisStore
 from tests.support.processes.redis import RedisProcess, redis_server
 
 CONFIG = LayerConfig(LayerKind.BATCH_NORM_2D, 2)
@@ -156,7 +157,7 @@ def test_a_layer_that_was_deleted_is_not_lost(store: RedisStore, redis_process: 
     assert store.snapshots(KEY) == []
     prefix = store.description.partition("prefix=")[2]
     left = sorted(key.decode() for key in redis_process.ask("KEYS", f"{prefix}:*"))
-    assert left == [f"{prefix}:state", f"{prefix}:{{default:a}}:deleted"]
+    assert left == [f"{prefix}:2:{{default:a}}:deleted", f"{prefix}:state"]
 
 
 def test_another_one_of_its_name_is_not_deleted_in_its_place(store: RedisStore) -> None:
@@ -265,8 +266,8 @@ def test_a_url_that_cannot_be_understood(query: str) -> None:
 
 
 def test_what_a_newer_release_wrote(store: RedisStore, url: str, redis_process: RedisProcess) -> None:
-    redis_process.ask("HSET", f"{url.partition('prefix=')[2]}:state", "version", STATE_VERSION + 1)
-    with pytest.raises(StartError, match=f"is of version {STATE_VERSION + 1}, and this release knows {STATE_VERSION}"):
+    redis_process.ask("HSET", f"{url.partition('prefix=')[2]}:state", "version", LAYOUT + 1)
+    with pytest.raises(StartError, match=f"is of version {LAYOUT + 1}, and this release knows {LAYOUT}"):
         RedisStore(url)
 
 

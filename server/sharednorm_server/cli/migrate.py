@@ -1,14 +1,16 @@
-"""`sharednorm migrate`: all layers of one state into another, with what makes training go on."""
+"""`sharednorm migrate`: a state to this release's layout; or all its layers into another, so that training goes on."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sharednorm.errors import InvalidConfiguration
 from sharednorm_server.cli.output import FAILED, Commands, add_json, say
-from sharednorm_server.config.options import without_secrets
+from sharednorm_server.config.options import parse_state, without_secrets
+from sharednorm_server.errors import StartError
 
 if TYPE_CHECKING:
     from sharednorm_server.store.base import LastingStore
@@ -20,20 +22,25 @@ def add_migrate(commands: Commands[argparse.ArgumentParser]) -> None:
     """Add `sharednorm migrate`."""
     parser = commands.add_parser(
         "migrate",
-        help="copy all layers of one state into another",
-        description="Copy all layers of one state into another: with their ids, versions, domains and snapshots, and "
+        help="copy all layers of one state into another, or bring one to the layout of this release",
+        description="Bring a state that an earlier release has written to the layout of this one; or, with TO, copy "
+        "all layers of one state into another: with their ids, versions, domains and snapshots, and "
         "what is known of the changes of clients. So these go on when a server with the new state has the address of "
         "the old one, and no step is lost or taken twice. Stop the servers of both first; clients wait for as long as "
-        "their timeout. What is copied stays where it was. It can be done again: what is there already is left alone.",
-        epilog="example: sharednorm migrate sqlite:///var/lib/sharednorm redis://box:6379",
+        "their timeout. What is copied stays where it was. It can be done again: what is there already is left alone. "
+        "A server brings a file to its layout by itself, and keeps a copy beside it; of a Redis keep one first.",
+        epilog="examples: sharednorm migrate redis://box:6379; "
+        "sharednorm migrate sqlite:///var/lib/sharednorm redis://box:6379",
     )
     parser.set_defaults(run=_migrate, failure=FAILED)
     parser.add_argument("source", metavar="FROM", help="a --state: sqlite:///DIRECTORY, or redis://HOST:PORT")
-    parser.add_argument("target", metavar="TO", help="another one")
+    parser.add_argument("target", metavar="TO", nargs="?", help="another one; default: FROM gets this release's layout")
     add_json(parser)
 
 
 def _migrate(arguments: argparse.Namespace) -> int:
+    if arguments.target is None:
+        return _to_this_layout(arguments)
     source = _opened(arguments.source)
     try:
         target = _opened(arguments.target)
@@ -47,6 +54,33 @@ def _migrate(arguments: argparse.Namespace) -> int:
         f"; {left} there already, and left alone" if left else ""
     )
     say(arguments, words, {"copied": copied, "left": left})
+    return 0
+
+
+def _to_this_layout(arguments: argparse.Namespace) -> int:
+    place, shown = parse_state(arguments.source), without_secrets(arguments.source)
+    if place is None:
+        raise InvalidConfiguration(f"{shown} keeps nothing that could have another layout")
+    if isinstance(place, Path):
+        from sharednorm_server.store.sqlite.store import FILE_NAME, SqliteStore  # noqa: PLC0415 - as below
+
+        if not (place / FILE_NAME).is_file():
+            raise StartError(f"there is no state in {place}")
+        store = SqliteStore(place)  # which does it
+        store.close()
+        copy = "" if store.earlier is None else f"; what it was before that is in {store.earlier}"
+        found = {"backup": None if store.earlier is None else str(store.earlier)}
+        say(arguments, f"{shown} has the layout of this release{copy}", found)
+        return 0
+    try:
+        from sharednorm_server.store.redis.migration import migrate_layout  # noqa: PLC0415 - needs the extra
+    except ModuleNotFoundError as error:
+        if error.name != "redis":
+            raise
+        raise StartError(f"{shown} needs redis-py: pip install 'sharednorm[server,redis]'") from error
+    layers = migrate_layout(place)
+    words = f": {layers} layer{'' if layers == 1 else 's'} changed" if layers else ""
+    say(arguments, f"{shown} has the layout of this release{words}", {"layers": layers})
     return 0
 
 
@@ -74,10 +108,15 @@ def migrate(source: LastingStore, target: LastingStore, *, progress: bool = Fals
 
 def _opened(state: str) -> LastingStore:
     from sharednorm_server.server import open_store  # noqa: PLC0415 - needs the extra
-    from sharednorm_server.store.base import LastingStore  # noqa: PLC0415 - as above
+    from sharednorm_server.store.base import LastingStore, SharedStore  # noqa: PLC0415 - as above
 
     store = open_store(state)
     if not isinstance(store, LastingStore):
         store.close()
         raise InvalidConfiguration(f"{without_secrets(state)} keeps nothing that could be copied")
+    if isinstance(store, SharedStore) and (others := store.others()):
+        store.close()
+        raise StartError(
+            f"the state in {without_secrets(state)} is used by {'; '.join(others)}: stop all servers that have it first"
+        )
     return store

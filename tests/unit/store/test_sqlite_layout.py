@@ -19,6 +19,7 @@ from sharednorm_server.errors import StartError
 from sharednorm_server.store.sqlite.database import FILE_VERSION
 from sharednorm_server.store.sqlite.store import FILE_NAME, SqliteStore
 from tests.support.processes.old_state import KEY, check_that_training_goes_on, described, expected, write_sqlite
+from tests.support.processes.server import run
 
 OLD = "sqlite-2"
 
@@ -152,6 +153,18 @@ def test_a_value_that_is_no_float32_is_not_rounded(path: Path) -> None:
     with pytest.raises(StoreFailed):
         store.get(KEY)
     store.close()
+
+
+def test_the_command_says_where_the_copy_is(path: Path) -> None:
+    state = f"sqlite://{path.parent}"
+    copy = path.with_name("sharednorm.layout-2.sqlite3")
+    done = run(["migrate", state])
+    assert (done.returncode, done.stdout) == (
+        0, f"{state} has the layout of this release; what it was before that is in {copy}\n",
+    )  # fmt: skip
+    assert f"state migrated from layout 2 to {FILE_VERSION}; backup: {copy}" in done.stderr
+    empty = run(["migrate", f"{state}/empty"])
+    assert (empty.returncode, empty.stderr) == (2, f"sharednorm: there is no state in {path.parent}/empty\n")
 
 
 def test_an_old_file_is_copied_into_another_state(path: Path, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Records, changes and snapshots as what Redis keeps: fields of hashes, and bytes.
 
-A layer is a hash. Its vectors are little-endian float32, so that whoever looks into it with `redis-cli` or NumPy finds
-them. Of a record that replaces another one only those fields are written whose values are other objects.
+A layer is a hash. Its vectors are little-endian float32, its running statistics float64, so that `redis-cli` and NumPy
+show them. Of a record that replaces another one only those fields are written whose values are other objects.
 """
 
 from __future__ import annotations
@@ -18,7 +18,15 @@ from sharednorm.core.layer_config import LayerConfig
 from sharednorm.core.state import LayerState, Moments, blank_state
 from sharednorm.core.types import Vector
 from sharednorm_server.store.base import LayerKey, LayerRecord
-from sharednorm_server.store.codec import config_from_text, config_to_text, names_from_bytes, names_to_bytes
+from sharednorm_server.store.codec import (
+    config_from_text,
+    config_to_text,
+    names_from_bytes,
+    names_to_bytes,
+    statistics_from_bytes,
+    statistics_to_bytes,
+    widened,
+)
 from sharednorm_server.store.records import LastChange, TakenStep
 
 Fields = dict[bytes, bytes]
@@ -91,20 +99,31 @@ def snapshot_to_bytes(record: LayerRecord) -> bytes:
     found, _ = to_fields(record)
     for name in (MARK, b"scale_grad", b"bias_grad"):
         del found[name]
-    return b"".join(_PART.pack(len(name), len(value)) + name + value for name, value in found.items())
+    return _packed(found)
 
 
 def snapshot_from_bytes(key: LayerKey, data: bytes) -> LayerRecord:
     """Return the record of such a value."""
-    found, at = {}, 0
-    while at < len(data):
-        names, values = _PART.unpack_from(data, at)
-        at += _PART.size
-        found[data[at : at + names]] = data[at + names : at + names + values]
-        at += names + values
+    found = _unpacked(data)
     zeros = _to_bytes(blank_state(config_from_text(found[CONFIG])).scale_grad)
     record = to_record(key, {**found, MARK: b"", b"scale_grad": zeros, b"bias_grad": zeros})
     return replace(record)  # with a mark of its own
+
+
+def widened_fields(found: Mapping[bytes, bytes]) -> Fields:
+    """Return those fields of a layer whose running statistics are float32, as version 1 had them, as they are now."""
+    new: Fields = {}
+    for name, value in found.items():
+        if name.startswith(_STATISTICS):
+            at = _SET.size + _SET.unpack_from(value)[2]
+            new[name] = value[:at] + widened(value[at:])
+    return new
+
+
+def widened_snapshot(data: bytes) -> bytes:
+    """Return a snapshot of version 1 as it is now."""
+    found = _unpacked(data)
+    return _packed({**found, **widened_fields(found)})
 
 
 def change_to_bytes(change: LastChange) -> bytes:
@@ -143,6 +162,20 @@ def change_from_bytes(data: bytes) -> LastChange:
     return LastChange(seq, content, version, num_of_props, step, sums)
 
 
+def _packed(found: Fields) -> bytes:
+    return b"".join(_PART.pack(len(name), len(value)) + name + value for name, value in found.items())
+
+
+def _unpacked(data: bytes) -> Fields:
+    found, at = {}, 0
+    while at < len(data):
+        names, values = _PART.unpack_from(data, at)
+        at += _PART.size
+        found[data[at : at + names]] = data[at + names : at + names + values]
+        at += names + values
+    return found
+
+
 def _same(one: DomainStatistics, two: DomainStatistics) -> bool:
     return all(getattr(one, field.name) is getattr(two, field.name) for field in fields(one))
 
@@ -150,16 +183,16 @@ def _same(one: DomainStatistics, two: DomainStatistics) -> bool:
 def _set_to_bytes(each: DomainStatistics) -> bytes:
     names = names_to_bytes(each.merged)
     head = _SET.pack(each.num_of_props, each.stats_frozen, len(names))
-    return head + names + _to_bytes(each.mean) + _to_bytes(each.var)
+    return head + names + statistics_to_bytes(each.mean) + statistics_to_bytes(each.var)
 
 
 def _set_from_bytes(data: bytes, config: LayerConfig) -> DomainStatistics:
     steps, is_frozen, size = _SET.unpack_from(data)
     at = _SET.size + size
-    both = np.frombuffer(data, "<f4", -1, at)
-    if both.size != 2 * config.maps:
-        raise ValueError(f"statistics of {both.size} values, of a layer of {config.maps} maps")
-    mean, var = both.astype(np.float32).reshape(2, config.maps)
+    # Behind them is room for a count, one or one a channel, of which nothing is known here.
+    if len(data) != at + 16 * config.maps:
+        raise ValueError(f"statistics of {len(data) - at} bytes, of a layer of {config.maps} maps")
+    mean, var = statistics_from_bytes(data[at:]).reshape(2, config.maps)
     return DomainStatistics(_frozen(mean), _frozen(var), steps, bool(is_frozen), names_from_bytes(data[_SET.size : at]))
 
 

@@ -196,6 +196,12 @@ class RedisLine:
         with self._using:
             self._drop()
 
+    def give_up(self, why: str) -> StoreUnavailable:
+        """Use the connection no more, until another one is found to be to what it should; return what callers get."""
+        with self._using:
+            self._fail(why)
+        return self._refused(why)
+
     def _refused(self, why: str) -> StoreUnavailable:
         return StoreUnavailable(
             f"the store {self._where} cannot be used now: {why} (expected: a Redis that answers; calls are made again "
@@ -323,7 +329,7 @@ class RedisLine:
                     kind, channel, *message = connection.read_response()
                     if kind == b"message":
                         self._heard(channel, message[0])
-                    elif kind == b"subscribe":
+                    elif kind == b"subscribe" and message[0] == len(self._channels):
                         self._heard(b"", None)  # whatever came before this was missed
             except Exception as error:  # noqa: BLE001 - this thread has to live, or copies get as old as they may
                 if not isinstance(error, (redis.RedisError, OSError)):

@@ -6,7 +6,9 @@ ever made, so that no change is made of a record which only looks like the one t
 
 from __future__ import annotations
 
-# Keys of all: layer, sessions, turns, snapshots, taken, deleted.
+from sharednorm_server.store.redis.layout import CHECK
+
+# Keys of all: layer, sessions, turns, snapshots, taken, deleted; and last the stamp.
 
 LOOK = """
 local mark = redis.call('HGET', KEYS[1], 'mark')
@@ -83,6 +85,7 @@ end)
 redis.call('HSET', KEYS[1], 'turn', turn, 'floor', ARGV[3])
 redis.call('ZADD', KEYS[7], 0, ARGV[1])
 redis.call('SADD', KEYS[8], ARGV[2])
+redis.call('HSETNX', KEYS[#KEYS], 'version', layout)
 return 1
 """
 """Also keys: names of the namespace, namespaces. name, namespace, floor, then how many and what: names and values;
@@ -120,3 +123,11 @@ end
 return 1
 """
 """uid, version, when and steps, the state, versions that go... -> whether the layer is there."""
+
+SESSIONS = """
+return redis.call('INCRBY', KEYS[1], ARGV[1])
+"""
+"""Keys: how many sessions were given, stamp. How many more -> how many then."""
+
+ALL = {script: CHECK + script for script in (LOOK, SWAP, TAKE_IN, DELETE, SNAPSHOT, SESSIONS)}
+"""What Redis is told to run for each: nothing, where the stamp is of another layout."""

@@ -26,7 +26,6 @@ from sharednorm.errors import BackupFailed, StoreUnavailable
 from sharednorm_server.config.options import without_secrets
 from sharednorm_server.errors import StartError
 from sharednorm_server.store.base import LayerKey, LayerRecord, Look, StoreCounts, Whole
-from sharednorm_server.store.records import Note, Remembered
 from sharednorm_server.store.redis import scripts
 from sharednorm_server.store.redis.codec import (
     TAKEN,
@@ -38,10 +37,17 @@ from sharednorm_server.store.redis.codec import (
     to_record,
 )
 from sharednorm_server.store.redis.connection import RedisLine, Wire
+from sharednorm_server.store.redis.layout import (
+    LAYOUT,
+    REFUSED,
+    STAMP,
+    registered,
+    registration,
+    require_layout,
+    root_of,
+    stamp_of,
+)
 from sharednorm_server.store.snapshots import SnapshotInfo
-
-STATE_VERSION = 1
-"""Of what is in Redis. A release refuses what a newer one has written."""
 
 _DELETED_SECONDS = 30 * 86400  # for which a layer that is gone is known to have been deleted
 _RECORDS = 100  # that are read in one piece
@@ -100,6 +106,11 @@ class RedisPlace:
             options["password"] = password
         return cls(options, pool.connection_class, without_secrets(url), prefix)
 
+    @property
+    def database(self) -> int:
+        """Number of the database."""
+        return self.options.get("db") or 0
+
     def make(self) -> Wire:
         """Return a connection that is not connected yet."""
         return cast("Wire", self.kind(**self.options))
@@ -125,11 +136,16 @@ class RedisStore:
         self._durability = durability
         self._max_sessions = max_sessions
         self._server = secrets.token_bytes(8)
-        self._channel = f"{self._place.prefix}:changed:{self._place.options.get('db') or 0}"
+        self._root = root_of(self._place.prefix)
+        self._channel = f"{self._root}:changed:{self._place.database}"
+        self._registration = registration(self._place.prefix, self._place.database)
         self._on_changed: Callable[[LayerKey | None, bool], None] = lambda _, __: None
         self._on_trouble: Callable[[str], None] = lambda _: None
-        self._hashes = {text: hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest() for text in _SCRIPTS}
-        self._sessions = f"{self._place.prefix}:sessions"
+        self._hashes = {
+            script: hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
+            for script, text in scripts.ALL.items()
+        }
+        self._sessions = f"{self._root}:sessions"
         self._highest = 0  # number of a session that is known to have been given
         self.identity = ""
         self._told = False
@@ -139,7 +155,7 @@ class RedisStore:
                 self._place.text,
                 f"{self._place.prefix}:probe",
                 self._prepare,
-                [self._channel],
+                [self._channel, self._registration],
                 self._heard,
                 lambda why: self._on_trouble(why),  # noqa: PLW0108 - which is another one later
             )
@@ -177,7 +193,7 @@ class RedisStore:
         if kind == 0:
             return Look(None, deleted=bool(found[0]))
         change = change_from_bytes(found[0]) if found[0] else None
-        record = known if kind == 1 else to_record(key, _pairs(found[2]))
+        record = known if kind == 1 else to_record(key, pairs(found[2]))
         return Look(record, change, int(found[1]))
 
     def get(self, key: LayerKey) -> LayerRecord | None:
@@ -225,7 +241,7 @@ class RedisStore:
             keys = [LayerKey(namespace, name.decode()) for name in names]
             hashes = self._line.ask_all([("HGETALL", self._keys(key)[0]) for key in keys])
             # One that was deleted a moment ago has none.
-            records += [to_record(key, _pairs(found)) for key, found in zip(keys, hashes, strict=True) if found]
+            records += [to_record(key, pairs(found)) for key, found in zip(keys, hashes, strict=True) if found]
         return records
 
     # --- Snapshots ----------------------------------------------------------------------------------------
@@ -239,7 +255,7 @@ class RedisStore:
 
     def snapshots(self, key: LayerKey) -> list[SnapshotInfo]:
         """Return what is known of a layer's snapshots, the oldest first."""
-        found = _pairs(self._line.ask("HGETALL", self._keys(key)[4]))
+        found = pairs(self._line.ask("HGETALL", self._keys(key)[4]))
         return sorted(
             (SnapshotInfo(int(version), *TAKEN.unpack(about)) for version, about in found.items()),
             key=lambda info: info.version,
@@ -265,7 +281,7 @@ class RedisStore:
 
     def open_session(self) -> int:
         """Return the number of a new session: of whichever server, later ones are higher."""
-        number = int(self._line.ask("INCR", self._sessions))
+        number = int(self._run(scripts.SESSIONS, (self._sessions,), 1))
         self._highest = max(self._highest, number)
         return number
 
@@ -285,7 +301,7 @@ class RedisStore:
     def begin_sessions_behind(self, number: int) -> None:
         """Give sessions higher numbers than this one from now on, and know all up to it as given."""
         while self.last_session < number:
-            self._line.ask("INCRBY", self._sessions, number)
+            self._run(scripts.SESSIONS, (self._sessions,), number)
 
     def whole(self, key: LayerKey) -> Whole | None:
         """Return all that there is of a layer, or None; of one that nobody changes meanwhile."""
@@ -293,7 +309,7 @@ class RedisStore:
         if look.record is None:
             return None
         order, found = self._line.ask_all([("ZRANGE", keys[2], 0, -1), ("HGETALL", keys[1])])
-        changes = _pairs(found)
+        changes = pairs(found)
         remembered = Remembered({session: change_from_bytes(changes[session]) for session in order}, look.floor)
         earlier = [(info.taken, self.snapshot(key, info.version)) for info in self.snapshots(key)]
         return Whole(look.record, remembered, tuple((taken, each) for taken, each in earlier if each is not None))
@@ -314,22 +330,33 @@ class RedisStore:
 
     @property
     def _namespaces(self) -> str:
-        return f"{self._place.prefix}:namespaces"
+        return f"{self._root}:namespaces"
 
     def _names(self, namespace: str) -> str:
-        return f"{self._place.prefix}:names:{namespace}"
+        return f"{self._root}:names:{namespace}"
 
     def _keys(self, key: LayerKey) -> tuple[str, ...]:
-        return _keys_of(self._place.prefix, key.namespace, key.name)
+        return _keys_of(self._root, key.namespace, key.name)
 
     def _keys_and_index(self, key: LayerKey) -> tuple[str, ...]:
         return (*self._keys(key), self._names(key.namespace), self._namespaces)
 
+    def others(self) -> list[str]:
+        """Return what the other servers are called that use this Redis now."""
+        return registered(self._line.ask, self._place.prefix, self._place.database, self._registration)
+
     def _run(self, script: str, keys: Sequence[str], *arguments: bytes | str | float) -> Any:
+        words = (len(keys) + 1, *keys, stamp_of(self._place.prefix), *arguments)
         try:
-            return self._line.ask("EVALSHA", self._hashes[script], len(keys), *keys, *arguments)
-        except redis.exceptions.NoScriptError:  # somebody has made Redis forget it, and nothing was done
-            return self._line.ask("EVAL", script, len(keys), *keys, *arguments)
+            try:
+                return self._line.ask("EVALSHA", self._hashes[script], *words)
+            except redis.exceptions.NoScriptError:  # somebody has made Redis forget it, and nothing was done
+                return self._line.ask("EVAL", scripts.ALL[script], *words)
+        except redis.ResponseError as error:
+            if not str(error).startswith(REFUSED):
+                raise
+            # Others have migrated what is there, and nothing was done. The next connection finds out what to say.
+            raise self._line.give_up(f"what is there is not of version {LAYOUT} any more") from None
 
     def _heard(self, channel: bytes, message: bytes | None) -> None:
         del channel  # there is one
@@ -345,20 +372,16 @@ class RedisStore:
         Raises:
             StoreUnavailable: It is, and cannot.
         """
-        facts = _facts(run)
-        _require(facts, self._durability)
-        for script in _SCRIPTS:
-            run("SCRIPT", "LOAD", script)
-        key = f"{self._place.prefix}:state"
-        run("HSETNX", key, "version", STATE_VERSION)
+        facts = facts_of(run)
+        require_usable(facts, self._durability)
+        for text in scripts.ALL.values():
+            run("SCRIPT", "LOAD", text)
+        key = stamp_of(self._place.prefix)
+        run("HSETNX", key, "version", LAYOUT)
+        require_layout(dict(zip(STAMP, run("HMGET", key, *STAMP), strict=True)), self._place.text)
         # One that has lost everything stays the same for clients: what they had is missed at each layer.
         empty = run("HSETNX", key, "id", self.identity or secrets.token_hex(8))
-        version, identity = run("HMGET", key, "version", "id")
-        if int(version) > STATE_VERSION:
-            raise StoreUnavailable(
-                f"what is in {self._place.text} is of version {int(version)}, and this release knows {STATE_VERSION} "
-                "(expected: the release that wrote it, or a newer one)"
-            )
+        identity = run("HGET", key, "id")
         if self.identity and (empty or identity.decode() != self.identity):
             _log.error(
                 "the store %s is another one than before, or has lost everything: handles of layers that were in it "
@@ -374,17 +397,16 @@ class RedisStore:
 
 
 _PARTS = ("layer", "sessions", "turns", "snapshots", "taken", "deleted")
-_SCRIPTS = (scripts.LOOK, scripts.SWAP, scripts.TAKE_IN, scripts.DELETE, scripts.SNAPSHOT)
 
 
 @functools.lru_cache(1 << 14)
-def _keys_of(prefix: str, namespace: str, name: str) -> tuple[str, ...]:
+def _keys_of(root: str, namespace: str, name: str) -> tuple[str, ...]:
     # The namespace has no colon here, so that no two layers have one name.
-    start = f"{prefix}:{{{quote(namespace, safe=' /')}:{name}}}"
+    start = f"{root}:{{{quote(namespace, safe=' /')}:{name}}}"
     return tuple(f"{start}:{what}" for what in _PARTS)
 
 
-def _facts(run: Callable[..., Any]) -> dict[str, str]:
+def facts_of(run: Callable[..., Any]) -> dict[str, str]:
     """Return what is known of a Redis: all of INFO, what it is called, and how it keeps its files if it tells."""
     facts = {}
     for line in run("INFO").decode("utf-8", "replace").splitlines():
@@ -401,7 +423,12 @@ def _facts(run: Callable[..., Any]) -> dict[str, str]:
     return facts
 
 
-def _require(facts: dict[str, str], durability: str) -> None:
+def require_usable(facts: dict[str, str], durability: str) -> None:
+    """See that a Redis keeps what it is told, as far as it is asked to.
+
+    Raises:
+        StoreUnavailable: It does not.
+    """
     name = facts["name"]
     if int(facts.get("redis_version", "0").partition(".")[0]) < _OLDEST:
         raise StoreUnavailable(f"{name} is too old (expected: Redis {_OLDEST} or Valkey, or newer)")
@@ -456,5 +483,6 @@ def _between(value: float, least: float, most: float) -> float:
     return value
 
 
-def _pairs(found: Sequence[bytes]) -> dict[bytes, bytes]:
+def pairs(found: Sequence[bytes]) -> dict[bytes, bytes]:
+    """Return the fields of a hash."""
     return dict(zip(found[::2], found[1::2], strict=True))
