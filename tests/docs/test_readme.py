@@ -30,6 +30,7 @@ from sharednorm_server.config.sources import settle
 from sharednorm_server.observability.tracing import wanted
 from tests.emulation.build import SANITIZERS
 from tests.support.processes.make import make
+from tests.support.processes.old_state import commands
 from tests.support.processes.redis import redis_server
 from tests.support.processes.server import server_process
 
@@ -237,7 +238,12 @@ def _check_migrate(command: str) -> None:
         words = [*shlex.split(command)[1:]]
         words = [word.replace("/var/lib/sharednorm", f"{place}/state") for word in words]
         words = [word.replace("127.0.0.1:6379", redis.address) for word in words]
-        assert run_python("-m", "sharednorm_server", *words) == "copied 1 layer\n"
+        printed = "copied 1 layer\n"
+        if len(words) == 2:  # to the layout of this release
+            for filling in commands("redis-1", "sharednorm"):
+                redis.ask(*filling)
+            printed = f"{words[1]} has the layout of this release: 4 layers changed\n"
+        assert run_python("-m", "sharednorm_server", *words) == printed
 
 
 def _check_tending(command: str) -> None:

@@ -98,6 +98,25 @@ def test_a_vector_of_another_size_is_refused() -> None:
             to_record(KEY, {**found, name: found[name] + b"\0\0\0\0"})
 
 
+def test_a_statistic_that_is_no_float32_is_not_rounded() -> None:
+    found, _ = to_fields(make())
+    wide = np.array([0.1, 1e300, 1]).tobytes() + np.ones(3).tobytes()
+    assert len(found[b"statistics:"][-48:]) == len(wide)
+    for value in (wide, np.array([1, np.nan, np.inf]).tobytes() + np.array([0.5, 1e-45, 2]).tobytes()):
+        with pytest.raises(ValueError, match="which a newer release has written"):
+            to_record(KEY, {**found, b"statistics:": found[b"statistics:"][:-48] + value})
+    good = np.array([[np.nan, np.inf, -0.0], [0.5, 2**-149, 2]])
+    again = to_record(KEY, {**found, b"statistics:": found[b"statistics:"][:-48] + good.tobytes()})
+    np.testing.assert_array_equal([again.state.mean, again.state.var], good)
+    assert np.signbit(again.state.mean[2])
+
+
+def test_a_count_that_this_release_does_not_know_is_refused() -> None:
+    found, _ = to_fields(make())
+    with pytest.raises(ValueError, match="statistics of 56 bytes, of a layer of 3 maps"):
+        to_record(KEY, {**found, b"statistics:": found[b"statistics:"] + np.ones(1).tobytes()})
+
+
 def test_a_snapshot_is_the_record_without_gradients() -> None:
     record = make()
     again = snapshot_from_bytes(KEY, snapshot_to_bytes(record))
