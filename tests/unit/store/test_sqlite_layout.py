@@ -13,13 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import sharednorm
 from sharednorm.errors import StoreFailed
 from sharednorm_server.cli.migrate import migrate
 from sharednorm_server.errors import StartError
 from sharednorm_server.store.sqlite.database import FILE_VERSION
 from sharednorm_server.store.sqlite.store import FILE_NAME, SqliteStore
 from tests.support.processes.old_state import KEY, check_that_training_goes_on, described, expected, write_sqlite
-from tests.support.processes.server import run
+from tests.support.processes.server import run, server_process
 
 OLD = "sqlite-2"
 
@@ -63,12 +64,12 @@ def test_training_goes_on_and_what_comes_again_is_known(path: Path) -> None:
 
 def test_a_file_that_is_there_is_never_overwritten(path: Path) -> None:
     for name in ("sharednorm.layout-2.sqlite3", "sharednorm.layout-2.part"):
-        path.with_name(name).write_text("of somebody else")
+        path.with_name(name).write_text("of another program")
     store = SqliteStore(path.parent)
     assert described(store) == expected(OLD)
     store.close()
     assert copies(path) == ["sharednorm.layout-2-1.sqlite3", "sharednorm.layout-2.sqlite3"]
-    assert path.with_name("sharednorm.layout-2.sqlite3").read_text() == "of somebody else"
+    assert path.with_name("sharednorm.layout-2.sqlite3").read_text() == "of another program"
     assert store.earlier is not None
     assert store.earlier.name == "sharednorm.layout-2-1.sqlite3"
 
@@ -165,6 +166,15 @@ def test_the_command_says_where_the_copy_is(path: Path) -> None:
     assert f"state migrated from layout 2 to {FILE_VERSION}; backup: {copy}" in done.stderr
     empty = run(["migrate", f"{state}/empty"])
     assert (empty.returncode, empty.stderr) == (2, f"sharednorm: there is no state in {path.parent}/empty\n")
+
+
+def test_a_server_says_it_at_its_start(path: Path) -> None:
+    with server_process("--state", f"sqlite://{path.parent}", "--log-level", "warning") as server:
+        copy = path.with_name("sharednorm.layout-2.sqlite3")
+        assert f"state migrated from layout 2 to {FILE_VERSION}; backup: {copy}\n" in server.log()
+        with sharednorm.connect(server.address) as hub:
+            assert [layer.name for layer in hub.layers()] == ["bn", "empty", "group"]
+            assert hub.layer("bn").numOfProps == 5
 
 
 def test_an_old_file_is_copied_into_another_state(path: Path, tmp_path: Path) -> None:

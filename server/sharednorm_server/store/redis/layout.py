@@ -101,7 +101,7 @@ def registered(ask: Callable[..., Any], prefix: str, database: int, but: str = "
         ask: Runs a command.
         prefix: Of all keys.
         database: Which of the Redis's.
-        but: The registration of whoever asks.
+        but: A registration that is left out: the caller's own.
     """
     start = f"{root_of(prefix)}:server:{database}:"
     found = ask("PUBSUB", "CHANNELS", f"{literal(start)}*")

@@ -26,7 +26,6 @@ from sharednorm.errors import BackupFailed, StoreUnavailable
 from sharednorm_server.config.options import without_secrets
 from sharednorm_server.errors import StartError
 from sharednorm_server.store.base import LayerKey, LayerRecord, Look, StoreCounts, Whole
-from sharednorm_server.store.redis import scripts
 from sharednorm_server.store.redis.codec import (
     TAKEN,
     change_from_bytes,
@@ -47,6 +46,7 @@ from sharednorm_server.store.redis.layout import (
     root_of,
     stamp_of,
 )
+from sharednorm_server.store.redis.store import scripts
 from sharednorm_server.store.snapshots import SnapshotInfo
 
 _DELETED_SECONDS = 30 * 86400  # for which a layer that is gone is known to have been deleted
@@ -350,7 +350,7 @@ class RedisStore:
         try:
             try:
                 return self._line.ask("EVALSHA", self._hashes[script], *words)
-            except redis.exceptions.NoScriptError:  # somebody has made Redis forget it, and nothing was done
+            except redis.exceptions.NoScriptError:  # Redis was made to forget it, and nothing was done
                 return self._line.ask("EVAL", scripts.ALL[script], *words)
         except redis.ResponseError as error:
             if not str(error).startswith(REFUSED):
