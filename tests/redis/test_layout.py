@@ -114,7 +114,7 @@ def test_one_that_was_broken_off_is_gone_on_with(
             raise redis.ConnectionError("it is gone")
         transact(self, *arguments)
 
-    monkeypatch.setattr("sharednorm_server.store._redis_migration._SETTLING_SECONDS", 0)
+    monkeypatch.setattr("sharednorm_server.store.redis.migration._SETTLING_SECONDS", 0)
     with monkeypatch.context() as patch:
         patch.setattr(_Migration, "_transact", broken)
         with pytest.raises(StartError, match="cannot be migrated: it is gone"):
@@ -159,7 +159,7 @@ def test_one_that_connects_in_the_last_moment(
     with redis.Redis(port=redis_process.port, protocol=2) as client:
         pubsub = client.pubsub()
         monkeypatch.setattr(
-            "sharednorm_server.store._redis_migration.time.sleep",
+            "sharednorm_server.store.redis.migration.time.sleep",
             lambda _: pubsub.subscribe(f"{prefix_of(url)}:changed:0"),
         )
         with pytest.raises(StartError, match="it is used by 1 server of an earlier release"):

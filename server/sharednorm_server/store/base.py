@@ -326,6 +326,10 @@ class SharedStore(Store, Protocol):
         """
         ...
 
+    def others(self) -> list[str]:
+        """Return what the other servers are called that use the store now."""
+        ...
+
     def on_changed(self, callback: Callable[[LayerKey | None, bool], None]) -> None:
         """Have a function called soon after another server has changed a layer, and with whether it has deleted it.
 

@@ -26,8 +26,8 @@ CUTS = int(os.environ.get("SHAREDNORM_CUTS", "60"))
 
 _OPEN = """
 import pathlib, sys
-from sharednorm_server.config import StartError
-from sharednorm_server.store.sqlite import SqliteStore
+from sharednorm_server.errors import StartError
+from sharednorm_server.store.sqlite.store import SqliteStore
 try:
     SqliteStore(pathlib.Path(sys.argv[1])).close()
 except StartError as error:

@@ -1,9 +1,9 @@
 """A state that an earlier release has written, as text: how it was made, and how tests get it back.
 
 `layouts/` has a file of SQLite as its SQL, a Redis as the commands that fill it (`redis-cli` reads them), and what the
-release that wrote each found in it. They were made by `python -m tests.support.processes.old_state`, run with that release's own
-code: `sqlite-2` and `redis-1` are from the last commit before running statistics were stored as float64. They are never
-made anew; a state of another layout gets files of its own.
+release that wrote each found in it. They were made by `python -m tests.support.processes.old_state`, run with that
+release's own code: `sqlite-2` and `redis-1` are from the last commit before running statistics were stored as float64.
+They are never made anew; a state of another layout gets files of its own.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from sharednorm_server.store.records import CallKey, LastChange
 from sharednorm_server.store.snapshots import SnapshotPolicy
 from sharednorm_server.store.sqlite.store import FILE_NAME, SqliteStore
 
-LAYOUTS = Path(__file__).with_name("layouts")
+LAYOUTS = Path(__file__).parents[1] / "layouts"
 KEY = LayerKey("default", "bn")
 MAPS = 3
 MAX_SESSIONS = 3
@@ -253,7 +253,6 @@ def _make_sqlite() -> None:
 def _make_redis() -> None:
     # Here, so that tests of the file need no redis-py.
     from sharednorm_server.store.redis.layout import LAYOUT
-
     from sharednorm_server.store.redis.store import RedisStore
     from tests.support.processes.redis import redis_server
 

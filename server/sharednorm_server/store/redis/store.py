@@ -26,6 +26,8 @@ from sharednorm.errors import BackupFailed, StoreUnavailable
 from sharednorm_server.config.options import without_secrets
 from sharednorm_server.errors import StartError
 from sharednorm_server.store.base import LayerKey, LayerRecord, Look, StoreCounts, Whole
+from sharednorm_server.store.records import Note, Remembered
+from sharednorm_server.store.redis import scripts
 from sharednorm_server.store.redis.codec import (
     TAKEN,
     change_from_bytes,
@@ -46,7 +48,6 @@ from sharednorm_server.store.redis.layout import (
     root_of,
     stamp_of,
 )
-from sharednorm_server.store.redis.store import scripts
 from sharednorm_server.store.snapshots import SnapshotInfo
 
 _DELETED_SECONDS = 30 * 86400  # for which a layer that is gone is known to have been deleted
