@@ -9,7 +9,6 @@ from __future__ import annotations
 import enum
 import functools
 import struct
-from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -244,12 +243,7 @@ def moments_from_proto(message: tensor_pb2.Moments, maps: int, *, allow_nonfinit
             finite.
         NotSupported: There are several counts, or it is not whole.
     """
-    count = _count_of(message, maps)
-    if len(message.mean) != maps or len(message.m2) != maps:
-        raise MalformedMessage(
-            f"the moments have {len(message.mean)} means and {len(message.m2)} m2 (expected: {maps} of each)"
-        )
-    both = _doubles(message, maps)
+    count, both = _from_bytes(message, maps) or _by_field(message, maps)
     both.setflags(write=False)
     mean, m2 = both
     if not (m2 >= 0).all() and bool((m2 < 0).any()):
@@ -278,7 +272,25 @@ def sums_from_proto(message: tensor_pb2.GradientSums, maps: int) -> npt.NDArray[
     return np.array([message.grad, message.product], dtype=np.float64)
 
 
-def _count_of(message: tensor_pb2.Moments, maps: int) -> int:
+def _from_bytes(message: tensor_pb2.Moments, maps: int) -> tuple[int, npt.NDArray[np.float64]] | None:
+    # The count, and mean and m2, (2, C). The runtime gives values one by one, and its bytes have them as they are: one
+    # packed field behind the other, then the count. None: they are not as the most common moments have them.
+    data, size = message.SerializeToString(), 8 * maps
+    mean, m2 = field_header(2, size), field_header(3, size)
+    head = len(mean)
+    if len(data) != 2 * (head + size) + _COUNT.size:
+        return None
+    tag, count = _COUNT.unpack_from(data, len(data) - _COUNT.size)
+    usual = tag == _COUNT_HEADER and data.startswith(mean) and data.startswith(m2, head + size)
+    if not usual or not 1 <= count <= _MAX_COUNT or count % 1:
+        return None
+    both = np.empty((2, maps))
+    both[0] = np.frombuffer(data, _FLOAT64, maps, head)
+    both[1] = np.frombuffer(data, _FLOAT64, maps, 2 * head + size)
+    return int(count), both
+
+
+def _by_field(message: tensor_pb2.Moments, maps: int) -> tuple[int, npt.NDArray[np.float64]]:
     counts = message.count
     if not counts:
         raise MalformedMessage("the moments have no count (expected: one)")
@@ -289,26 +301,17 @@ def _count_of(message: tensor_pb2.Moments, maps: int) -> int:
             )
         raise MalformedMessage(f"the moments have {len(counts)} counts (expected: one)")
     count = counts[0]
-    if 0 < count < _MAX_COUNT and not count.is_integer():
+    if 0 < count < _MAX_COUNT and count % 1:
         raise NotSupported(
             f"Moments.count: {count!r} is not served by this release (expected: a whole number; weights make others)"
         )
     if not 1 <= count <= _MAX_COUNT:
         raise MalformedMessage(f"the moments have count {count:g} (expected: 1 to 2**53)")
-    return int(count)
-
-
-def _doubles(message: tensor_pb2.Moments, maps: int) -> npt.NDArray[np.float64]:
-    # mean and m2, (2, C). The runtime gives values one by one. Its bytes are one packed field behind the other, then
-    # the count, unless the message has fields that this release does not know, which show in its size.
-    data, size = message.SerializeToString(), 8 * maps
-    head = len(field_header(2, size))
-    if len(data) != 2 * (head + size) + _COUNT.size:
-        return np.array([message.mean, message.m2], dtype=np.float64)
-    both = np.empty((2, maps))
-    both[0] = np.frombuffer(data, _FLOAT64, maps, head)
-    both[1] = np.frombuffer(data, _FLOAT64, maps, 2 * head + size)
-    return both
+    if len(message.mean) != maps or len(message.m2) != maps:
+        raise MalformedMessage(
+            f"the moments have {len(message.mean)} means and {len(message.m2)} m2 (expected: {maps} of each)"
+        )
+    return int(count), np.array([message.mean, message.m2], dtype=np.float64)
 
 
 def _float32(values: npt.ArrayLike) -> npt.NDArray[Any]:
@@ -334,7 +337,7 @@ def _values(message: tensor_pb2.FloatVector | tensor_pb2.DoubleVector, dtype: np
     # In the machine's order of bytes; `dtype` is that of the wire.
     data, count = message.SerializeToString(), len(message.values)
     size, native = dtype.itemsize * count, dtype.newbyteorder("=")
-    if count and len(data) == len(field_header(1, size)) + size:  # as in `_doubles`
+    if count and len(data) == len(field_header(1, size)) + size:  # as in `_from_bytes`
         array = np.frombuffer(data, dtype, count, len(data) - size).astype(native)
     else:
         array = np.array(message.values, dtype=native)
@@ -404,20 +407,28 @@ def _all_vectors(message: layer_pb2.LayerState, maps: int) -> tuple[Vector, ...]
     return narrow[0], narrow[1], mean, var, *(narrow[2:] if gradients else (zeros, zeros))
 
 
-def _rows(data: bytes, names: Sequence[str], maps: int, *, end: bool) -> npt.NDArray[Any] | None:
+def _rows(data: bytes, names: tuple[str, ...], maps: int, *, end: bool) -> npt.NDArray[Any] | None:
     # Vectors of one type that stand at the begin or at the end of a message's bytes, one a row.
+    heads, step, dtype = _layout(names, maps)
+    nbytes = len(heads) * step
+    begin = len(data) - nbytes if end else 0
+    if begin < 0 or len(data) < nbytes:
+        return None
+    for index, head in enumerate(heads):
+        if not data.startswith(head, begin + index * step):
+            return None
+    rows = np.frombuffer(data, np.uint8, nbytes, begin).reshape(len(heads), step)[:, len(heads[0]) :]
+    return np.ascontiguousarray(rows).view(dtype).astype(dtype.newbyteorder("="), copy=False)
+
+
+@functools.lru_cache(64)
+def _layout(names: tuple[str, ...], maps: int) -> tuple[list[bytes], int, np.dtype[Any]]:
+    # What stands in front of each vector, how far they are apart, and their type on the wire.
     dtype = _DTYPES[names[0]]
     size = dtype.itemsize * maps
     inner = field_header(1, size)
     heads = [field_header(_NUMBERS[name], len(inner) + size) + inner for name in names]
-    step = len(heads[0]) + size
-    begin = len(data) - len(names) * step if end else 0
-    if begin < 0 or len(data) < len(names) * step:
-        return None
-    if not all(data.startswith(head, begin + index * step) for index, head in enumerate(heads)):
-        return None
-    rows = np.frombuffer(data, np.uint8, len(names) * step, begin).reshape(len(names), -1)[:, step - size :]
-    return np.ascontiguousarray(rows).view(dtype).astype(dtype.newbyteorder("="), copy=False)
+    return heads, len(heads[0]) + size, dtype
 
 
 def _each_vector(message: layer_pb2.LayerState, maps: int) -> tuple[Vector, ...]:
