@@ -8,6 +8,7 @@ however deep it is. Counts of `Moments` are refused where they are read, in `sha
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import islice
 from typing import Any, TypeVar, cast
 
 from google.protobuf import field_mask_pb2
@@ -18,6 +19,7 @@ from google.protobuf.message_factory import GetMessageClass
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 from sharednorm.codec import wire
+from sharednorm.core.limits import MAX_BATCH_ENTRIES
 from sharednorm.errors import IncompatibleServer, NotSupported, SharedNormError
 from sharednorm.v1 import direct_pb2, layer_pb2, service_pb2, tensor_pb2
 
@@ -66,6 +68,8 @@ METHODS: Mapping[str, str] = {
 }  # fmt: skip
 """Methods, and what to do without them."""
 
+# So many there are in a full batch.
+_MOST_MESSAGES = 4 * MAX_BATCH_ENTRIES
 _RENAMED = {"PushMany": "BatchPushMoments", "GetManyStats": "BatchGetStats"}
 _UPGRADE = (
     f"this server speaks protocol {wire.PROTOCOL}: install the same release on both sides, or generate the client's "
@@ -87,10 +91,11 @@ def parse(cls: type[M], buffer: bytes) -> M:
     except (DecodeError, UnicodeDecodeError):  # the latter by protobuf's pure Python runtime
         wire.parse(cls, buffer)
         raise
-    # What is known, written anew, are the same bytes, unless an encoder does it in a way of its own.
     message.DiscardUnknownFields()
-    if message.SerializeToString() != buffer:
-        _require_served(wire.parse(cls, buffer))
+    known = message.SerializeToString()
+    # Bytes that are not the same have something unknown, or are of an encoder that writes in a way of its own.
+    if known != buffer and known != served.FromString(buffer).SerializeToString():
+        raise _error_of(wire.parse(cls, buffer))
     if require is not None:
         require(message)
     return message
@@ -110,25 +115,32 @@ def method_error(name: str) -> SharedNormError:
     return NotSupported(f"this release knows no method {ascii(name)[:80]} (expected: one of the contract's)")
 
 
-def _require_served(message: Message) -> None:
-    # Finds what `parse` has stumbled over; nothing, if the encoder is an unusual one.
-    name = message.DESCRIPTOR.name
-    for field, value in message.ListFields():
-        path = f"{name}.{field.name}"
-        if path in FIELDS:
-            raise NotSupported(f"{path} is not served by this release ({FIELDS[path]})", {"field": path})
-        if field.message_type is not None:
-            for each in (value,) if isinstance(value, Message) else value:
-                _require_served(each)
-    unknown = UnknownFieldSet(message)
-    for index in range(len(unknown)):
-        number = unknown[index].field_number
-        path = f"{name}.{number}"
-        if any(number in numbers for numbers in _RESERVED[name]):
-            raise IncompatibleServer(f"field {number} of {name} was of protocol 2, and {_UPGRADE}", {"field": path})
-        raise NotSupported(
-            f"this release knows no field {number} of {name} (leave it out, or use a newer server)", {"field": path}
-        )
+def _error_of(request: Message) -> SharedNormError:
+    # What of a request is in the way. A hostile one may have millions of messages, of which this looks at a few.
+    left = [request]
+    for _ in range(_MOST_MESSAGES):
+        if not left:
+            break
+        message = left.pop()
+        name = message.DESCRIPTOR.name
+        for field, value in message.ListFields():
+            path = f"{name}.{field.name}"
+            if path in FIELDS:
+                return NotSupported(f"{path} is not served by this release ({FIELDS[path]})", {"field": path})
+            if field.message_type is not None:
+                left += [value] if isinstance(value, Message) else islice(value, _MOST_MESSAGES)
+        unknown = UnknownFieldSet(message)
+        if len(unknown):
+            number = unknown[0].field_number
+            path = f"{name}.{number}"
+            if any(number in numbers for numbers in _RESERVED[name]):
+                return IncompatibleServer(
+                    f"field {number} of {name} was of protocol 2, and {_UPGRADE}", {"field": path}
+                )
+            return NotSupported(
+                f"this release knows no field {number} of {name} (leave it out, or use a newer server)", {"field": path}
+            )
+    return NotSupported("the request sets something that this release does not serve or does not know")
 
 
 def _require_no_pooling(request: service_pb2.CreateLayerRequest) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -243,7 +244,7 @@ def test_a_method_that_is_not_served(client: StockClient, channel: grpc.Channel,
 
 
 @pytest.mark.parametrize("method", ["Nothing", "", "Forward/", "\xe9"])
-def test_a_method_that_nobody_has_heard_of(client: StockClient, channel: grpc.Channel, method: str) -> None:
+def test_a_method_that_is_unknown(client: StockClient, channel: grpc.Channel, method: str) -> None:
     detail = refusal(channel, method, b"whatever")
     assert (detail.reason, "this release knows no method" in detail.message) == ("NOT_SUPPORTED", True)
 
@@ -326,6 +327,16 @@ def test_encoders_may_write_a_message_as_they_like() -> None:
         unserved.parse(service_pb2.PushMomentsRequest, twice + field_header(3, 3) + b"\x80\x7d\x01")
     with pytest.raises(MalformedMessage, match="not a sharednorm"):
         unserved.parse(service_pb2.PushMomentsRequest, b"\xff")
+
+
+def test_a_hostile_request_is_not_searched_for_long() -> None:
+    many = b"\x0a\x00" * 1_000_000  # empty pushes
+    began = time.perf_counter()
+    with pytest.raises(NotSupported, match="no field 1000 of BatchPushMomentsRequest"):
+        unserved.parse(service_pb2.BatchPushMomentsRequest, many + field_header(1000, 0))
+    with pytest.raises(NotSupported, match="sets something that this release does not serve"):
+        unserved.parse(service_pb2.BatchPushMomentsRequest, b"\x0a\x03" + field_header(1000, 0) + many)
+    assert time.perf_counter() - began < 5  # some tenths, of which the parser needs most
 
 
 # --- Direct connections -----------------------------------------------------------------------------------
