@@ -74,6 +74,22 @@ def test_a_file_that_is_there_is_never_overwritten(path: Path) -> None:
     assert store.earlier.name == "sharednorm.layout-2-1.sqlite3"
 
 
+def test_what_is_in_the_log_of_a_killed_server_is_in_the_copy_and_in_the_file(path: Path, tmp_path: Path) -> None:
+    (state := tmp_path / "killed").mkdir()
+    with closing(sqlite3.connect(path, isolation_level=None)) as database:
+        database.execute("UPDATE layers SET version = 77 WHERE id = 1")
+        for each in (path, path.with_name(f"{FILE_NAME}-wal")):  # before the log is brought into the file
+            shutil.copy(each, state)
+    known = expected(OLD)
+    known["layers"][0]["version"] = 77
+    store = SqliteStore(state)
+    assert described(store) == known
+    store.close()
+    assert store.earlier is not None
+    with closing(sqlite3.connect(store.earlier)) as database:
+        assert database.execute("SELECT version FROM layers WHERE id = 1").fetchone() == (77,)
+
+
 def test_without_room_for_the_copy_nothing_is_changed(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "free")  # noqa: PYI024 - a stand-in for shutil's
     before = path.read_bytes()
