@@ -115,7 +115,7 @@ def main() -> int:
     text = PAGE.read_text(encoding="utf-8")
     PAGE.write_text(_TABLE.sub(lambda _: table(date, lines), text), encoding="utf-8")
     if unfit:
-        print(f"sharednorm does not fit beside the current release of: {', '.join(unfit)}", file=sys.stderr)
+        print(f"not shown to fit beside the current release of: {', '.join(unfit)}", file=sys.stderr)
     return 1 if unfit else 0
 
 
