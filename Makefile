@@ -53,10 +53,12 @@ demo-torch: $(READY)-demo $(READY)-torch  ## Workers with tiny batches train a n
 test: $(READY)-test $(if $(TORCH),$(READY)-torch) $(if $(CUDA),$(READY)-cuda)  ## Run every test that this machine can run; TORCH=1 adds PyTorch, CUDA=1 PyCUDA; LOWEST=1: with the oldest packages
 	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
-test-all:  ## `make test` with each Python from 3.10 to 3.13 that pyenv has, and with the oldest packages
-	@for python in $$(find "$$(pyenv root)/versions" -maxdepth 1 -name '3.1[0-3].*' | sort -V); do \
+test-all:  ## `make test` with each Python from 3.10 to 3.14 that pyenv has, and with the oldest packages; 3.14 also from Debian, as root
+	@for python in $$(find "$$(pyenv root)/versions" -maxdepth 1 -name '3.1[0-4].*' | sort -V); do \
 	    $(MAKE) test PYTHON="$$python/bin/python" || exit; \
 	done
+	@ls -d "$$(pyenv root)"/versions/3.14.* >/dev/null 2>&1 || \
+	    tests/packaging/python314.sh $(MAKE) test PYTHON=python3 ARGS='$(or $(ARGS),tests/unit tests/contract)'
 	$(MAKE) test LOWEST=1
 
 soak: $(READY)-test  ## Hours of faults: 1,000 networks that break, 200 servers that are killed, a million damaged messages, 5,000 steps through three servers; SEEDS=, KILLS=, MESSAGES= and STEPS= for fewer
