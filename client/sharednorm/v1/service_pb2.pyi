@@ -516,7 +516,7 @@ class UpdateLayerRequest(_message.Message):
     KEY_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def ref(self) -> _layer_pb2.LayerRef:
-        """The layer."""
+        """The layer; its domain is not looked at."""
 
     @_builtins.property
     def config(self) -> _layer_pb2.LayerConfig:
