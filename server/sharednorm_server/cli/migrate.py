@@ -64,8 +64,12 @@ def _to_this_layout(arguments: argparse.Namespace) -> int:
     if isinstance(place, Path):
         from sharednorm_server.store.sqlite.store import FILE_NAME, SqliteStore  # noqa: PLC0415 - as below
 
-        if not (place / FILE_NAME).is_file():
-            raise StartError(f"there is no state in {place}")
+        try:
+            (place / FILE_NAME).stat()
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise StartError(f"there is no state in {place}") from error
+        except OSError as error:
+            raise StartError(f"the state in {place} cannot be read: {error.strerror}") from error
         store = SqliteStore(place)  # which does it
         store.close()
         copy = "" if store.earlier is None else f"; what it was before that is in {store.earlier}"

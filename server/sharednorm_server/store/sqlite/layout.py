@@ -65,7 +65,7 @@ def kept_copy(database: sqlite3.Connection, path: Path) -> Path | None:
     except sqlite3.Error:  # a layout may be so new that even this is another
         return None
     copy = None if name is None else path.with_name(name)
-    return copy if copy is not None and copy.exists() else None
+    return copy if copy is not None and os.path.lexists(copy) else None
 
 
 def keep_copy(database: sqlite3.Connection, path: Path, version: int) -> Path:
