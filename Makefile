@@ -58,7 +58,7 @@ test-all:  ## `make test` with each Python from 3.10 to 3.14 that pyenv has, and
 	    $(MAKE) test PYTHON="$$python/bin/python" || exit; \
 	done
 	@ls -d "$$(pyenv root)"/versions/3.14.* >/dev/null 2>&1 || \
-	    tests/packaging/python314.sh $(MAKE) test PYTHON=python3 ARGS='$(or $(ARGS),tests/unit tests/contract)'
+	    tests/packaging/python314.sh make test PYTHON=python3 $(if $(ARGS),,ARGS='tests/unit tests/contract')
 	$(MAKE) test LOWEST=1
 
 soak: $(READY)-test  ## Hours of faults: 1,000 networks that break, 200 servers that are killed, a million damaged messages, 5,000 steps through three servers; SEEDS=, KILLS=, MESSAGES= and STEPS= for fewer
