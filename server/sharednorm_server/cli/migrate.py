@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import stat
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -65,11 +66,13 @@ def _to_this_layout(arguments: argparse.Namespace) -> int:
         from sharednorm_server.store.sqlite.store import FILE_NAME, SqliteStore  # noqa: PLC0415 - as below
 
         try:
-            (place / FILE_NAME).stat()
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise StartError(f"there is no state in {place}") from error
+            kind = (place / FILE_NAME).stat().st_mode
+        except (FileNotFoundError, NotADirectoryError):
+            kind = 0
         except OSError as error:
             raise StartError(f"the state in {place} cannot be read: {error.strerror}") from error
+        if not stat.S_ISREG(kind):
+            raise StartError(f"there is no state in {place}")
         store = SqliteStore(place)  # which does it
         store.close()
         copy = "" if store.earlier is None else f"; what it was before that is in {store.earlier}"

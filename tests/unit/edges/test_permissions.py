@@ -75,8 +75,8 @@ def closed(tmp_path: Path) -> Iterator[Path]:
         directory.chmod(0o700)
 
 
-def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
-    assert main(list(words)) == 1
+def refused(capsys: pytest.CaptureFixture[str], *words: str, code: int = 1) -> str:
+    assert main(list(words)) == code
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith("sharednorm: ")
@@ -139,6 +139,12 @@ def test_certificates_in_a_closed_directory(closed: Path, capsys: pytest.Capture
     closed.chmod(0)
     said = refused(capsys, "certs", "create", "--directory", str(closed), "--host", "localhost")
     assert "Permission denied" in said
+
+
+def test_a_state_in_a_closed_directory(closed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    closed.chmod(0)
+    said = refused(capsys, "migrate", f"sqlite://{closed}", code=2)
+    assert said.endswith(f"the state in {closed} cannot be read: Permission denied\n")
 
 
 @pytest.mark.parametrize("part", ["", "made.fatbin"])
