@@ -377,7 +377,7 @@ class Synchronizer:
                     "the members of the group differ in the forward, or in updParamGrads, scale or momentum, of one "
                     "backward (expected: the same of all)"
                 )
-        config = self._service.get_layer(key).config
+        config = self._service.layer_config(key)
         total = np.zeros((2, config.maps))
         for part in parts:
             if part.sums is not None:

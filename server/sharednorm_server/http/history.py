@@ -75,7 +75,7 @@ class History:
         layers = {layer.key: layer for layer in self._layers()}
         for key, layer in layers.items():
             try:
-                record = layer.record
+                record = layer.committed()
             except SharedNormError:  # it was deleted a moment ago
                 continue
             state, now = record.state, self._clock()

@@ -89,7 +89,11 @@ class LayerCatalog:
         Raises:
             LayerNotFound: There is none of that name. So does every other method that takes a key.
         """
-        return self._layers.find(key).record
+        return self._layers.find(key).committed()
+
+    def layer_config(self, key: LayerKey) -> LayerConfig:
+        """Return a layer's configuration, without a wait for the store: it is the same as long as the layer exists."""
+        return self._layers.find(key).latest.config
 
     def list_layers(self, namespace: str, size: int, page_token: str) -> tuple[list[LayerRecord], str]:
         """Return a page of a namespace's layers, in the order of their names, and the token of the next page.
@@ -153,7 +157,7 @@ class LayerCatalog:
 
     def list_domains(self, key: LayerKey) -> list[tuple[str, DomainStatistics]]:
         """Return the domains of a layer and what it keeps of each, in the order of their names."""
-        return sorted(self._layers.find(key).whole.record.domains.items(), key=lambda each: each[0])
+        return sorted(self._layers.find(key).whole.committed().domains.items(), key=lambda each: each[0])
 
     def delete_domain(self, key: LayerKey) -> LayerRecord:
         """Forget a domain and its statistics; return the layer.

@@ -61,9 +61,8 @@ class Layer:
             raise not_found(self.key)
         return record
 
-    @property
-    def record(self) -> LayerRecord:
-        """The current record, all of one moment, once the store has kept it.
+    def committed(self) -> LayerRecord:
+        """Wait until the store has kept the current record, and return it, all of one moment.
 
         Raises:
             LayerNotFound: The layer has been deleted.
@@ -109,7 +108,7 @@ class Layer:
     def made(self, call: CallKey, content: bytes) -> LastChange | None:
         """Return the change that was made under a key, if it was; only while holding the layer.
 
-        Whoever answers with it reads `record` first, and so waits until it is kept.
+        Its caller answers with it after `committed`, which waits until it is kept.
 
         Raises:
             KeyReused, StepOutOfOrder, SessionExpired: It cannot be made under that key.
@@ -130,7 +129,7 @@ class Layer:
         del ended  # whoever could make one is gone with its process
         with self.exclusive():
             found = self._ledger.last(session)
-        self.record  # noqa: B018 - it waits
+        self.committed()
         return found
 
     def commit(self, record: LayerRecord, call: CallKey | None = None, change: LastChange | None = None) -> None:
@@ -195,7 +194,7 @@ class Layer:
             return changed
 
         changed = self.attempt(act)
-        return (self.record, True) if changed is None else (changed, False)
+        return (self.committed(), True) if changed is None else (changed, False)
 
     def freshen(self, *, strong: bool) -> bool:
         """Bring the current record up to date, if others change the layer; return False if it is not there any more.
@@ -236,10 +235,9 @@ class LayerInDomain(Layer):
         """The current record, which the store may not have kept yet."""
         return self._layer.latest.within(self.key.domain)
 
-    @property
-    def record(self) -> LayerRecord:
-        """The current record, once the store has kept it."""
-        return self._layer.record.within(self.key.domain)
+    def committed(self) -> LayerRecord:
+        """Wait until the store has kept the current record, and return it."""
+        return self._layer.committed().within(self.key.domain)
 
     @contextmanager
     def exclusive(self) -> Iterator[LayerRecord]:

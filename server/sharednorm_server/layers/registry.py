@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import cast
 
 from sharednorm.errors import DataLoss, LayerNotFound, LimitExceeded
@@ -18,8 +20,19 @@ DEFAULT_MAX_LAYERS = 10_000
 DEFAULT_MAX_AGE = 1.0
 
 
+class _Opening:
+    # One name that threads open, create or delete a layer of; they do so one after the other.
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.threads = 0
+
+
 class LayerRegistry:
-    """Finds layers by name. Where both locks are taken, the layer's comes first and the registry's second.
+    """Finds layers by name.
+
+    The registry's lock guards its tables, and is never held during a call of the store. A thread that reads a layer
+    from the store, creates or deletes one, holds its name (`_alone`), so that other names do not wait for it. A name is
+    held before a layer's lock is taken, and that before the registry's.
 
     Args:
         store: What remembers them.
@@ -45,6 +58,9 @@ class LayerRegistry:
         self._max_sessions = max_sessions
         self._lock = threading.Lock()
         self._layers: dict[LayerKey, Layer] = {}
+        self._openings: dict[LayerKey, _Opening] = {}
+        self._room = threading.Condition()
+        self._creating: Counter[str] = Counter()  # layers whose creation has begun, by namespace
         self._counting = threading.Lock()
         self._steps = 0
         if self._shared is not None:
@@ -73,8 +89,8 @@ class LayerRegistry:
         """
         layer = self._layers.get(key)
         if layer is None:
-            with self._lock:
-                layer = self._alive(key)
+            with self._alone(key):
+                layer = self._open(key)
         elif self._shared is not None:
             layer = self._freshened(layer, key)
         if layer is None:
@@ -103,18 +119,25 @@ class LayerRegistry:
         while True:
             layer = self._layers.get(key)
             if layer is not None and layer.freshen(strong=True):
-                return layer.record, False
-            with self._lock:
+                return layer.committed(), False
+            with self._alone(key):
                 self._forget(key, layer)
-                layer = self._alive(key)
+                layer = self._layers.get(key)
+                # A store of one server knows all names, so that it need not be asked before.
+                if layer is None and (self._shared is not None or self._is_full(key.namespace)):
+                    layer = self._open(key)
                 if layer is not None:
-                    return layer.record, False
-                self._require_room(key.namespace)
+                    return layer.committed(), False
                 record = make()
-                if self._store.create(record):
-                    self._layers[key] = self._bring_to_life(record)
+                with self._reserved(key.namespace):
+                    created = self._store.create(record)
+                if created:
+                    self._add(key, record, new=True)
                     return record, True
-            # Another server has made it meanwhile.
+                layer = self._open(key)
+                if layer is not None:
+                    return layer.committed(), False
+            # Another server has deleted it meanwhile.
 
     def delete(self, key: LayerKey) -> Layer:
         """Forget a layer with all its domains, and return what it was.
@@ -123,10 +146,10 @@ class LayerRegistry:
             LayerNotFound: There is none of that name.
         """
         layer = self.find(key).whole
-        with layer.exclusive(), self._lock:
+        with self._alone(key), layer.exclusive():
             self._store.delete(layer.key)
             layer.bury()
-            self._layers.pop(key, None)
+            self._forget(key, layer)
         return layer
 
     def page(self, namespace: str, after: str, limit: int) -> list[LayerRecord]:
@@ -138,8 +161,54 @@ class LayerRegistry:
             with self._counting:
                 self._steps += count
 
+    @contextmanager
+    def _alone(self, key: LayerKey) -> Iterator[None]:
+        """Hold a name, so that no other thread opens, creates or deletes a layer of it."""
+        with self._lock:
+            opening = self._openings.setdefault(key, _Opening())
+            opening.threads += 1
+        try:
+            with opening.lock:
+                yield
+        finally:
+            with self._lock:
+                opening.threads -= 1
+                if not opening.threads:
+                    del self._openings[key]
+
+    def _is_full(self, namespace: str) -> bool:
+        return self._store.count(namespace) >= self._max_layers
+
+    @contextmanager
+    def _reserved(self, namespace: str) -> Iterator[None]:
+        """Have room for one more layer of a namespace, among those that other threads create now.
+
+        Raises:
+            LimitExceeded: It has as many as it may have.
+        """
+        if self._shared is not None:  # other servers create layers at the same moment, which this one cannot know
+            self._require_room(namespace)
+            yield
+            return
+        with self._room:
+            # While creations run that may fail, it is not known whether the last places are taken.
+            self._room.wait_for(
+                lambda: (
+                    self._creating[namespace] == 0
+                    or self._store.count(namespace) + self._creating[namespace] < self._max_layers
+                )
+            )
+            self._require_room(namespace)
+            self._creating[namespace] += 1
+        try:
+            yield
+        finally:
+            with self._room:
+                self._creating[namespace] -= 1
+                self._room.notify_all()
+
     def _require_room(self, namespace: str) -> None:
-        if self._store.count(namespace) >= self._max_layers:
+        if self._is_full(namespace):
             raise LimitExceeded(
                 f"the namespace {namespace!r} has {self._max_layers} layers (expected: at most max_layers = "
                 f"{self._max_layers}; delete some, or start the server with a larger --max-layers)",
@@ -153,13 +222,14 @@ class LayerRegistry:
             key.seen <= layer.latest.state.version or layer.freshen(strong=True)
         ):
             return layer
-        with self._lock:
+        with self._alone(key):
             self._forget(key, layer)
-            return self._alive(key)
+            return self._open(key)
 
     def _forget(self, key: LayerKey, layer: Layer | None) -> None:
-        if layer is not None and self._layers.get(key) is layer:
-            del self._layers[key]
+        with self._lock:
+            if layer is not None and self._layers.get(key) is layer:
+                del self._layers[key]
 
     def _changed(self, key: LayerKey | None, deleted: bool) -> None:
         # By another server. No lock is taken here: whoever has one may wait for the store, which calls this.
@@ -175,20 +245,28 @@ class LayerRegistry:
             return lost(key)
         return not_found(key)
 
-    def _alive(self, key: LayerKey) -> Layer | None:
-        # Under the registry's lock, so that two threads never make two locks for one layer.
+    def _open(self, key: LayerKey) -> Layer | None:
+        """Return a layer, which is read from the store if it is not in memory. Only while holding the name."""
         layer = self._layers.get(key)
         if layer is None:
             record = self._store.get(key)
             if record is not None:
-                layer = self._layers[key] = self._bring_to_life(record)
+                layer = self._add(key, record)
         return layer
 
-    def _bring_to_life(self, record: LayerRecord) -> Layer:
+    def _add(self, key: LayerKey, record: LayerRecord, *, new: bool = False) -> Layer:
+        layer = self._alive(record, new=new)
+        with self._lock:
+            self._layers[key] = layer
+        return layer
+
+    def _alive(self, record: LayerRecord, *, new: bool) -> Layer:
         opened = self._store.session_opened
         if self._shared is not None:
             ledger = Ledger(self._max_sessions, opened)
             return SharedLayer(record, self._shared, ledger, self._policy, self._count_steps, self._max_age)
         own = cast("OwnStore", self._store)
+        if new:  # no session has changed it, and it has no snapshot
+            return Layer(record, own, Ledger(self._max_sessions, opened), self._policy, (), self._count_steps)
         ledger = Ledger(self._max_sessions, opened, own.remembered(record.key))
         return Layer(record, own, ledger, self._policy, own.snapshots(record.key), self._count_steps)

@@ -192,7 +192,7 @@ class LayerService(MomentsService):
         return layer, train
 
     def _evaluate(self, layer: Layer, call: ForwardCall, x: DeviceTensor, out: Array | None) -> ForwardAnswer:
-        record = layer.record
+        record = layer.committed()
         output = self._compute(layer, lambda device: device.evaluate(x, record.state, record.config, out))
         self._release(layer, call)
         return ForwardAnswer(output, False, record.state.version, record.state.num_of_props)
@@ -239,7 +239,7 @@ class LayerService(MomentsService):
         out: Array | None,
     ) -> ForwardAnswer:
         """Give the answer of a step again, made anew from what it has stored."""
-        taken, record = same_step(before, trained.moments), layer.record
+        taken, record = same_step(before, trained.moments), layer.committed()
         used = record.with_state(replace(record.state, scale=taken.scale, bias=taken.bias))
         again = self._with_parameters(layer, used, x, trained, out)
         return self._answered(layer, call, x, again, before, taken.scale, replayed=True)

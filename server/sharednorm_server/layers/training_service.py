@@ -55,7 +55,7 @@ class MomentsService(LayerCatalog):
             return found
         taken = same_step(found, batch)
         version, steps = found.version, found.num_of_props
-        return PushAnswer(layer.record, True, version, steps, taken.scale, taken.bias, replayed=True)
+        return PushAnswer(layer.committed(), True, version, steps, taken.scale, taken.bias, replayed=True)
 
     def step_together(self, key: LayerKey, union: Moments, together: Together) -> LayerRecord:
         """Take a step of a group, whose parts are in; return the layer after it. Raises what `push_moments` raises."""

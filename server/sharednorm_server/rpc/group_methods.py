@@ -114,7 +114,7 @@ class GroupCalls:
         """Take a step together with the other members of a group: bring this one's part."""
         request = unserved.parse(service_pb2.SynchronizeMomentsRequest, message)
         key = key_of(request.ref)
-        maps = self._service.get_layer(key).config.maps
+        maps = self._service.layer_config(key).maps
         batch = None
         if request.moments.count or request.moments.mean or request.moments.m2:
             # Whether a value that is not finite is refused, is decided for the union, and so for all members.
@@ -125,7 +125,7 @@ class GroupCalls:
         """Add up the sums of a backward together with the other members of a group: bring this one's part."""
         request = unserved.parse(service_pb2.SynchronizeGradientsRequest, message)
         key = key_of(request.ref)
-        config = self._service.get_layer(key).config
+        config = self._service.layer_config(key)
         call = BackwardCall(
             key,
             param_grads=request.update_param_grads if request.HasField("update_param_grads") else True,

@@ -237,7 +237,7 @@ class Servicer:
 
     def _merge_statistics(self, request: service_pb2.MergeStatisticsRequest) -> service_pb2.MergeStatisticsResponse:
         key = key_of(request.ref)
-        maps = self._service.get_layer(key).config.maps
+        maps = self._service.layer_config(key).maps
         moments = convert.moments_from_proto(request.moments, maps, allow_nonfinite=True)
         record, merged = self._service.merge_statistics(key, request.delta, moments)
         return service_pb2.MergeStatisticsResponse(layer=layer_of(record), merged=merged)
@@ -320,7 +320,7 @@ class Servicer:
         key, train = key_of(request.ref), convert.mode_from_proto(request.mode)
         if train is False:
             raise InvalidConfiguration("PushMoments is for training (expected: mode train, or the layer's default)")
-        maps = self._service.get_layer(key).config.maps
+        maps = self._service.layer_config(key).maps
         # What is not finite is for the step to refuse, or to take.
         batch = convert.moments_from_proto(request.moments, maps, allow_nonfinite=True)
         answer = self._service.push_moments(key, train, batch, wanted, call_of(request))
@@ -350,7 +350,7 @@ class Servicer:
     ) -> Answer[service_pb2.PushGradientsResponse]:
         """Add gradients that a client has computed."""
         key = key_of(request.ref)
-        maps = self._service.get_layer(key).config.maps
+        maps = self._service.layer_config(key).maps
         scale = request.scale if request.HasField("scale") else 1.0
         call = BackwardCall(key, scale=scale, momentum=request.momentum, call=call_of(request))
         scale_grad, bias_grad = (
@@ -428,7 +428,7 @@ class Servicer:
         return _BackwardPlan(call, grad, x)
 
     def _facts(self, key: LayerKey, saved: service_pb2.SavedForward, x: wire.TensorLayout) -> ForwardFacts:
-        config = self._service.get_layer(key).config
+        config = self._service.layer_config(key)
         allow = config.nonfinite is NonFinitePolicy.ALLOW
         moments = convert.moments_from_proto(saved.moments, config.maps, allow_nonfinite=allow)
         return ForwardFacts(x.shape, x.dtype_name, moments, convert.vector_from_proto(saved.scale, config.maps))

@@ -56,7 +56,7 @@ def test_create_makes_a_layer_once(registry: LayerRegistry) -> None:
 
 def test_a_layer_that_the_store_remembers_is_found(store: MemoryStore, registry: LayerRegistry) -> None:
     store.create(make())
-    assert registry.find(KEY).record == store.get(KEY)
+    assert registry.find(KEY).committed() == store.get(KEY)
     assert registry.create(KEY, make)[1] is False
 
 
@@ -92,7 +92,7 @@ def test_a_change_is_kept_by_the_store(store: MemoryStore, registry: LayerRegist
     changed = registry.find(KEY).change(counted)
     assert changed.state.version == 1
     assert store.get(KEY) is changed
-    assert registry.find(KEY).record is changed
+    assert registry.find(KEY).committed() is changed
 
 
 def test_a_change_that_fails_changes_nothing(store: MemoryStore, registry: LayerRegistry) -> None:
@@ -103,7 +103,7 @@ def test_a_change_that_fails_changes_nothing(store: MemoryStore, registry: Layer
 
     with pytest.raises(ValueError, match="no"):
         registry.find(KEY).change(fail)
-    assert registry.find(KEY).record is before
+    assert registry.find(KEY).committed() is before
     assert store.get(KEY) is before
     assert registry.find(KEY).change(counted).state.version == 1  # the lock is free again
 
@@ -114,7 +114,7 @@ def test_no_change_is_lost() -> None:
     layer = registry.find(KEY)
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda _: [layer.change(counted) for _ in range(50)], range(8)))
-    assert layer.record.state.version == 400
+    assert layer.committed().state.version == 400
 
 
 def test_layers_change_at_the_same_time(registry: LayerRegistry) -> None:
@@ -129,7 +129,7 @@ def test_a_deleted_layer_is_gone_for_those_who_hold_it(store: MemoryStore, regis
     registry.create(KEY, make)
     layer = registry.find(KEY)
     assert registry.delete(KEY) is layer
-    for use in (lambda: layer.record, lambda: layer.change(counted), lambda: registry.find(KEY)):
+    for use in (layer.committed, lambda: layer.change(counted), lambda: registry.find(KEY)):
         with pytest.raises(LayerNotFound):
             use()
     assert store.get(KEY) is None
@@ -147,10 +147,10 @@ def test_a_layer_made_again_is_another_one(registry: LayerRegistry) -> None:
     registry.delete(KEY)
     _, created = registry.create(KEY, make)
     assert created
-    assert registry.find(KEY).record.state.version == 0
+    assert registry.find(KEY).committed().state.version == 0
     with pytest.raises(LayerNotFound):
         old.change(counted)
-    assert registry.find(KEY).record.state.version == 0
+    assert registry.find(KEY).committed().state.version == 0
 
 
 def test_a_layer_that_another_server_deleted_from_the_store_is_gone(
