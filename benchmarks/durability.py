@@ -4,19 +4,21 @@
 benchmarks/results/durability.json. Three servers, of which one computes at a time: with `--state memory:`, and with a
 file under `--durability os` and `fsync`; and two more with `fsync`, on disks that are made slow: `slow_disk.c` adds to
 each fsync 16 ms, as a disk that turns needs, or 40 ms, as one that others use as well, since it is there that a shared
-commit counts. Clients are
-processes on this machine; each has layers of its own, and takes steps whose tensors stay with it
-(`compute="client"`), so that what is measured is the state and not the tensors.
+commit counts. Clients are processes on this machine; each has layers of its own, and takes steps whose tensors stay with
+it (`compute="client"`), so that what is measured is the state and not the tensors. On the slow disk eight clients also
+share one layer, with both kinds of `compute`, and create layers.
 
 `python -m benchmarks.durability client SECONDS THREADS ADDRESS...` is one client, of which each thread is one trainer:
 it reads the number of an address, trains there for so long, prints what each step took, and reads the next. `python -m
-benchmarks.durability disk DIRECTORY` tells what an fsync takes there, and a commit of a step by nobody but one thread.
+benchmarks.durability disk DIRECTORY` tells what an fsync takes there, and a commit of a step by one thread alone.
+`python -m benchmarks.durability sharer SECONDS ADDRESS` is a client that reads "client", "server" or "create".
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import socket
@@ -36,7 +38,7 @@ import numpy as np
 import sharednorm
 from benchmarks.goals import Goal
 from benchmarks.remote import machine, server, summary
-from benchmarks.trainers import answer_of, obey, started, steps_at
+from benchmarks.trainers import answer_of, obey, started, steps_at, train
 from sharednorm.core.layer_config import LayerConfig
 from sharednorm.core.state import Moments, initial_state
 from sharednorm.core.types import LayerKind
@@ -77,6 +79,11 @@ GOALS = {
         )
         for name, ms in SLOW_MS.items()
     },
+    "one layer": Goal(
+        "train steps a second of 8 clients of one layer, compute='client' / 'server', each fsync 16 ms longer",
+        least=0.95,
+    ),
+    "create": Goal("layers a second that 8 clients create / one client creates, each fsync 16 ms longer", least=5.0),
 }
 
 
@@ -131,8 +138,38 @@ def rates() -> dict[str, Any]:
     return found
 
 
+def sharing() -> dict[str, Any]:
+    """Measure steps a second of 8 clients of one layer, and layers a second that clients create, on the slow disk."""
+    found: dict[str, Any] = {}
+    with contextlib.ExitStack() as stack:
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=RESULTS.parent)))
+        with _slow(directory, SLOW_MS["slow"]):
+            state = f"sqlite://{directory}/shared"
+            kept = stack.enter_context(server("127.0.0.1:0", "--state", state, "--durability", "fsync"))
+        words = ["benchmarks.durability", "sharer", str(SECONDS), kept.address]
+        sharers = stack.enter_context(started([words] * 8))
+        cases = {
+            "one layer, client": sharers,
+            "one layer, server": sharers,
+            "1 creator": sharers[:1],
+            "8 creators": sharers,
+        }
+        taken: dict[str, list[list[float]]] = {name: [] for name in cases}
+        for _ in range(ROUNDS):
+            for name, clients in cases.items():
+                taken[name].append(steps_at(clients, "create" if "creator" in name else name.split()[-1]))
+    for name, rounds in taken.items():
+        rate = median(len(each) / SECONDS for each in rounds)
+        found[name] = {"slow": {"steps a second": rate, "ms": summary([ms for each in rounds for ms in each])}}
+    return found
+
+
 def ratios(found: dict[str, Any]) -> dict[str, float]:
     """Return the figures."""
+
+    def rate(what: str) -> float:
+        return float(found[what]["slow"]["steps a second"])
+
     eight, many = found["8 clients"], found["32 clients"]
 
     def of(what: str, store: str) -> float:
@@ -147,6 +184,8 @@ def ratios(found: dict[str, Any]) -> dict[str, float]:
         "alone, fsync": added["fsync"] / of("one fsync", "fsync"),
         **{f"{name}, shared": many[name]["changes a commit"] for name in SLOW_MS},
         **{f"{name}, alone": added[name] / of("one commit", name) for name in SLOW_MS},
+        "one layer": rate("one layer, client") / rate("one layer, server"),
+        "create": rate("8 creators") / rate("1 creator"),
     }
 
 
@@ -244,6 +283,34 @@ def client(addresses: list[str], seconds: float, threads: int) -> None:
         obey(places, x, seconds)
 
 
+def sharer(address: str, seconds: float) -> None:
+    """Train one layer, which others train as well, or create layers, for so long, whenever that is read."""
+    x = np.random.default_rng(0).normal(size=(8, MAPS)).astype(np.float32)
+    with sharednorm.connect(address) as hub:
+        layers = {compute: hub.BatchNorm(MAPS, name="one layer", compute=compute) for compute in ("client", "server")}
+        for layer in layers.values():
+            layer.trainMode()
+            layer(x)
+        numbers = itertools.count()
+        print("ready", flush=True)
+        for line in sys.stdin:
+            what = line.strip()
+            taken = _create(hub, numbers, seconds) if what == "create" else train([layers[what]], x, seconds)
+            print(json.dumps(taken), flush=True)
+
+
+def _create(hub: sharednorm.Hub, numbers: Iterator[int], seconds: float) -> list[float]:
+    taken: list[float] = []
+    begin = time.perf_counter()
+    end = begin + seconds
+    while begin < end:
+        hub.BatchNorm(MAPS, name=f"created/{os.getpid()}/{next(numbers)}")
+        now = time.perf_counter()
+        taken.append(1e3 * (now - begin))
+        begin = now
+    return taken
+
+
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description="Measure what it costs that a step is kept before it is answered.")
@@ -253,16 +320,22 @@ def main() -> None:
     one.add_argument("seconds", type=float)
     one.add_argument("threads", type=int)
     one.add_argument("addresses", nargs="+")
+    other = commands.add_parser("sharer")
+    other.add_argument("seconds", type=float)
+    other.add_argument("address")
     probe = commands.add_parser("disk")
     probe.add_argument("directory", type=Path)
     arguments = parser.parse_args()
     if arguments.command == "disk":
         disk(arguments.directory)
         return
+    if arguments.command == "sharer":
+        sharer(arguments.address, arguments.seconds)
+        return
     if arguments.command == "client":
         client(arguments.addresses, arguments.seconds, arguments.threads)
         return
-    report: dict[str, Any] = {"machine": machine(), "rates": rates()}
+    report: dict[str, Any] = {"machine": machine(), "rates": {**rates(), **sharing()}}
     figures = ratios(report["rates"])
     report["goals"] = [
         {"what": goal.what, "ratio": round(figures[name], 3), "goal": goal.words(), "met": goal.met(figures[name])}

@@ -44,7 +44,7 @@ def started(commands: Sequence[Sequence[str]]) -> Iterator[list[subprocess.Popen
                 each.kill()
 
 
-def steps_at(clients: Sequence[subprocess.Popen[str]], place: int) -> list[float]:
+def steps_at(clients: Sequence[subprocess.Popen[str]], place: int | str) -> list[float]:
     """Have all clients train at a place at once; return what each step took, in ms."""
     for each in clients:
         _tell(each, str(place))
@@ -75,10 +75,11 @@ def obey(places: Sequence[Sequence[sharednorm.Layer]], x: Array, seconds: float)
         layer(x)
     print("ready", flush=True)
     for line in sys.stdin:
-        print(json.dumps(_train(places[int(line)], x, seconds)), flush=True)
+        print(json.dumps(train(places[int(line)], x, seconds)), flush=True)
 
 
-def _train(layers: Sequence[sharednorm.Layer], x: Array, seconds: float) -> list[float]:
+def train(layers: Sequence[sharednorm.Layer], x: Array, seconds: float) -> list[float]:
+    """Train layers, each in a thread, for so long; return what each step took, in ms."""
     taken: list[float] = []
 
     def work(layer: sharednorm.Layer) -> None:
