@@ -4,9 +4,9 @@
 benchmarks/results/durability.json. Three servers, of which one computes at a time: with `--state memory:`, and with a
 file under `--durability os` and `fsync`; and two more with `fsync`, on disks that are made slow: `slow_disk.c` adds to
 each fsync 16 ms, as a disk that turns needs, or 40 ms, as one that others use as well, since it is there that a shared
-commit counts. Clients are processes on this machine; each has layers of its own, and takes steps whose tensors stay with
-it (`compute="client"`), so that what is measured is the state and not the tensors. On the slow disk eight clients also
-share one layer, with both kinds of `compute`, and create layers.
+commit counts. Clients are processes on this machine; each has layers of its own, and takes steps whose tensors stay
+with it (`compute="client"`), so that what is measured is the state and not the tensors. On the slow disk eight clients
+also share one layer, with both kinds of `compute`, and create layers.
 
 `python -m benchmarks.durability client SECONDS THREADS ADDRESS...` is one client, of which each thread is one trainer:
 it reads the number of an address, trains there for so long, prints what each step took, and reads the next. `python -m
