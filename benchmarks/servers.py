@@ -240,7 +240,7 @@ def _replacing(store: RedisStore, maps: int, batch: Moments) -> Callable[[], obj
         state = step(record.state, config, batch)
         made, taken = record.with_state(state), TakenStep(batch, state.scale, state.bias)
         change = LastChange(state.version, b"content.content.", state.version, state.num_of_props, taken)
-        if not store.swap(record, made, Note(SESSION, change)):
+        if not store.compare_and_set(record, made, Note(SESSION, change)):
             raise RuntimeError("somebody else has changed the layer")
         record = made
 

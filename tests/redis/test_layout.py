@@ -235,7 +235,7 @@ def test_what_a_user_needs(tmp_path: Path) -> None:
 
 CALLS: dict[str, Callable[[RedisStore], object]] = {
     "look": lambda store: store.look(make().key),
-    "swap": lambda store: store.swap(make(), stepped(make()), note(1, 1)),
+    "swap": lambda store: store.compare_and_set(make(), stepped(make()), note(1, 1)),
     "create": lambda store: store.create(make(LayerKey("default", "new"))),
     "delete": lambda store: store.delete(make().key),
     "snapshot": lambda store: store.take_snapshot(make(), 1.0, []),

@@ -81,13 +81,13 @@ def test_a_record_replaces_the_one_that_it_was_made_of_and_no_other(store: Redis
     theirs = other.get(KEY)
     assert theirs is not None
     assert theirs.mark == first.mark
-    assert store.swap(first, one := stepped(first))
-    assert not other.swap(theirs, stepped(theirs), note(1, 1))
+    assert store.compare_and_set(first, one := stepped(first))
+    assert not other.compare_and_set(theirs, stepped(theirs), note(1, 1))
     look = other.look(KEY, theirs, session(1))
     assert look.record is not None
     assert (look.record.mark, look.record.state.version, look.change) == (one.mark, 1, None)
-    assert other.swap(look.record, stepped(look.record), note(1, 1))
-    assert not store.swap(one, stepped(one))
+    assert other.compare_and_set(look.record, stepped(look.record), note(1, 1))
+    assert not store.compare_and_set(one, stepped(one))
 
 
 def test_a_copy_that_is_the_newest_is_not_read_again(store: RedisStore) -> None:
@@ -99,13 +99,13 @@ def test_a_copy_that_is_the_newest_is_not_read_again(store: RedisStore) -> None:
 def test_a_record_that_only_looks_like_the_one_before_is_another(store: RedisStore, other: RedisStore) -> None:
     first = make()
     store.create(first)
-    assert store.swap(first, stepped(first))
+    assert store.compare_and_set(first, stepped(first))
     back = replace(first)  # of the same values, as after a fail-over to an older state and other steps
-    assert store.swap(store.get(KEY) or first, back)
+    assert store.compare_and_set(store.get(KEY) or first, back)
     theirs = other.get(KEY)
     assert theirs is not None
     assert theirs.state.version == first.state.version
-    assert not other.swap(first, stepped(first))
+    assert not other.compare_and_set(first, stepped(first))
 
 
 def test_racing_servers_lose_nothing(store: RedisStore, other: RedisStore) -> None:
@@ -116,7 +116,7 @@ def test_racing_servers_lose_nothing(store: RedisStore, other: RedisStore) -> No
             while True:
                 record = mine.get(KEY)
                 assert record is not None
-                if mine.swap(record, stepped(record)):
+                if mine.compare_and_set(record, stepped(record)):
                     break
 
     with ThreadPoolExecutor(4) as pool:
@@ -132,7 +132,7 @@ def test_sessions_are_kept_with_the_record_and_the_least_recent_is_forgotten(url
     store.create(record)
     for number, seq in ((50, 1), (90, 1), (50, 2), (70, 1)):
         before, record = record, stepped(record)
-        assert store.swap(before, record, note(number, seq))
+        assert store.compare_and_set(before, record, note(number, seq))
     known = {number: store.look(KEY, record, session(number)) for number in (50, 70, 90)}
     assert [known[number].change is not None for number in (50, 70, 90)] == [True, True, False]
     change = known[50].change
@@ -218,8 +218,8 @@ def test_a_change_of_another_server_is_heard(store: RedisStore, other: RedisStor
     heard.clear()
     record = make()
     store.create(record)
-    assert store.swap(record, one := stepped(record))
-    assert other.swap(one, stepped(one))
+    assert store.compare_and_set(record, one := stepped(record))
+    assert other.compare_and_set(one, stepped(one))
     until(lambda: heard)
     assert heard == [(KEY, False)]
     other.delete(KEY)
@@ -345,7 +345,7 @@ def test_over_tls_and_over_a_unix_socket(tmp_path: Path) -> None:
         record = make()
         assert encrypted.create(record)
         until(lambda: heard == [None])  # it listens
-        assert plain.swap(record, stepped(record))
+        assert plain.compare_and_set(record, stepped(record))
         until(lambda: KEY in heard)
         encrypted.close()
         plain.close()
@@ -397,7 +397,7 @@ def test_one_that_is_frozen_and_comes_back(own: RedisProcess) -> None:
     with own.frozen():
         began = time.monotonic()
         with pytest.raises(StoreUnavailable, match="it does not answer, in the middle of a command"):
-            store.swap(record, stepped(record))
+            store.compare_and_set(record, stepped(record))
         assert time.monotonic() < began + 10
         began = time.monotonic()
         assert "it does not answer" in refused(store)  # at once, since that is known
@@ -427,12 +427,12 @@ def test_one_that_is_full_refuses_changes_and_answers_questions(own: RedisProces
     store.create(record)
     own.ask("CONFIG", "SET", "maxmemory", "1")
     with pytest.raises(StoreUnavailable, match=r"it says .*command not allowed when used memory"):
-        store.swap(record, stepped(record))
+        store.compare_and_set(record, stepped(record))
     assert len(told) == 1
     assert store.get(KEY) is not None
     own.ask("CONFIG", "SET", "maxmemory", "0")
     until(lambda: told[-1] == "")
-    assert store.swap(record, stepped(record))
+    assert store.compare_and_set(record, stepped(record))
     store.close()
 
 
@@ -444,10 +444,10 @@ def test_one_that_becomes_a_replica(own: RedisProcess) -> None:
     own.ask("REPLICAOF", "127.0.0.1", "1")
     until(lambda: any("replica" in why for why in told))
     with pytest.raises(StoreUnavailable, match="replica"):
-        store.swap(record, stepped(record))
+        store.compare_and_set(record, stepped(record))
     own.ask("REPLICAOF", "NO", "ONE")
     until(lambda: not refused(store))
-    assert store.swap(record, stepped(record))
+    assert store.compare_and_set(record, stepped(record))
     store.close()
 
 

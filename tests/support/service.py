@@ -17,7 +17,7 @@ from sharednorm_server.device.cpu import CpuDevice
 from sharednorm_server.layers.placement import Placement
 from sharednorm_server.layers.requests import LayerKey, LayerRecord
 from sharednorm_server.layers.service import LayerService
-from sharednorm_server.store.base import Kept, Store
+from sharednorm_server.store.base import CommitHandle, Store
 from sharednorm_server.store.memory import MemoryStore
 from sharednorm_server.store.records import Note
 
@@ -64,7 +64,7 @@ class InterruptedDevice(CpuDevice):
 class SlowStore(MemoryStore):
     """A store that takes a while to keep a record, as one with a disk does; whoever forgets a lock shows."""
 
-    def put(self, record: LayerRecord, note: Note | None = None) -> Kept | None:
+    def put(self, record: LayerRecord, note: Note | None = None) -> CommitHandle | None:
         """Replace a record, later."""
         time.sleep(0.0005)
         return super().put(record, note)

@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -52,7 +52,7 @@ class History:
         clock: Seconds since the epoch.
     """
 
-    def __init__(self, layers: Callable[[], list[Layer]], clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, layers: Callable[[], Sequence[Layer]], clock: Callable[[], float] = time.time) -> None:
         self._layers, self._clock = layers, clock
         self._lock = threading.Lock()
         self._samples: dict[LayerKey, deque[Sample]] = {}

@@ -78,7 +78,7 @@ class SavedInputs:
         """
         with self._lock:
             entry = self._entries.get(token)
-            if entry is None or entry.layer.whole is not layer.whole:
+            if entry is None or entry.layer.parent is not layer.parent:
                 raise InputEvicted(
                     "the server no longer keeps the input of that forward: "
                     "send the call again with saved_forward and the input"
@@ -90,7 +90,7 @@ class SavedInputs:
         """Drop an input of a layer that nobody will ask for; one that is not kept is no error."""
         with self._lock:
             entry = self._entries.get(token)
-            if entry is not None and entry.layer.whole is layer.whole:
+            if entry is not None and entry.layer.parent is layer.parent:
                 self._drop(token)
 
     def release_if(self, condition: Callable[[SavedInput], bool]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 from dataclasses import fields, replace
 
 import numpy as np
@@ -116,7 +117,7 @@ class LayerCatalog:
         """Return the namespaces that have layers, and how many, in the order of their names."""
         return [(namespace, self._store.count(namespace)) for namespace in self._store.namespaces()]
 
-    def alive(self) -> list[Layer]:
+    def alive(self) -> Sequence[Layer]:
         """Return the layers that somebody has asked for since the server was started, in no order."""
         return self._layers.alive()
 
@@ -143,7 +144,7 @@ class LayerCatalog:
             LimitExceeded: The layer has as many domains as it may have.
             InvalidConfiguration, InvalidShape: What is initial are no statistics of this layer.
         """
-        layer = self._layers.find(key).whole
+        layer = self._layers.find(key).parent
 
         def act(record: LayerRecord) -> tuple[LayerRecord, bool]:
             if key.domain in record.domains:
@@ -157,7 +158,7 @@ class LayerCatalog:
 
     def list_domains(self, key: LayerKey) -> list[tuple[str, DomainStatistics]]:
         """Return the domains of a layer and what it keeps of each, in the order of their names."""
-        return sorted(self._layers.find(key).whole.committed().domains.items(), key=lambda each: each[0])
+        return sorted(self._layers.find(key).parent.committed().domains.items(), key=lambda each: each[0])
 
     def delete_domain(self, key: LayerKey) -> LayerRecord:
         """Forget a domain and its statistics; return the layer.
@@ -170,7 +171,7 @@ class LayerCatalog:
         def change(record: LayerRecord) -> LayerRecord:
             return replace(record, domains=without_domain(record.domains, key.domain, str(key)))
 
-        return self._layers.find(key).whole.change(change)
+        return self._layers.find(key).parent.change(change)
 
     # --- Snapshots ----------------------------------------------------------------------------------
 

@@ -12,7 +12,8 @@ from sharednorm.errors import DataLoss, LayerNotFound, LimitExceeded
 from sharednorm_server.layers.idempotency import DEFAULT_MAX_SESSIONS, Ledger
 from sharednorm_server.layers.layer import Layer, LayerInDomain, lost, not_found
 from sharednorm_server.layers.shared_layer import SharedLayer
-from sharednorm_server.store.base import LayerKey, LayerRecord, OwnStore, SharedStore, Store
+from sharednorm_server.layers.stored_layer import ExclusiveLayer, StoredLayer
+from sharednorm_server.store.base import ExclusiveStore, LayerKey, LayerRecord, SharedStore, Store
 from sharednorm_server.store.records import NUMBER_BYTES
 from sharednorm_server.store.snapshots import SnapshotPolicy
 
@@ -57,7 +58,7 @@ class LayerRegistry:
         self._policy = policy or SnapshotPolicy()
         self._max_sessions = max_sessions
         self._lock = threading.Lock()
-        self._layers: dict[LayerKey, Layer] = {}
+        self._layers: dict[LayerKey, StoredLayer] = {}
         self._openings: dict[LayerKey, _Opening] = {}
         self._room = threading.Condition()
         self._creating: Counter[str] = Counter()  # layers whose creation has begun, by namespace
@@ -71,7 +72,7 @@ class LayerRegistry:
         """How many steps have been taken, of all layers, since the server was started."""
         return self._steps
 
-    def alive(self) -> list[Layer]:
+    def alive(self) -> list[StoredLayer]:
         """Return the layers that somebody has asked for since the server was started, in no order."""
         with self._lock:
             return list(self._layers.values())
@@ -87,12 +88,16 @@ class LayerRegistry:
             DataLoss: It is older than whoever asks has been told, or is gone and was not deleted.
             LayerNotFound: There is none of that name, or it is not the one that the key's `uid` means.
         """
+        layer = self._find(key)
+        return LayerInDomain(layer, key.domain) if key.domain else layer
+
+    def _find(self, key: LayerKey) -> StoredLayer:
         layer = self._layers.get(key)
         if layer is None:
             with self._alone(key):
                 layer = self._open(key)
         elif self._shared is not None:
-            layer = self._freshened(layer, key)
+            layer = self._revalidated(layer, key)
         if layer is None:
             raise self._missing(key)
         if key.uid and key.uid != layer.key.uid:
@@ -108,7 +113,7 @@ class LayerRegistry:
                 "on from here)",
                 {"version": str(version), "seen": str(key.seen)},
             )
-        return LayerInDomain(layer, key.domain) if key.domain else layer
+        return layer
 
     def create(self, key: LayerKey, make: Callable[[], LayerRecord]) -> tuple[LayerRecord, bool]:
         """Return the record of a layer, and whether this call made it; only then is `make` called.
@@ -118,7 +123,7 @@ class LayerRegistry:
         """
         while True:
             layer = self._layers.get(key)
-            if layer is not None and layer.freshen(strong=True):
+            if layer is not None and layer.revalidate(strong=True):
                 return layer.committed(), False
             with self._alone(key):
                 self._forget(key, layer)
@@ -145,10 +150,10 @@ class LayerRegistry:
         Raises:
             LayerNotFound: There is none of that name.
         """
-        layer = self.find(key).whole
+        layer = self._find(key)
         with self._alone(key), layer.exclusive():
             self._store.delete(layer.key)
-            layer.bury()
+            layer.mark_deleted()
             self._forget(key, layer)
         return layer
 
@@ -215,18 +220,18 @@ class LayerRegistry:
                 {"limit": "max_layers", "value": str(self._max_layers)},
             )
 
-    def _freshened(self, layer: Layer, key: LayerKey) -> Layer | None:
+    def _revalidated(self, layer: StoredLayer, key: LayerKey) -> StoredLayer | None:
         # What a copy says that is not the newest is not told to somebody who may know better.
         other = bool(key.uid) and key.uid != layer.key.uid
-        if layer.freshen(strong=key.strong or other) and (
-            key.seen <= layer.latest.state.version or layer.freshen(strong=True)
+        if layer.revalidate(strong=key.strong or other) and (
+            key.seen <= layer.latest.state.version or layer.revalidate(strong=True)
         ):
             return layer
         with self._alone(key):
             self._forget(key, layer)
             return self._open(key)
 
-    def _forget(self, key: LayerKey, layer: Layer | None) -> None:
+    def _forget(self, key: LayerKey, layer: StoredLayer | None) -> None:
         with self._lock:
             if layer is not None and self._layers.get(key) is layer:
                 del self._layers[key]
@@ -236,7 +241,7 @@ class LayerRegistry:
         layers = list(self._layers.values()) if key is None else [self._layers.get(key)]
         for layer in layers:
             if isinstance(layer, SharedLayer):
-                layer.doubt()
+                layer.invalidate()
                 if deleted:
                     self._layers.pop(layer.key, None)
 
@@ -245,7 +250,7 @@ class LayerRegistry:
             return lost(key)
         return not_found(key)
 
-    def _open(self, key: LayerKey) -> Layer | None:
+    def _open(self, key: LayerKey) -> StoredLayer | None:
         """Return a layer, which is read from the store if it is not in memory. Only while holding the name."""
         layer = self._layers.get(key)
         if layer is None:
@@ -254,19 +259,19 @@ class LayerRegistry:
                 layer = self._add(key, record)
         return layer
 
-    def _add(self, key: LayerKey, record: LayerRecord, *, new: bool = False) -> Layer:
+    def _add(self, key: LayerKey, record: LayerRecord, *, new: bool = False) -> StoredLayer:
         layer = self._alive(record, new=new)
         with self._lock:
             self._layers[key] = layer
         return layer
 
-    def _alive(self, record: LayerRecord, *, new: bool) -> Layer:
+    def _alive(self, record: LayerRecord, *, new: bool) -> StoredLayer:
         opened = self._store.session_opened
         if self._shared is not None:
             ledger = Ledger(self._max_sessions, opened)
             return SharedLayer(record, self._shared, ledger, self._policy, self._count_steps, self._max_age)
-        own = cast("OwnStore", self._store)
+        own = cast("ExclusiveStore", self._store)
         if new:  # no session has changed it, and it has no snapshot
-            return Layer(record, own, Ledger(self._max_sessions, opened), self._policy, (), self._count_steps)
+            return ExclusiveLayer(record, own, Ledger(self._max_sessions, opened), self._policy, (), self._count_steps)
         ledger = Ledger(self._max_sessions, opened, own.remembered(record.key))
-        return Layer(record, own, ledger, self._policy, own.snapshots(record.key), self._count_steps)
+        return ExclusiveLayer(record, own, ledger, self._policy, own.snapshots(record.key), self._count_steps)

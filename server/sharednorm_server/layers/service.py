@@ -121,7 +121,7 @@ class LayerService(MomentsService):
     def delete_layer(self, key: LayerKey) -> Layer:
         """Forget a layer, and the inputs kept for it."""
         deleted = super().delete_layer(key)
-        self._saved.release_if(lambda entry: entry.layer.whole is deleted)
+        self._saved.release_if(lambda entry: entry.layer.parent is deleted)
         return deleted
 
     def admitted(self, nbytes: int) -> AbstractContextManager[None]:
@@ -186,7 +186,7 @@ class LayerService(MomentsService):
         if not train and call.train is None and call.call is not None:
             # The layer's default may have been another one when the step was taken.
             key, content = call.call, step_in(call.key.domain)
-            train = layer.attempt(lambda _: layer.made(key, content)) is not None
+            train = layer.attempt(lambda _: layer.find_change(key, content)) is not None
         record.config.check_shape(shape, train=train)
         require_initialized(record.state, str(call.key))
         return layer, train
@@ -209,7 +209,7 @@ class LayerService(MomentsService):
 
         def act(record: LayerRecord) -> ForwardAnswer | LayerRecord | None:
             nonlocal before, used, trained
-            before = None if call.call is None else layer.made(call.call, step_in(call.key.domain))
+            before = None if call.call is None else layer.find_change(call.call, step_in(call.key.domain))
             if before is not None or not _trains(call, record):
                 return None  # the default has become eval meanwhile, and whoever set it may have read the statistics
             if not same_statistics(first, record.state):

@@ -12,13 +12,14 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar, cast
+from typing import TypeVar
 
 from sharednorm.errors import DataLoss, ServerBusy
 from sharednorm_server.layers.idempotency import Ledger
-from sharednorm_server.layers.layer import Layer, lost
+from sharednorm_server.layers.layer import lost
+from sharednorm_server.layers.stored_layer import StoredLayer
 from sharednorm_server.observability.instrumentation import STORE, spending
-from sharednorm_server.store.base import LayerKey, LayerRecord, Look, OwnStore, SharedStore
+from sharednorm_server.store.base import LayerKey, LayerRecord, Look, SharedStore
 from sharednorm_server.store.records import CallKey, LastChange
 from sharednorm_server.store.snapshots import SnapshotPolicy
 
@@ -35,7 +36,7 @@ class _Raced(Exception):
     pass
 
 
-class SharedLayer(Layer):
+class SharedLayer(StoredLayer):
     """A layer of a store that other servers use as well.
 
     Args:
@@ -56,7 +57,7 @@ class SharedLayer(Layer):
         on_steps: Callable[[int], None],
         max_age: float,
     ) -> None:
-        super().__init__(record, cast("OwnStore", store), ledger, policy, (), on_steps)
+        super().__init__(record, store, ledger, policy, (), on_steps)
         self._shared = store
         self._max_age = max_age
         self._checked = time.monotonic()  # when the copy was the newest for certain
@@ -76,11 +77,11 @@ class SharedLayer(Layer):
             raise lost(self.key)
         return super().latest
 
-    def doubt(self) -> None:
-        """Say that somebody may have changed the layer. Takes no lock."""
+    def invalidate(self) -> None:
+        """Mark the copy as stale: another server may have changed the layer. Lock-free."""
         self._doubts += 1
 
-    def freshen(self, *, strong: bool) -> bool:
+    def revalidate(self, *, strong: bool) -> bool:
         """Bring the copy up to date, unless it is new enough; return False if the layer is not there any more."""
         if self._now[0] is None:
             return False
@@ -128,14 +129,14 @@ class SharedLayer(Layer):
             {"retry_seconds": "0.1"},
         )
 
-    def made(self, call: CallKey, content: bytes) -> LastChange | None:
+    def find_change(self, call: CallKey, content: bytes) -> LastChange | None:
         """Return the change that was made under a key, by whichever server; only while holding the layer."""
         last = self._ledger.last(call.session)
         if last is None or call.seq != last.seq + 1:  # what is known here may be a moment old; a change will show that
             self._learn(call.session)
-        return super().made(call, content)
+        return super().find_change(call, content)
 
-    def last_of(self, session: bytes) -> LastChange | None:
+    def last_change_of(self, session: bytes) -> LastChange | None:
         """Return the last change of a session, by whichever server; only within `attempt`."""
         if self._ledger.last(session) is None:
             self._learn(session)
@@ -166,7 +167,7 @@ class SharedLayer(Layer):
         with spending(STORE, "swap"):
             # If this fails, nobody knows whether it was done; then the copy's mark is an old one, which the next change
             # finds out.
-            swapped = self._shared.swap(before, record, note)
+            swapped = self._shared.compare_and_set(before, record, note)
         if not swapped:
             raise _Raced
         if note is not None:
@@ -228,7 +229,7 @@ class SharedLayer(Layer):
         self._ledger.forget()
         if look.record is None or look.record.key.uid != self.key.uid:
             self._lost = look.record is None and not look.deleted
-            self.bury()
+            self.mark_deleted()
             return
         before = self.latest.state.version
         if look.record.state.version < before:

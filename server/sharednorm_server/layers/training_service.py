@@ -39,7 +39,7 @@ class MomentsService(LayerCatalog):
 
         def act(record: LayerRecord) -> PushAnswer | LastChange:
             require_initialized(record.state, str(key))
-            before = None if call is None else layer.made(call, step_in(key.domain))
+            before = None if call is None else layer.find_change(call, step_in(key.domain))
             if before is not None:
                 return before
             if not (record.train if train is None else train):
@@ -155,7 +155,7 @@ def _pushed(record: LayerRecord, *, train: bool) -> PushAnswer:
 
 
 def _require_not_ended(layer: Layer, together: Together) -> None:
-    last = layer.last_of(together.key.session)
+    last = layer.last_change_of(together.key.session)
     if last is not None and last.content.startswith(GROUP_ENDED):
         raise StaleGeneration(
             "the members of the group have gone on with another server, and this step was not taken here; join again"

@@ -1,11 +1,11 @@
-"""Stores: what remembers. A store knows no device, no RPC, and no arithmetic.
+"""Layer storage backends. A store knows no device, no RPC, and no arithmetic.
 
-A record is immutable, and every change atomic. `create` and `delete` return when the change is kept.
+A record is immutable, and every change atomic. `create` and `delete` return when the change is committed.
 
-There are two kinds. An `OwnStore` is used by one server at a time, which knows what is in it: `put` returns at once,
-since a layer's next step need not wait for it, and whoever tells somebody of the record waits until it is kept. A
-`SharedStore` is used by several servers: each keeps copies, `swap` replaces a record only if it still is the one that
-was changed, and `look` says what it is now.
+There are two kinds. An `ExclusiveStore` is used by one server at a time, which knows what is in it: `put` returns at
+once, since a layer's next step need not wait for the commit, and a call that answers with the record waits for it. A
+`SharedStore` is used by several servers: each keeps copies, `compare_and_set` replaces a record only if it still is the
+one that was changed, and `look` says what it is now.
 """
 
 from __future__ import annotations
@@ -116,11 +116,11 @@ def without_gradients(record: LayerRecord) -> LayerRecord:
     return record.with_state(replace(record.state, scale_grad=zeros, bias_grad=zeros))
 
 
-class Kept(Protocol):
-    """A change that a store has accepted."""
+class CommitHandle(Protocol):
+    """A change that a store has accepted and not committed yet."""
 
     def wait(self) -> None:
-        """Return when it is kept, and with it all that came before.
+        """Wait until the change is committed, and with it all that came before.
 
         Raises:
             StoreFailed: It is not known whether it is, and the store has failed for good.
@@ -232,14 +232,14 @@ class Store(Protocol):
         ...
 
 
-class OwnStore(Store, Protocol):
+class ExclusiveStore(Store, Protocol):
     """A store that no other server uses meanwhile."""
 
     def remembered(self, key: LayerKey) -> Remembered:
         """Return what is kept of the sessions that have changed a layer that is there."""
         ...
 
-    def put(self, record: LayerRecord, note: Note | None = None) -> Kept | None:
+    def put(self, record: LayerRecord, note: Note | None = None) -> CommitHandle | None:
         """Replace an existing layer's record, and with it what is known of a session; return what says when it is kept.
 
         None: its key does not exist, and nothing has changed. Later changes of the layer may be put before that.
@@ -319,7 +319,7 @@ class SharedStore(Store, Protocol):
         """
         ...
 
-    def swap(self, before: LayerRecord, record: LayerRecord, note: Note | None = None) -> bool:
+    def compare_and_set(self, before: LayerRecord, record: LayerRecord, note: Note | None = None) -> bool:
         """Replace a record, and with it what is known of a session; return False if it is not the one of before.
 
         What the note says of forgotten sessions is not looked at: the store knows all of them, and a server some.

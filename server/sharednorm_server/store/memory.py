@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sharednorm.errors import BackupFailed
-from sharednorm_server.store.base import Kept, LayerKey, LayerRecord, StoreCounts, without_gradients
+from sharednorm_server.store.base import CommitHandle, LayerKey, LayerRecord, StoreCounts, without_gradients
 from sharednorm_server.store.idempotency import SessionNumbers
 from sharednorm_server.store.records import Note, Remembered
 from sharednorm_server.store.snapshots import SnapshotInfo
@@ -68,7 +68,7 @@ class MemoryStore:
         with self._lock:
             return self._sessions.get(key, Remembered()).copy()
 
-    def put(self, record: LayerRecord, note: Note | None = None) -> Kept | None:
+    def put(self, record: LayerRecord, note: Note | None = None) -> CommitHandle | None:
         """Replace an existing layer's record, and what is known of a session; return None if its key does not exist."""
         with self._lock:
             if record.key not in self._records:

@@ -15,6 +15,7 @@ from sharednorm_server.device.cpu import CpuTensor
 from sharednorm_server.layers.activation_cache import SavedInput, SavedInputs
 from sharednorm_server.layers.idempotency import Ledger
 from sharednorm_server.layers.layer import Layer
+from sharednorm_server.layers.stored_layer import ExclusiveLayer
 from sharednorm_server.store.base import LayerKey, LayerRecord
 from sharednorm_server.store.idempotency import SessionNumbers
 from sharednorm_server.store.memory import MemoryStore
@@ -25,7 +26,7 @@ CONFIG = LayerConfig(LayerKind.BATCH_NORM, 2)
 
 def layer(name: str) -> Layer:
     state = initial_state(CONFIG, 0.0, np.random.default_rng(0))
-    return Layer(
+    return ExclusiveLayer(
         LayerRecord(LayerKey("default", name), CONFIG, state),
         MemoryStore(),
         Ledger(1, SessionNumbers(1).given),

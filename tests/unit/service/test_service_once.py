@@ -25,7 +25,7 @@ from sharednorm_server.device.cpu import CpuDevice
 from sharednorm_server.layers.placement import Placement
 from sharednorm_server.layers.requests import BackwardCall, CallKey, ForwardAnswer, ForwardCall, LayerRecord
 from sharednorm_server.layers.service import LayerService
-from sharednorm_server.store.base import Kept, Store
+from sharednorm_server.store.base import CommitHandle, Store
 from sharednorm_server.store.memory import MemoryStore
 from sharednorm_server.store.records import Note
 from sharednorm_server.store.redis.store import RedisStore
@@ -329,7 +329,7 @@ class LateStore(MemoryStore):
         self.go_on = threading.Event()
         self.go_on.set()
 
-    def put(self, record: LayerRecord, note: Note | None = None) -> Kept | None:
+    def put(self, record: LayerRecord, note: Note | None = None) -> CommitHandle | None:
         """Take a change, which is kept later."""
         kept = super().put(record, note)
         return None if kept is None else self

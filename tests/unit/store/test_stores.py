@@ -14,7 +14,7 @@ import pytest
 from sharednorm.core.layer_config import LayerConfig
 from sharednorm.core.state import initial_state
 from sharednorm.core.types import LayerKind
-from sharednorm_server.store.base import LayerKey, LayerRecord, OwnStore, Store
+from sharednorm_server.store.base import ExclusiveStore, LayerKey, LayerRecord, Store
 from sharednorm_server.store.memory import MemoryStore
 from sharednorm_server.store.records import LastChange, Note, Remembered
 from sharednorm_server.store.redis.store import RedisStore
@@ -59,13 +59,13 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
 
 
 @pytest.fixture(params=["memory", "sqlite"])
-def own(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[OwnStore]:
-    made: OwnStore = MemoryStore() if request.param == "memory" else SqliteStore(tmp_path / "a state")
+def own(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ExclusiveStore]:
+    made: ExclusiveStore = MemoryStore() if request.param == "memory" else SqliteStore(tmp_path / "a state")
     yield made
     made.close()
 
 
-def test_it_says_what_it_is(own: OwnStore, tmp_path: Path) -> None:
+def test_it_says_what_it_is(own: ExclusiveStore, tmp_path: Path) -> None:
     directory = f"sqlite://{tmp_path}/a%20state?durability=os"
     assert own.description == ("memory:" if isinstance(own, MemoryStore) else directory)
 
@@ -83,7 +83,7 @@ def test_creating_twice_changes_nothing(store: Store) -> None:
     assert same(store.get(first.key), first)
 
 
-def test_put_replaces(own: OwnStore) -> None:
+def test_put_replaces(own: ExclusiveStore) -> None:
     first = record("a")
     own.create(first)
     second = replace(first, train=False)
@@ -93,13 +93,13 @@ def test_put_replaces(own: OwnStore) -> None:
     assert own.get(first.key) is second
 
 
-def test_put_makes_no_new_record(own: OwnStore) -> None:
+def test_put_makes_no_new_record(own: ExclusiveStore) -> None:
     assert own.put(record("a")) is None
     assert own.get(LayerKey("default", "a")) is None
     assert own.page("default", "", 10) == []
 
 
-def test_what_is_known_of_sessions_is_kept_with_the_records(own: OwnStore) -> None:
+def test_what_is_known_of_sessions_is_kept_with_the_records(own: ExclusiveStore) -> None:
     key = LayerKey("default", "a")
     own.create(record("a"))
     own.create(record("b"))

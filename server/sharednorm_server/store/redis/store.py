@@ -201,7 +201,7 @@ class RedisStore:
         """Return a layer's record, or None."""
         return self.look(key).record
 
-    def swap(self, before: LayerRecord, record: LayerRecord, note: Note | None = None) -> bool:
+    def compare_and_set(self, before: LayerRecord, record: LayerRecord, note: Note | None = None) -> bool:
         """Replace a record, and what is known of a session; return False if it is not the one of before any more."""
         found, gone = to_fields(record, before)
         values = [each for pair in found.items() for each in pair]

@@ -30,7 +30,7 @@ from urllib.parse import quote
 
 from sharednorm.errors import BackupFailed, StoreFailed
 from sharednorm_server.errors import StartError
-from sharednorm_server.store.base import Kept, LayerKey, LayerRecord, StoreCounts, Whole
+from sharednorm_server.store.base import CommitHandle, LayerKey, LayerRecord, StoreCounts, Whole
 from sharednorm_server.store.idempotency import SessionNumbers
 from sharednorm_server.store.records import Note, Remembered
 from sharednorm_server.store.snapshots import SnapshotInfo
@@ -206,7 +206,7 @@ class SqliteStore:
             row = self._names.get(key)
             return Remembered() if row is None else self._guarded(lambda: self._rows.remembered(row))
 
-    def put(self, record: LayerRecord, note: Note | None = None) -> Kept | None:
+    def put(self, record: LayerRecord, note: Note | None = None) -> CommitHandle | None:
         """Replace an existing layer's record, and what is known of a session; return what says when both are kept.
 
         None: there is no such layer, and nothing has changed.
