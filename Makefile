@@ -94,6 +94,7 @@ bench: $(READY)-bench $(READY)-server $(READY)-torch  ## Compare with PyTorch, g
 	$(BIN)/python -m benchmarks.durability
 	$(BIN)/python -m benchmarks.overload
 	$(BIN)/python -m benchmarks.servers
+	$(BIN)/python -m benchmarks.call_path
 	$(BIN)/python -m benchmarks.plot
 	$(BIN)/python -m benchmarks.tables
 
