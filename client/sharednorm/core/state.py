@@ -50,7 +50,7 @@ class Moments:
 
 
 @dataclass(frozen=True, eq=False)
-class RunningStatistics:
+class RunningAverages:
     """Running mean and variance of a layer, float32 (C,), read-only."""
 
     mean: Vector
@@ -185,7 +185,7 @@ def batch_weight(state: LayerState, config: LayerConfig) -> float:
 
 
 def step(
-    state: LayerState, config: LayerConfig, batch: Moments, statistics: RunningStatistics | None = None
+    state: LayerState, config: LayerConfig, batch: Moments, statistics: RunningAverages | None = None
 ) -> LayerState:
     """Return the state after one training forward: its statistics have taken in a batch.
 
@@ -209,7 +209,7 @@ def step(
             return replace(state, version=state.version + 1)
         if statistics is None:
             weight = batch_weight(state, config)
-            statistics = RunningStatistics(
+            statistics = RunningAverages(
                 _average(state.mean, batch.mean, weight), _average(state.var, batch.unbiased_var, weight)
             )
     # All at once, and not by `replace`, which takes longer than the arithmetic of a few maps.

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from sharednorm.core.layer_config import LayerConfig
-from sharednorm.core.state import LayerState, Moments, RunningStatistics
+from sharednorm.core.state import LayerState, Moments, RunningAverages
 from sharednorm.core.types import Array, Vector
 from sharednorm_server.device.tensor_io import DeviceTensor, Incoming, Output
 
@@ -35,7 +35,7 @@ class TrainedBatch:
 
     output: Output
     moments: Moments
-    statistics: RunningStatistics | None = None
+    statistics: RunningAverages | None = None
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ import pycuda.driver as cuda
 from sharednorm.arithmetic.select import arithmetic
 from sharednorm.core.dtypes import check_dtype, dtype_of
 from sharednorm.core.layer_config import LayerConfig
-from sharednorm.core.state import LayerState, Moments, RunningStatistics, batch_weight, blank_state
+from sharednorm.core.state import LayerState, Moments, RunningAverages, batch_weight, blank_state
 from sharednorm.core.types import Array, LayerKind, Vector
 from sharednorm.errors import LimitExceeded, SharedNormError
 from sharednorm_kernels import DeviceLimits, FatbinMissing, Plan, fatbin, plan
@@ -149,7 +149,7 @@ class CudaDevice:
 
         output, facts, read = self._run(compute, tensor, tensor.nbytes, _FACTS * maps)
         mean, m2 = read[: _MOMENTS * maps].view(np.float64).reshape(2, maps)
-        statistics = RunningStatistics(*read[_MOMENTS * maps :].view(np.float32).reshape(2, maps).copy())
+        statistics = RunningAverages(*read[_MOMENTS * maps :].view(np.float32).reshape(2, maps).copy())
         self._worker.post(partial(_adopt, statistics, facts, maps))
         batch = Moments(tensor.plan.view.count, mean, m2)
         return TrainedBatch(CudaOutput(tensor, output, self._staging, out), batch, statistics)
@@ -318,6 +318,6 @@ def _affine(gpu: Gpu, state: LayerState, config: LayerConfig) -> Affine:
     return Affine(gpu.vector(state.scale), gpu.vector(state.bias), config.epsilon)
 
 
-def _adopt(statistics: RunningStatistics, facts: DeviceBuffer, maps: int, gpu: Gpu) -> None:
+def _adopt(statistics: RunningAverages, facts: DeviceBuffer, maps: int, gpu: Gpu) -> None:
     gpu.adopt(statistics.mean, facts, _MOMENTS * maps)
     gpu.adopt(statistics.var, facts, (_MOMENTS + 4) * maps)
