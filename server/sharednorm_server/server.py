@@ -188,7 +188,7 @@ def start(config: ServerConfig) -> RunningServer:
             max_sessions=config.max_sessions,
             policy=policy,
             max_layers=config.max_layers,
-            max_age=config.max_age,
+            max_staleness=config.max_staleness,
         )
         return serve(config, service)
     except BaseException:

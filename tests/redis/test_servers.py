@@ -40,7 +40,7 @@ from tests.support.processes.redis import RedisProcess, redis_server
 from tests.support.service import CONFIG, KEY, SHAPE, create
 
 X = random_tensor(3, SHAPE)
-MAX_AGE = 0.2
+MAX_STALENESS = 0.2
 
 MakeService = Callable[..., LayerService]
 
@@ -54,10 +54,14 @@ def server(redis_process: RedisProcess) -> Iterator[MakeService]:
     """Make services that share their layers."""
     url, made = redis_process.url(), list[LayerService]()
 
-    def make(policy: SnapshotPolicy | None = None, max_sessions: int = 8, max_age: float = MAX_AGE) -> LayerService:
+    def make(
+        policy: SnapshotPolicy | None = None, max_sessions: int = 8, max_staleness: float = MAX_STALENESS
+    ) -> LayerService:
         store, device = RedisStore(url, max_sessions=max_sessions), CpuDevice(arithmetic("numpy"))
         made.append(
-            LayerService(store, Placement(device), 1 << 20, max_sessions=max_sessions, policy=policy, max_age=max_age)
+            LayerService(
+                store, Placement(device), 1 << 20, max_sessions=max_sessions, policy=policy, max_staleness=max_staleness
+            )
         )
         return made[-1]
 
@@ -175,7 +179,7 @@ def deafen(service: LayerService) -> None:
 
 
 def test_a_change_that_another_server_has_made_is_heard(server: MakeService) -> None:
-    one, other = server(max_age=60.0), server(max_age=60.0)
+    one, other = server(max_staleness=60.0), server(max_staleness=60.0)
     create(one)
     assert other.forward(ForwardCall(KEY, train=False), X).version == 0
     one.push_moments(KEY, True, moments(1))
@@ -183,7 +187,7 @@ def test_a_change_that_another_server_has_made_is_heard(server: MakeService) -> 
 
 
 def test_a_server_that_has_not_heard_takes_what_comes_next(server: MakeService) -> None:
-    deaf, other = server(max_age=60.0), server()
+    deaf, other = server(max_staleness=60.0), server()
     create(deaf)
     deafen(deaf)
     session = deaf.open_session() + b"lane 001"
@@ -206,14 +210,14 @@ def test_a_copy_is_never_older_than_its_age(two: tuple[LayerService, LayerServic
     while seen == 0:
         asked = time.monotonic()
         seen = deaf.forward(ForwardCall(KEY, train=False), X).version
-        assert seen or asked < changed + MAX_AGE
+        assert seen or asked < changed + MAX_STALENESS
     # Whoever has been told of a step never sees the layer without it.
     two[0].push_moments(KEY, True, moments(2))
     assert deaf.forward(ForwardCall(replace(KEY, seen=2), train=False), X).version == 2
 
 
 def test_a_copy_that_nobody_has_changed_is_not_asked_for(server: MakeService) -> None:
-    one = server(max_age=60.0)
+    one = server(max_staleness=60.0)
     create(one)
     for _ in range(3):
         one.push_moments(KEY, True, moments(1))
@@ -385,7 +389,7 @@ def own(tmp_path: Path) -> Iterator[RedisProcess]:
 
 def service_of(process: RedisProcess) -> LayerService:
     store, device = RedisStore(process.url("p", timeout=0.5)), CpuDevice(arithmetic("numpy"))
-    return LayerService(store, Placement(device), 1 << 20, max_age=60.0)
+    return LayerService(store, Placement(device), 1 << 20, max_staleness=60.0)
 
 
 def patiently(call: Callable[[], object], seconds: float = 10.0) -> object:

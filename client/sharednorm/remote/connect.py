@@ -65,7 +65,7 @@ def connect(
             unix socket does; "direct": on a connection of their own, beside gRPC; "grpc". "auto" takes the first of
             them that works; any other is an error where it does not.
         consistency: Of servers that share their layers: "bounded", where evaluation may use a server's copy of a layer
-            that is a moment old (its --max-age at the most, and never older than what this handle has been told of); or
+            for up to the server's --max-staleness, but never one older than what this handle has been told of; or
             "strong", where it does not.
         progress: Called with a `Progress` as the tensors of calls come and go; None: nobody wants to know.
 

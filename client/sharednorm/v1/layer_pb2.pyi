@@ -168,8 +168,8 @@ class LayerRef(_message.Message):
     """
     strong: _builtins.bool
     """Of servers that share layers: whether this one asks their store before it answers, also where it has a copy that
-    nobody is known to have changed. Without it evaluation may use a copy, as old as the server's --max-age at the most,
-    and never older than seen_version. A change is always made of the newest state.
+    no other server is known to have changed. Without it evaluation may use a copy for the server's --max-staleness at the
+    most, and never one older than seen_version. A change is always made of the newest state.
     """
     seen_config_revision: _builtins.int
     """Highest config_revision of the layer that the caller has been told of; 0: none. A server whose layer has a lower one

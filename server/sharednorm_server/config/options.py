@@ -249,10 +249,10 @@ class ServerConfig:
         "STATE",
         show=without_secrets,
     )
-    max_age: float = _seconds(
+    max_staleness: float = _seconds(
         1.0,
-        "how old the copy of a layer may be that several servers share, in evaluation, where nobody is heard to have "
-        "changed it; 0: the store is always asked",
+        "longest time that evaluation uses a server's copy of a layer in a shared store, until another server "
+        "announces a change; 0: the server always asks the store",
     )
     durability: str = _one_of(
         "os",

@@ -39,14 +39,14 @@ class LayerCatalog:
         max_sessions: Sessions whose last changes each layer remembers, so that a call that comes twice is one change.
         policy: When snapshots are taken; None: as it is by default.
         max_layers: Layers of a namespace.
-        max_age: Seconds that a copy of a layer may be old which other servers change, too.
+        max_staleness: Longest time, in seconds, that a copy of a layer is used without asking the shared store.
     """
 
     def __init__(
-        self, store: Store, max_sessions: int, policy: SnapshotPolicy | None, max_layers: int, max_age: float
+        self, store: Store, max_sessions: int, policy: SnapshotPolicy | None, max_layers: int, max_staleness: float
     ) -> None:
         self._store = store
-        self._layers = LayerRegistry(store, max_sessions, policy, max_layers, max_age)
+        self._layers = LayerRegistry(store, max_sessions, policy, max_layers, max_staleness)
 
     def open_session(self) -> bytes:
         """Return the number of a new session, 8 bytes."""

@@ -18,7 +18,7 @@ from sharednorm_server.store.records import NUMBER_BYTES
 from sharednorm_server.store.snapshots import SnapshotPolicy
 
 DEFAULT_MAX_LAYERS = 10_000
-DEFAULT_MAX_AGE = 1.0
+DEFAULT_MAX_STALENESS = 1.0
 
 
 class _Opening:
@@ -40,7 +40,7 @@ class LayerRegistry:
         max_sessions: Sessions whose last changes each layer remembers.
         policy: When snapshots are taken.
         max_layers: Layers of a namespace.
-        max_age: Seconds that a copy of a layer may be old which other servers change, too.
+        max_staleness: Longest time, in seconds, that a copy of a layer is used without asking the shared store.
     """
 
     def __init__(
@@ -49,10 +49,10 @@ class LayerRegistry:
         max_sessions: int = DEFAULT_MAX_SESSIONS,
         policy: SnapshotPolicy | None = None,
         max_layers: int = DEFAULT_MAX_LAYERS,
-        max_age: float = DEFAULT_MAX_AGE,
+        max_staleness: float = DEFAULT_MAX_STALENESS,
     ) -> None:
         self._max_layers = max_layers
-        self._max_age = max_age
+        self._max_staleness = max_staleness
         self._store = store
         self._shared = store if isinstance(store, SharedStore) else None
         self._policy = policy or SnapshotPolicy()
@@ -269,7 +269,7 @@ class LayerRegistry:
         opened = self._store.session_opened
         if self._shared is not None:
             ledger = Ledger(self._max_sessions, opened)
-            return SharedLayer(record, self._shared, ledger, self._policy, self._count_steps, self._max_age)
+            return SharedLayer(record, self._shared, ledger, self._policy, self._count_steps, self._max_staleness)
         own = cast("ExclusiveStore", self._store)
         if new:  # no session has changed it, and it has no snapshot
             return ExclusiveLayer(record, own, Ledger(self._max_sessions, opened), self._policy, (), self._count_steps)

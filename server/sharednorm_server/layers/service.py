@@ -31,7 +31,7 @@ from sharednorm_server.layers.admission import ByteBudget
 from sharednorm_server.layers.idempotency import DEFAULT_MAX_SESSIONS, same_step, step_change, step_in
 from sharednorm_server.layers.layer import Layer
 from sharednorm_server.layers.placement import Placement
-from sharednorm_server.layers.registry import DEFAULT_MAX_AGE, DEFAULT_MAX_LAYERS
+from sharednorm_server.layers.registry import DEFAULT_MAX_LAYERS, DEFAULT_MAX_STALENESS
 from sharednorm_server.layers.requests import (
     BackwardAnswer,
     BackwardCall,
@@ -68,7 +68,7 @@ class LayerService(MomentsService):
         max_sessions: Sessions whose last changes each layer remembers.
         policy: When snapshots are taken; None: as it is by default.
         max_layers: Layers of a namespace.
-        max_age: Seconds that a copy of a layer may be old which other servers change, too.
+        max_staleness: Longest time, in seconds, that a copy of a layer is used without asking the shared store.
     """
 
     def __init__(
@@ -80,9 +80,9 @@ class LayerService(MomentsService):
         max_sessions: int = DEFAULT_MAX_SESSIONS,
         policy: SnapshotPolicy | None = None,
         max_layers: int = DEFAULT_MAX_LAYERS,
-        max_age: float = DEFAULT_MAX_AGE,
+        max_staleness: float = DEFAULT_MAX_STALENESS,
     ) -> None:
-        super().__init__(store, max_sessions, policy, max_layers, max_age)
+        super().__init__(store, max_sessions, policy, max_layers, max_staleness)
         self._placement = placement
         self._saved = SavedInputs(saved_input_bytes)
         self._in_flight = ByteBudget("in_flight_bytes", in_flight_bytes)

@@ -2,8 +2,8 @@
 
 A change is computed from the copy, and takes the record's place in the store only if that still is the one that it was
 computed from; else the copy is brought up to date, and the change is computed again. So steps through several servers
-come one after the other, and none is lost, whatever a server believes. What reads only takes the copy, for as long as
-nobody is heard to have changed the layer, and for `max_age` at the longest.
+come one after the other, and none is lost, whatever a server believes. Reads use the copy until
+another server announces a change of the layer, and for at most `max_staleness` seconds.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class SharedLayer(StoredLayer):
         ledger: Which knows some sessions only.
         policy: When snapshots are taken.
         on_steps: Told of each step.
-        max_age: Seconds for which a copy that nobody is heard to have changed is taken for the newest.
+        max_staleness: Longest time, in seconds, that the copy is used without asking the store.
     """
 
     def __init__(
@@ -55,11 +55,11 @@ class SharedLayer(StoredLayer):
         ledger: Ledger,
         policy: SnapshotPolicy,
         on_steps: Callable[[int], None],
-        max_age: float,
+        max_staleness: float,
     ) -> None:
         super().__init__(record, store, ledger, policy, (), on_steps)
         self._shared = store
-        self._max_age = max_age
+        self._max_staleness = max_staleness
         self._checked = time.monotonic()  # when the copy was the newest for certain
         self._lost = False  # whether the store has it no more, and nobody has deleted it
         self._doubts = self._settled = 0  # how often it was doubted, and up to which of them it was looked at since
@@ -93,7 +93,7 @@ class SharedLayer(StoredLayer):
         return self._now[0] is not None
 
     def _is_old(self, now: float) -> bool:
-        return self._doubts != self._settled or now > self._checked + self._max_age
+        return self._doubts != self._settled or now > self._checked + self._max_staleness
 
     @contextmanager
     def exclusive(self) -> Iterator[LayerRecord]:

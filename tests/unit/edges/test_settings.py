@@ -18,7 +18,7 @@ OTHERS: dict[str, tuple[str, Any]] = {
     "listen": ("unix:/tmp/s", "unix:/tmp/s"),
     "device": ("cuda:1", "cuda:1"),
     "state": ("memory:", "memory:"),
-    "max_age": ("0.125", 0.125),
+    "max_staleness": ("0.125", 0.125),
     "durability": ("fsync", "fsync"),
     "snapshot_every": ("0.5", 0.5),
     "snapshot_count": ("3", 3),
