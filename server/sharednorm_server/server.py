@@ -226,7 +226,7 @@ def serve(config: ServerConfig, service: LayerService) -> RunningServer:
     if AVAILABLE and config.shared_memory_bytes:
         memory = SharedMemory(config.session_memory_bytes, config.shared_memory_bytes, service.forget_keeper)
     direct = DirectServer(
-        servicer, pool, config.workers, memory, config.max_direct_connections, config.handshake, watcher
+        servicer, pool, config.workers, memory, config.max_direct_connections, config.handshake_timeout, watcher
     )
     started, trouble = threading.Event(), [""]
 
@@ -405,7 +405,7 @@ def _options(config: ServerConfig) -> Sequence[tuple[str, int]]:
         ("grpc.max_send_message_length", -1),
         # Only "identity": a small compressed message can be a huge one.
         ("grpc.compression_enabled_algorithms_bitset", 1),
-        ("grpc.server_handshake_timeout_ms", round(1000 * config.handshake)),
+        ("grpc.server_handshake_timeout_ms", round(1000 * config.handshake_timeout)),
         ("grpc.max_allowed_incoming_connections", config.max_connections),
         # A client that has vanished is found out within 80 seconds, and its call ended.
         ("grpc.keepalive_time_ms", 60_000),

@@ -183,7 +183,7 @@ def refused_beyond_two(client: StockClient) -> None:
 
 
 def test_one_who_says_nothing_is_not_waited_for_long() -> None:
-    with server.in_process(ServerConfig(handshake=0.2)) as running, channel_to(running.address) as channel:
+    with server.in_process(ServerConfig(handshake_timeout=0.2)) as running, channel_to(running.address) as channel:
         where = offer(StockClient.on(channel))
         with connected(where.port) as sock:
             sock.sendall(b"sharednorm")

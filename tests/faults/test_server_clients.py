@@ -261,7 +261,7 @@ def test_a_flood_of_pings_ends_its_connection_and_no_other(running: RunningServe
 
 
 def test_a_connection_that_never_says_what_it_is_ends() -> None:
-    with server.in_process(ServerConfig(handshake=0.5)) as running, channel_to(running.address) as channel:
+    with server.in_process(ServerConfig(handshake_timeout=0.5)) as running, channel_to(running.address) as channel:
         began = time.monotonic()
         with to(running) as sock:
             sock.sendall(PREFACE[:10])

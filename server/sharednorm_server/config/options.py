@@ -269,7 +269,7 @@ class ServerConfig:
     max_calls: int = _number(4096, "calls by gRPC that run or wait at a time; others are told to try again")
     max_connections: int = _number(4096, "connections by gRPC at a time, one a client; those beyond are closed at once")
     max_direct_connections: int = _number(1024, "direct connections at a time; who gets none uses gRPC")
-    handshake: float = _seconds(20.0, "time that a new connection has to say what it is", 0.1)
+    handshake_timeout: float = _seconds(20.0, "time that a new connection has to complete its handshake", 0.1)
     threads: int | None = _number(None, "threads of one computation", unset="one a CPU that the process may use")
     workers: int = _number(
         32, "calls that run at a time by gRPC, and as many on direct connections; others wait", most=MAX_WORKERS

@@ -47,7 +47,7 @@ class DirectServer:
         workers: Most calls that run at a time; others wait.
         memory: What clients on a unix socket may share; None: nothing.
         most: Connections at a time.
-        handshake: Seconds that a new one has to say what it is.
+        handshake_timeout: Seconds that a new connection has to complete its handshake.
         watcher: Is told of the calls.
     """
 
@@ -58,11 +58,11 @@ class DirectServer:
         workers: int,
         memory: SharedMemory | None,
         most: int,
-        handshake: float,
+        handshake_timeout: float,
         watcher: Watcher,
     ) -> None:
         self._watcher = watcher
-        self._handshake = handshake
+        self._handshake_timeout = handshake_timeout
         self._most = most
         self.memory = memory
         self.turns = Turns(pool, workers)
@@ -176,7 +176,7 @@ class DirectServer:
                     self._connections.add(connection)
             try:
                 frames.tune(connection)
-                frames.set_timeout(connection, socket.SO_RCVTIMEO, self._handshake)
+                frames.set_timeout(connection, socket.SO_RCVTIMEO, self._handshake_timeout)
                 frames.set_timeout(connection, socket.SO_SNDTIMEO, STALL_SECONDS)
                 reader = frames.Reader(connection)
                 self._greet(connection, reader, full)
