@@ -42,7 +42,7 @@ def test_a_service_is_kept_running_and_keeps_its_state(name: str) -> None:
     assert (ROOT / "docker" / service["build"]["context"]).resolve() == ROOT
     assert (ROOT / service["build"]["dockerfile"]).is_file()
     seconds = int(service["stop_grace_period"].removesuffix("s"))
-    assert seconds > ServerConfig().grace
+    assert seconds > ServerConfig().shutdown_grace
 
 
 @pytest.mark.parametrize("name", ["cuda", "cpu"])

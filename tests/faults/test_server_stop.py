@@ -130,7 +130,7 @@ def test_a_second_signal_ends_it_at_once() -> None:
 
 
 def test_what_does_not_end_in_time_is_cut_off_and_said() -> None:
-    with server.server_process("--grace", "0.5") as process, channel_to(process.address) as channel:
+    with server.server_process("--shutdown-grace", "0.5") as process, channel_to(process.address) as channel:
         client = StockClient.on(channel)
         client.create("bn")
         slow = SlowForward(client, "bn")

@@ -88,8 +88,8 @@ def _serve(arguments: argparse.Namespace) -> int:
     server.on_store_failed(lambda _: stop.fail(STORE_FAILED))
     print(shown(server.banner), flush=True)
     failure = stop.wait()
-    _log.info("stopping: no new calls, and %g s for those that are running", config.grace)
-    ended = server.stop(config.grace)
+    _log.info("stopping: no new calls, and %g s for those that are running", config.shutdown_grace)
+    ended = server.stop(config.shutdown_grace)
     if failure is not None:
         return failure
     return 0 if ended else FAILED

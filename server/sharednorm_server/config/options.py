@@ -295,7 +295,7 @@ class ServerConfig:
         8 << 30, "memory shared with clients on this machine, over a unix socket, in all; 0 shares none"
     )
     session_memory_bytes: int = _size(4 << 30, "most of that for one client")
-    grace: float = _seconds(60.0, "time that running calls are given at the end")
+    shutdown_grace: float = _seconds(60.0, "time that running calls have to finish when the server stops")
     insecure: bool = _flag("listen without encryption where other machines can reach it")
     tokens: Path | None = _file("tokens that clients have to show, as `sharednorm token create` writes them", "none")
     tls_cert: Path | None = _file("the server's certificate, PEM", "nothing is encrypted")

@@ -70,7 +70,7 @@ def test_a_wrong_use_is_explained(arguments: tuple[str, ...]) -> None:
         (("--workers", "0"), "--workers: workers is 0 (expected: a whole number, 1 to 1024)"),
         (("--workers", "many"), "--workers: workers is 'many' (expected: a whole number, 1 to 1024)"),
         (("--threads", "0"), "threads is 0 (expected: a whole number, at least 1)"),
-        (("--grace", "-1"), "grace is -1.0"),
+        (("--shutdown-grace", "-1"), "shutdown-grace is -1.0"),
         (("--max-tensor-bytes", "much"), "'much' is not a size"),
         (("--saved-input-bytes", "1GB"), "'1GB' is not a size"),
     ],

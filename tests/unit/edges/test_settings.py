@@ -38,7 +38,7 @@ OTHERS: dict[str, tuple[str, Any]] = {
     "direct_port": ("off", None),
     "shared_memory_bytes": ("3KiB", 3 << 10),
     "session_memory_bytes": ("0", 0),
-    "grace": ("1.5", 1.5),
+    "shutdown_grace": ("1.5", 1.5),
     "insecure": ("true", True),
     "tokens": ("/etc/tokens", Path("/etc/tokens")),
     "tls_cert": ("~/cert.pem", Path("~/cert.pem").expanduser()),
@@ -114,7 +114,7 @@ def test_what_is_printed_is_a_file_that_gives_the_same(tmp_path: Path) -> None:
     file = tmp_path / "server.toml"
     awkward = {name: text for name, (text, _) in OTHERS.items()} | {
         "tokens": 'a "quoted"\\path\twith 層',
-        "grace": "1e8",
+        "shutdown_grace": "1e8",
     }
     for given in ({}, awkward):
         settings = settle(given, {}, None)
@@ -137,7 +137,7 @@ def test_what_is_printed_is_a_file_that_gives_the_same(tmp_path: Path) -> None:
         ("max_layers = 0", r"server\.toml: max-layers is 0 \(expected: a whole number, at least 1\)"),
         ("insecure = 'yes'", r"insecure is 'yes' \(expected: true, false, 1 or 0\)"),
         ("durability = 'none'", r"durability is none \(expected: os or fsync\)"),
-        ("grace = nan", r"grace is nan \(expected: a number of seconds, 0 to 1e\+08\)"),
+        ("shutdown_grace = nan", r"shutdown-grace is nan \(expected: a number of seconds, 0 to 1e\+08\)"),
         ("saved_input_bytes = -1", "is not a size"),
     ],
 )
