@@ -359,7 +359,7 @@ def _open_devices(config: ServerConfig) -> Placement:
 def _devices(config: ServerConfig) -> Sequence[Device]:
     ordinals = parse_devices(config.device)
     if not ordinals:
-        return [CpuDevice(threads=config.threads)]
+        return [CpuDevice(threads=config.compute_threads)]
     try:
         from sharednorm_server.device.cuda.device import CudaDevice  # noqa: PLC0415 - needs the extra, and a driver
     except ModuleNotFoundError as error:

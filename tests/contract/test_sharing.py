@@ -287,7 +287,7 @@ def test_the_threads_of_a_server_do_not_change_a_bit() -> None:
     x, grad = (random.normal(3, 2, (9, 16, 65, 57)).astype(np.float32) for _ in range(2))
     found = set()
     for threads in ("1", "3"):
-        with server_process("--threads", threads) as server, sharednorm.connect(server.address) as hub:
+        with server_process("--compute-threads", threads) as server, sharednorm.connect(server.address) as hub:
             assert f"{threads} thread" in hub.info.device
             layer = hub.BatchNorm2D(16, name="x", sscale=0.0)
             y = layer(x)

@@ -32,7 +32,7 @@ def run(client: Path, address: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 def test_the_example_prints_what_the_document_says(client: Path) -> None:
-    with server_process("--threads", "2") as server:
+    with server_process("--compute-threads", "2") as server:
         done = run(client, server.address)
         assert (done.returncode, done.stderr) == (0, "")
         shown = re.search(r"of the first time,\n\n```\n(.*?)```", (ROOT / "docs/protocol.md").read_text(), re.DOTALL)

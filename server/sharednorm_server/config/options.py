@@ -270,7 +270,9 @@ class ServerConfig:
     max_connections: int = _number(4096, "connections by gRPC at a time, one a client; those beyond are closed at once")
     max_direct_connections: int = _number(1024, "direct connections at a time; who gets none uses gRPC")
     handshake_timeout: float = _seconds(20.0, "time that a new connection has to complete its handshake", 0.1)
-    threads: int | None = _number(None, "threads of one computation", unset="one a CPU that the process may use")
+    compute_threads: int | None = _number(
+        None, "threads of one computation on the CPU", unset="one per CPU that the process may use"
+    )
     workers: int = _number(
         32, "calls that run at a time by gRPC, and as many on direct connections; others wait", most=MAX_WORKERS
     )

@@ -69,7 +69,7 @@ def test_a_wrong_use_is_explained(arguments: tuple[str, ...]) -> None:
         (("--state", "sqlite:///proc/x"), "the state cannot be kept in /proc/x: "),
         (("--workers", "0"), "--workers: workers is 0 (expected: a whole number, 1 to 1024)"),
         (("--workers", "many"), "--workers: workers is 'many' (expected: a whole number, 1 to 1024)"),
-        (("--threads", "0"), "threads is 0 (expected: a whole number, at least 1)"),
+        (("--compute-threads", "0"), "compute-threads is 0 (expected: a whole number, at least 1)"),
         (("--shutdown-grace", "-1"), "shutdown-grace is -1.0"),
         (("--max-tensor-bytes", "much"), "'much' is not a size"),
         (("--saved-input-bytes", "1GB"), "'1GB' is not a size"),
@@ -107,7 +107,7 @@ def test_a_server_that_is_configured_by_a_file_and_the_environment(tmp_path: Pat
 
 
 def test_the_start_up_line() -> None:
-    with server.server_process("--threads", "2") as process:
+    with server.server_process("--compute-threads", "2") as process:
         assert re.fullmatch(
             rf"sharednorm {re.escape(__version__)} listening on 127\.0\.0\.1:[1-9][0-9]*, "
             r"device cpu \(numba, 2 threads\), state memory:",
@@ -119,7 +119,7 @@ def test_the_start_up_line() -> None:
 
 
 def test_the_start_up_line_of_a_socket(tmp_path: Path) -> None:
-    with server.server_process("--threads", "1", listen=f"unix:{tmp_path / 's'}") as process:
+    with server.server_process("--compute-threads", "1", listen=f"unix:{tmp_path / 's'}") as process:
         assert f" listening on unix:{tmp_path / 's'}, device cpu (numba, 1 thread), state memory:" in process.banner
 
 

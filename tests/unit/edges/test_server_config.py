@@ -41,7 +41,7 @@ def test_what_is_no_size(text: str) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"threads": 0},
+        {"compute_threads": 0},
         {"workers": 0},
         {"workers": 1025},
         {"max_tensor_bytes": 0},

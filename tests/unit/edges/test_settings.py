@@ -29,7 +29,7 @@ OTHERS: dict[str, tuple[str, Any]] = {
     "max_connections": ("4", 4),
     "max_direct_connections": ("5", 5),
     "handshake_timeout": ("0.25", 0.25),
-    "threads": ("2", 2),
+    "compute_threads": ("2", 2),
     "workers": ("1024", 1024),
     "max_tensor_bytes": ("5", 5),
     "saved_input_bytes": ("0", 0),
