@@ -184,7 +184,7 @@ def start(config: ServerConfig) -> RunningServer:
             store,
             placement,
             config.saved_input_bytes,
-            config.in_flight_bytes,
+            config.max_inflight_bytes,
             max_sessions=config.max_sessions,
             policy=policy,
             max_layers=config.max_layers,
@@ -213,7 +213,7 @@ def serve(config: ServerConfig, service: LayerService) -> RunningServer:
     watcher = watch.all
     grpc_server = grpc.server(
         ThreadPoolExecutor(_SIDE_WORKERS, thread_name_prefix="side"),
-        interceptors=[Doorkeeper(SERVICE_NAME, tokens, pool, config.max_calls, watcher)],
+        interceptors=[Doorkeeper(SERVICE_NAME, tokens, pool, config.max_concurrent_rpcs, watcher)],
         options=_options(config),
     )
     movers = Movers(max(1, processors() // 2))  # of each, the other half of the work is with whoever sends and receives

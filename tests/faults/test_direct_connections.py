@@ -32,7 +32,7 @@ NAME = "bn"
 
 @pytest.fixture(scope="module")
 def running() -> Iterator[RunningServer]:
-    with server.in_process(ServerConfig(max_tensor_bytes=64 << 20, in_flight_bytes=64 << 20)) as started:
+    with server.in_process(ServerConfig(max_tensor_bytes=64 << 20, max_inflight_bytes=64 << 20)) as started:
         yield started
 
 

@@ -51,7 +51,10 @@ def test_layers_of_a_namespace_are_counted_over_restarts(tmp_path: object) -> No
 
 def test_calls_that_run_or_wait() -> None:
     """Those beyond are told to come again, before their bodies are read; the library does so by itself."""
-    with server_process("--workers", "1", "--max-calls", "3") as process, channel_to(process.address) as channel:
+    with (
+        server_process("--workers", "1", "--max-concurrent-rpcs", "3") as process,
+        channel_to(process.address) as channel,
+    ):
         client = StockClient.on(channel)
         client.create("bn")
         go_on, begun = threading.Event(), threading.Event()
@@ -80,7 +83,7 @@ def test_calls_that_run_or_wait() -> None:
                     break
             assert time.monotonic() < end
         assert detail.reason == "SERVER_BUSY"
-        assert dict(detail.metadata) == {"limit": "max_calls", "value": "3", "retry_seconds": "0.1"}
+        assert dict(detail.metadata) == {"limit": "max_concurrent_rpcs", "value": "3", "retry_seconds": "0.1"}
         # Whoever uses the library waits, and is answered when there is room; its health can be asked for all the time.
         found: list[object] = []
         with pytest.raises(ServerBusy):
@@ -104,7 +107,7 @@ def train(address: str) -> int:
 
 def test_many_calls_at_a_time_are_all_answered() -> None:
     """64 threads of one hub, at a limit of 4 calls: each waits for its turn."""
-    config = ServerConfig(max_calls=4, workers=2, direct_port=None)
+    config = ServerConfig(max_concurrent_rpcs=4, workers=2, direct_port=None)
     with in_process(config) as server, sharednorm.connect(server.address) as hub:
         layer = hub.BatchNorm2D(3, name="bn")
         errors: list[BaseException] = []
@@ -149,7 +152,7 @@ def test_connections(path: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "option", ["max_layers", "max_calls", "max_sessions", "max_connections", "max_direct_connections"]
+    "option", ["max_layers", "max_concurrent_rpcs", "max_sessions", "max_connections", "max_direct_connections"]
 )
 def test_no_limit_is_below_one(option: str) -> None:
     with pytest.raises(sharednorm.InvalidConfiguration, match="expected: a whole number, at least 1"):

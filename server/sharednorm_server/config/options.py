@@ -266,7 +266,9 @@ class ServerConfig:
         1024, "clients whose last changes each layer remembers, so that what is sent twice is done once"
     )
     max_layers: int = _number(10_000, "layers of a namespace")
-    max_calls: int = _number(4096, "calls by gRPC that run or wait at a time; others are told to try again")
+    max_concurrent_rpcs: int = _number(
+        4096, "gRPC calls that run or wait at a time; the server answers others with SERVER_BUSY"
+    )
     max_connections: int = _number(4096, "connections by gRPC at a time, one a client; those beyond are closed at once")
     max_direct_connections: int = _number(1024, "direct connections at a time; who gets none uses gRPC")
     handshake_timeout: float = _seconds(20.0, "time that a new connection has to complete its handshake", 0.1)
@@ -281,8 +283,10 @@ class ServerConfig:
     device_memory_bytes: int | None = _size(
         None, "most of a GPU's memory to use", 1, "nine tenths of what is free at the start"
     )
-    in_flight_bytes: int = _size(
-        8 << 30, "large tensors on their way at a time, in all; calls beyond are told to try again", 1
+    max_inflight_bytes: int = _size(
+        8 << 30,
+        "bytes of large tensors in transfer at a time, of all calls; the server answers others with SERVER_BUSY",
+        1,
     )
     direct_port: int | None = _option(
         0,

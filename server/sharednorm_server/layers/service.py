@@ -64,7 +64,7 @@ class LayerService(MomentsService):
         store: What remembers.
         placement: What computes.
         saved_input_bytes: Most bytes of inputs that are kept for backwards.
-        in_flight_bytes: Most bytes of tensors that arrive in parts, of all calls that run.
+        max_inflight_bytes: Most bytes of tensors that arrive in parts, of all running calls.
         max_sessions: Sessions whose last changes each layer remembers.
         policy: When snapshots are taken; None: as it is by default.
         max_layers: Layers of a namespace.
@@ -76,7 +76,7 @@ class LayerService(MomentsService):
         store: Store,
         placement: Placement,
         saved_input_bytes: int,
-        in_flight_bytes: int = 8 << 30,
+        max_inflight_bytes: int = 8 << 30,
         max_sessions: int = DEFAULT_MAX_SESSIONS,
         policy: SnapshotPolicy | None = None,
         max_layers: int = DEFAULT_MAX_LAYERS,
@@ -85,7 +85,7 @@ class LayerService(MomentsService):
         super().__init__(store, max_sessions, policy, max_layers, max_staleness)
         self._placement = placement
         self._saved = SavedInputs(saved_input_bytes)
-        self._in_flight = ByteBudget("in_flight_bytes", in_flight_bytes)
+        self._in_flight = ByteBudget("max_inflight_bytes", max_inflight_bytes)
 
     @property
     def info(self) -> ServiceInfo:

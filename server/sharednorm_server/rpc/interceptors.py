@@ -63,6 +63,6 @@ class Doorkeeper(grpc.ServerInterceptor):
     def _require_room(self) -> None:
         if self._pool.calls >= self._most:
             raise ServerBusy(
-                f"{self._most} calls run or wait already (max_calls = {self._most}): try again in a moment",
-                {"limit": "max_calls", "value": str(self._most), "retry_seconds": "0.1"},
+                f"{self._most} calls run or wait already (max_concurrent_rpcs = {self._most}): try again in a moment",
+                {"limit": "max_concurrent_rpcs", "value": str(self._most), "retry_seconds": "0.1"},
             )

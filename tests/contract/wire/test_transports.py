@@ -318,12 +318,12 @@ def test_progress_is_a_function() -> None:
 @pytest.mark.parametrize("way", ["direct", "grpc"])
 def test_a_tensor_beyond_the_budget_is_refused_and_one_that_has_to_wait_waits(way: str) -> None:
     with (
-        in_process(ServerConfig(in_flight_bytes=6 << 20)) as server,
+        in_process(ServerConfig(max_inflight_bytes=6 << 20)) as server,
         sharednorm.connect(server.address, transport=way) as hub,
         sharednorm.connect(server.address, transport=way, timeout=2.0) as impatient,
     ):
         bn = hub.BatchNorm2D(3, name="bn")
-        with pytest.raises(LimitExceeded, match="in_flight_bytes = 6291456"):
+        with pytest.raises(LimitExceeded, match="max_inflight_bytes = 6291456"):
             bn(random_tensor(1, (16, *SHAPE[1:])))
         futures = [hub.BatchNorm2D(3, name=f"bn{i}").forward_async(random_tensor(i, SHAPE)) for i in range(5)]
         assert {future.result(30).shape for future in futures} == {SHAPE}
@@ -346,7 +346,7 @@ def test_nothing_of_a_large_tensor_is_sent_before_its_turn(way: str) -> None:
 
     x = random_tensor(1, (12, 3, 256, 256))  # 9 MiB
     with (
-        in_process(ServerConfig(in_flight_bytes=32 << 20)) as server,
+        in_process(ServerConfig(max_inflight_bytes=32 << 20)) as server,
         sharednorm.connect(server.address, transport=way, progress=note) as hub,
         sharednorm.connect(server.address, transport=way, timeout=1.0, progress=note) as impatient,
     ):

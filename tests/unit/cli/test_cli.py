@@ -84,10 +84,10 @@ def test_a_server_that_cannot_start_says_why_in_one_line(arguments: tuple[str, .
 
 
 def test_the_configuration_is_printed_and_nothing_is_started() -> None:
-    result = run("serve", "--print-config", "--listen", "0.0.0.0:1", "--max-calls", "7")
+    result = run("serve", "--print-config", "--listen", "0.0.0.0:1", "--max-concurrent-rpcs", "7")
     assert (result.returncode, result.stderr) == (0, "")
     assert 'listen = "0.0.0.0:1"  # --listen\n' in result.stdout
-    assert "max_calls = 7  # --max-calls\n" in result.stdout
+    assert "max_concurrent_rpcs = 7  # --max-concurrent-rpcs\n" in result.stdout
 
 
 def test_a_server_that_is_configured_by_a_file_and_the_environment(tmp_path: Path) -> None:
