@@ -175,7 +175,7 @@ def start(config: ServerConfig) -> RunningServer:
             release.
     """
     _require_private(config)
-    store = open_store(config.state, config.durability, config.max_sessions)
+    store = open_store(config.state, config.durability, config.max_idempotency_sessions)
     try:
         placement = _open_devices(config)
         placement.warm_up()
@@ -185,7 +185,7 @@ def start(config: ServerConfig) -> RunningServer:
             placement,
             config.saved_input_bytes,
             config.max_inflight_bytes,
-            max_sessions=config.max_sessions,
+            max_sessions=config.max_idempotency_sessions,
             policy=policy,
             max_layers=config.max_layers,
             max_staleness=config.max_staleness,

@@ -152,7 +152,8 @@ def test_connections(path: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "option", ["max_layers", "max_concurrent_rpcs", "max_sessions", "max_connections", "max_direct_connections"]
+    "option",
+    ["max_layers", "max_concurrent_rpcs", "max_idempotency_sessions", "max_connections", "max_direct_connections"],
 )
 def test_no_limit_is_below_one(option: str) -> None:
     with pytest.raises(sharednorm.InvalidConfiguration, match="expected: a whole number, at least 1"):

@@ -262,8 +262,8 @@ class ServerConfig:
     snapshot_every: float = _seconds(600.0, "time between two snapshots of a layer that changes; 0: none are taken")
     snapshot_count: int = _number(48, "snapshots of a layer that are kept")
     snapshot_age: float = _seconds(30 * 86400.0, "how old a snapshot gets; the newest of a layer always stays")
-    max_sessions: int = _number(
-        1024, "clients whose last changes each layer remembers, so that what is sent twice is done once"
+    max_idempotency_sessions: int = _number(
+        1024, "idempotency sessions that each layer remembers, so that it applies a repeated change once"
     )
     max_layers: int = _number(10_000, "layers of a namespace")
     max_concurrent_rpcs: int = _number(

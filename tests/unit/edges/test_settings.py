@@ -23,7 +23,7 @@ OTHERS: dict[str, tuple[str, Any]] = {
     "snapshot_every": ("0.5", 0.5),
     "snapshot_count": ("3", 3),
     "snapshot_age": ("7", 7.0),
-    "max_sessions": ("1", 1),
+    "max_idempotency_sessions": ("1", 1),
     "max_layers": ("2", 2),
     "max_concurrent_rpcs": ("3", 3),
     "max_connections": ("4", 4),
@@ -91,17 +91,19 @@ def test_every_option_by_every_way(name: str, way: str, tmp_path: Path) -> None:
 def test_what_goes_before_what(tmp_path: Path) -> None:
     file, other = tmp_path / "server.toml", tmp_path / "other.toml"
     file.write_text("workers = 1\nmax_concurrent_rpcs = 1\nmax_layers = 1\n")
-    other.write_text("workers = 9\nmax_sessions = 9")
+    other.write_text("workers = 9\nmax_idempotency_sessions = 9")
     environment = {"SHAREDNORM_WORKERS": "2", "SHAREDNORM_MAX_CONCURRENT_RPCS": "2", "SHAREDNORM_CONFIG": str(other)}
     given = flags("--workers", "3")
     settings = settle(given, environment, file)
     found = settings.config
-    assert (found.workers, found.max_concurrent_rpcs, found.max_layers, found.max_sessions) == (3, 2, 1, 1024)
+    assert (found.workers, found.max_concurrent_rpcs) == (3, 2)
+    assert (found.max_layers, found.max_idempotency_sessions) == (1, 1024)
     assert settings.sources == {
         "workers": "--workers", "max_concurrent_rpcs": "SHAREDNORM_MAX_CONCURRENT_RPCS", "max_layers": str(file)
     }  # fmt: skip
     found = settle(given, environment, None).config
-    assert (found.workers, found.max_concurrent_rpcs, found.max_layers, found.max_sessions) == (3, 2, 10_000, 9)
+    assert (found.workers, found.max_concurrent_rpcs) == (3, 2)
+    assert (found.max_layers, found.max_idempotency_sessions) == (10_000, 9)
 
 
 def test_without_anything_it_is_the_default_and_kept_in_a_file() -> None:
