@@ -144,7 +144,7 @@ def flight_echo(location: str, x: Array) -> Calls:
 
 def one_call(nbytes: int, *passes: str) -> dict[str, float]:
     """Measure one call of so many bytes over TCP, in a client and a server of its own."""
-    with server("127.0.0.1:0", "--saved-input-bytes", str(4 * nbytes) if passes else "0") as running:
+    with server("127.0.0.1:0", "--activation-cache-bytes", str(4 * nbytes) if passes else "0") as running:
         command = [sys.executable, "-m", "benchmarks.one_call", running.address, "auto"]
         subprocess.run([*command, "1000000"], check=True, capture_output=True, timeout=120)
         forget_peak(running.pid)

@@ -74,7 +74,7 @@ def rates() -> dict[str, list[dict[int, float]]]:
     """Measure each way with each number of clients, in rounds."""
     x = np.random.default_rng(0).normal(size=SHAPE).astype(np.float32)
     found: dict[str, list[dict[int, float]]] = {}
-    arguments = ("--max-inflight-bytes", "1GiB", "--saved-input-bytes", "256MiB")
+    arguments = ("--max-inflight-bytes", "1GiB", "--activation-cache-bytes", "256MiB")
     for transport in ("direct", "grpc"):
         with server("127.0.0.1:0", *arguments) as running:
             found[transport] = [

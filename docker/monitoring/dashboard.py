@@ -101,7 +101,7 @@ PANELS = (
         "Inputs a second that had to leave for others",
         "short",
         ((_rate("sharednorm_saved_input_evictions_total"), "evictions"),),
-        "Their clients send them again for their backwards: a larger --saved-input-bytes saves that.",
+        "Clients send evicted inputs again with their backwards. A larger --activation-cache-bytes avoids that.",
     ),
     Panel(
         "Store: transactions a second, and changes in each",

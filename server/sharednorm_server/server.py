@@ -179,11 +179,11 @@ def start(config: ServerConfig) -> RunningServer:
     try:
         placement = _open_devices(config)
         placement.warm_up()
-        policy = SnapshotPolicy(config.snapshot_every, config.snapshot_count, config.snapshot_age)
+        policy = SnapshotPolicy(config.snapshot_interval, config.snapshot_retain, config.snapshot_max_age)
         service = LayerService(
             store,
             placement,
-            config.saved_input_bytes,
+            config.activation_cache_bytes,
             config.max_inflight_bytes,
             max_sessions=config.max_idempotency_sessions,
             policy=policy,
@@ -224,7 +224,7 @@ def serve(config: ServerConfig, service: LayerService) -> RunningServer:
     reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), grpc_server)
     memory = None
     if AVAILABLE and config.shared_memory_bytes:
-        memory = SharedMemory(config.session_memory_bytes, config.shared_memory_bytes, service.forget_keeper)
+        memory = SharedMemory(config.shared_memory_bytes_per_client, config.shared_memory_bytes, service.forget_keeper)
     direct = DirectServer(
         servicer, pool, config.workers, memory, config.max_direct_connections, config.handshake_timeout, watcher
     )

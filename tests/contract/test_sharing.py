@@ -232,7 +232,7 @@ def test_the_widest_layer(hub: sharednorm.Hub, rows: int) -> None:
 
 def test_the_widest_layer_when_the_server_keeps_no_inputs() -> None:
     x = np.random.default_rng(0).normal(size=(2, MAX_MAPS)).astype(np.float32)
-    with server_process("--saved-input-bytes", "0") as forgetful, sharednorm.connect(forgetful.address) as hub:
+    with server_process("--activation-cache-bytes", "0") as forgetful, sharednorm.connect(forgetful.address) as hub:
         layer = hub.BatchNorm(MAX_MAPS, name="x", sscale=0.0)
         layer(x)
         layer.backward(x)

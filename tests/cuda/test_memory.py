@@ -47,8 +47,8 @@ def settled(device: Device) -> int:
     return device.used_bytes  # handed in behind every release
 
 
-def service_on(device: Device, saved_input_bytes: int = 1 << 30) -> LayerService:
-    service = LayerService(MemoryStore(), Placement(device), saved_input_bytes)
+def service_on(device: Device, activation_cache_bytes: int = 1 << 30) -> LayerService:
+    service = LayerService(MemoryStore(), Placement(device), activation_cache_bytes)
     service.create_layer(KEY, CONFIG, StateUpdate(), sscale=0.0, empty=False)
     return service
 

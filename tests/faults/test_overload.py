@@ -28,7 +28,7 @@ NBYTES = 64 << 20
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("transport", ["direct", "grpc"])
 def test_64_clients_of_64_mb_at_a_budget_of_1_gb(transport: str) -> None:
-    arguments = ("--max-inflight-bytes", "1GiB", "--saved-input-bytes", "256MiB", "--workers", "64")
+    arguments = ("--max-inflight-bytes", "1GiB", "--activation-cache-bytes", "256MiB", "--workers", "64")
     with server_process(*arguments) as process:
         with sharednorm.connect(process.address, transport=transport, timeout=120.0) as warm:
             bn = warm.BatchNorm2D(16, name="bn", sscale=0.0)

@@ -234,7 +234,7 @@ def test_places_that_no_client_should_name(server: RunningServer) -> None:
 
 
 def test_a_session_gets_so_much(tmp_path: Path) -> None:
-    config = ServerConfig(listen=f"unix:{tmp_path}/s.sock", session_memory_bytes=NBYTES)
+    config = ServerConfig(listen=f"unix:{tmp_path}/s.sock", shared_memory_bytes_per_client=NBYTES)
     with in_process(config) as server:
         session = Session(server)
         with session.memory:

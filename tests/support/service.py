@@ -71,10 +71,12 @@ class SlowStore(MemoryStore):
 
 
 def new_service(
-    device: CpuDevice | None = None, saved_input_bytes: int = 1 << 20, store: Store | None = None
+    device: CpuDevice | None = None, activation_cache_bytes: int = 1 << 20, store: Store | None = None
 ) -> LayerService:
     """Return a service without layers."""
-    return LayerService(store or MemoryStore(), Placement(device or CpuDevice(arithmetic("numpy"))), saved_input_bytes)
+    return LayerService(
+        store or MemoryStore(), Placement(device or CpuDevice(arithmetic("numpy"))), activation_cache_bytes
+    )
 
 
 def create(service: LayerService, key: LayerKey = KEY, config: LayerConfig = CONFIG, **state: object) -> None:

@@ -79,7 +79,7 @@ def test_calls_and_their_bytes(transport: str, shape: tuple[int, ...], tmp_path:
 
 def test_what_the_server_holds(tmp_path: Path) -> None:
     state = f"sqlite://{tmp_path}/state"
-    with served("direct", tmp_path, state=state, saved_input_bytes=20 * 1000) as (server, hub):
+    with served("direct", tmp_path, state=state, activation_cache_bytes=20 * 1000) as (server, hub):
         x = random_tensor(1, (10, 3, 10, 10))  # of 12,000 bytes one fits
         layers = [hub.BatchNorm2D(3, name=name) for name in "ab"]
         commits = told(server, "sharednorm_store_commits_total")

@@ -78,7 +78,10 @@ def prometheus(directory: Path, target: str) -> Iterator[str]:
 def test_every_query_of_the_dashboard_finds_something(tmp_path: Path) -> None:
     """Also those that are of what seldom happens: all of it happens here."""
     config = ServerConfig(
-        listen=f"unix:{tmp_path}/socket", http="127.0.0.1:0", state=f"sqlite://{tmp_path}/state", saved_input_bytes=1000
+        listen=f"unix:{tmp_path}/socket",
+        http="127.0.0.1:0",
+        state=f"sqlite://{tmp_path}/state",
+        activation_cache_bytes=1000,
     )
     with in_process(config) as server, sharednorm.connect(server.address) as hub:
         assert server.http is not None

@@ -184,7 +184,8 @@ def _add_serve(commands: Commands[argparse.ArgumentParser]) -> None:
         help="run a server",
         description="Run a server until it gets SIGTERM or SIGINT; then running calls end, and no new ones begin. What "
         "no option says, the variable SHAREDNORM_ and its name says, then the file, then the default.",
-        epilog="example: sharednorm serve --listen unix:/run/sharednorm.sock --workers 64 --saved-input-bytes 4GiB",
+        epilog="example: sharednorm serve --listen unix:/run/sharednorm.sock --workers 64 "
+        "--activation-cache-bytes 4GiB",
     )
     parser.set_defaults(run=_serve, failure=UNUSABLE)
     parser.add_argument(

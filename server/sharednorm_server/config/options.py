@@ -259,9 +259,13 @@ class ServerConfig:
         ("os", "fsync"),
         "what an answered change survives: os, the end of the process, kill -9 included; fsync, loss of power",
     )
-    snapshot_every: float = _seconds(600.0, "time between two snapshots of a layer that changes; 0: none are taken")
-    snapshot_count: int = _number(48, "snapshots of a layer that are kept")
-    snapshot_age: float = _seconds(30 * 86400.0, "how old a snapshot gets; the newest of a layer always stays")
+    snapshot_interval: float = _seconds(
+        600.0, "shortest time between two snapshots of a layer; 0: the server takes none"
+    )
+    snapshot_retain: int = _number(48, "snapshots that the server retains of a layer")
+    snapshot_max_age: float = _seconds(
+        30 * 86400.0, "age at which the server deletes a snapshot; it always retains a layer's newest one"
+    )
     max_idempotency_sessions: int = _number(
         1024, "idempotency sessions that each layer remembers, so that it applies a repeated change once"
     )
@@ -279,7 +283,7 @@ class ServerConfig:
         32, "calls that run at a time by gRPC, and as many on direct connections; others wait", most=MAX_WORKERS
     )
     max_tensor_bytes: int = _size(8 << 30, "largest tensor", 1)
-    saved_input_bytes: int = _size(1 << 30, "inputs kept for backwards, in all; 0 keeps none")
+    activation_cache_bytes: int = _size(1 << 30, "cache of forward inputs for later backwards, of all layers; 0: none")
     device_memory_bytes: int | None = _size(
         None, "most of a GPU's memory to use", 1, "nine tenths of what is free at the start"
     )
@@ -298,9 +302,9 @@ class ServerConfig:
         expected="0 to 65535, or off",
     )
     shared_memory_bytes: int = _size(
-        8 << 30, "memory shared with clients on this machine, over a unix socket, in all; 0 shares none"
+        8 << 30, "memory shared with clients on this machine, over a unix socket, in all; 0: none"
     )
-    session_memory_bytes: int = _size(4 << 30, "most of that for one client")
+    shared_memory_bytes_per_client: int = _size(4 << 30, "memory shared with one client")
     shutdown_grace: float = _seconds(60.0, "time that running calls have to finish when the server stops")
     insecure: bool = _flag("listen without encryption where other machines can reach it")
     tokens: Path | None = _file("tokens that clients have to show, as `sharednorm token create` writes them", "none")

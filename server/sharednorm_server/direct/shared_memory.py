@@ -132,7 +132,7 @@ class SharedMemory:
                     {"limit": "regions", "value": str(MAX_REGIONS)},
                 )
             limits = (
-                ("session_memory_bytes", session.used, self._session_bytes),
+                ("shared_memory_bytes_per_client", session.used, self._session_bytes),
                 ("shared_memory_bytes", self._used, self._total_bytes),
             )
             for name, used, most in limits:

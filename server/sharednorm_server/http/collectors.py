@@ -23,11 +23,11 @@ def _figures(service: LayerService, groups: Synchronizer, direct: DirectServer) 
     grows = True
     yield Figure("sharednorm_steps", "Steps that were taken, of all layers.", now.steps, grows)
     yield Figure("sharednorm_layers_alive", "Layers that somebody has asked for since the start.", now.layers)
-    yield Figure("sharednorm_saved_input_bytes", "Inputs that are kept for backwards.", now.saved_input_bytes)
+    yield Figure("sharednorm_saved_input_bytes", "Inputs that are kept for backwards.", now.activation_cache_bytes)
     yield Figure(
         "sharednorm_saved_input_evictions",
         "Inputs that had to leave for others; their clients send them again.",
-        now.saved_input_evictions,
+        now.activation_cache_evictions,
         grows,
     )
     yield Figure("sharednorm_in_flight_bytes", "Large tensors that are on their way.", now.in_flight_bytes)

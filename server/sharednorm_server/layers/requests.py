@@ -50,8 +50,8 @@ class ServiceFigures:
     Attributes:
         steps: Taken, of all layers.
         layers: That somebody has asked for.
-        saved_input_bytes: Of inputs that are kept for backwards.
-        saved_input_evictions: Of those that had to leave for others.
+        activation_cache_bytes: Of forward inputs that are cached for backwards.
+        activation_cache_evictions: Cached inputs that were evicted to make room for others.
         in_flight_bytes: Of large tensors on their way.
         device_bytes: Of the memory of the devices that are held.
         store_commits: Transactions of the store.
@@ -61,8 +61,8 @@ class ServiceFigures:
 
     steps: int
     layers: int
-    saved_input_bytes: int
-    saved_input_evictions: int
+    activation_cache_bytes: int
+    activation_cache_evictions: int
     in_flight_bytes: int
     device_bytes: int
     store_commits: int

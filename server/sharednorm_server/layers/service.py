@@ -63,7 +63,7 @@ class LayerService(MomentsService):
     Args:
         store: What remembers.
         placement: What computes.
-        saved_input_bytes: Most bytes of inputs that are kept for backwards.
+        activation_cache_bytes: Most bytes of forward inputs that the server caches for backwards.
         max_inflight_bytes: Most bytes of tensors that arrive in parts, of all running calls.
         max_sessions: Sessions whose last changes each layer remembers.
         policy: When snapshots are taken; None: as it is by default.
@@ -75,7 +75,7 @@ class LayerService(MomentsService):
         self,
         store: Store,
         placement: Placement,
-        saved_input_bytes: int,
+        activation_cache_bytes: int,
         max_inflight_bytes: int = 8 << 30,
         max_sessions: int = DEFAULT_MAX_SESSIONS,
         policy: SnapshotPolicy | None = None,
@@ -84,7 +84,7 @@ class LayerService(MomentsService):
     ) -> None:
         super().__init__(store, max_sessions, policy, max_layers, max_staleness)
         self._placement = placement
-        self._saved = SavedInputs(saved_input_bytes)
+        self._saved = SavedInputs(activation_cache_bytes)
         self._in_flight = ByteBudget("max_inflight_bytes", max_inflight_bytes)
 
     @property

@@ -191,15 +191,15 @@ def test_memory_is_used_again(server: RunningServer) -> None:
 
 
 def test_more_than_a_session_may_have(tmp_path: Path) -> None:
-    config = ServerConfig(listen=f"unix:{tmp_path}/s.sock", session_memory_bytes=12 << 20)
+    config = ServerConfig(listen=f"unix:{tmp_path}/s.sock", shared_memory_bytes_per_client=12 << 20)
     with in_process(config) as server:
         x = random_tensor(1, SHAPE)  # 4.7 MB, and as much for the output
         with sharednorm.connect(server.address, transport="shm") as hub:
             held = [hub.empty(SHAPE), hub.empty(SHAPE)]
             bn = hub.BatchNorm2D(3, name="bn", sscale=0.0)
-            with pytest.raises(LimitExceeded, match=r"session_memory_bytes = 12582912"):
+            with pytest.raises(LimitExceeded, match=r"shared_memory_bytes_per_client = 12582912"):
                 bn(x)
-            with pytest.raises(LimitExceeded, match="session_memory_bytes"):
+            with pytest.raises(LimitExceeded, match="shared_memory_bytes_per_client"):
                 hub.empty(SHAPE)
             assert bn.numOfProps == 0
             held.clear()

@@ -163,7 +163,7 @@ def test_an_evicted_input_is_sent_again_and_gives_the_same_gradients(rows: int) 
     x, grad = (random.normal(size=(rows, 4)).astype(np.float32) for _ in range(2))
     results = []
     for size in ("1", "1GiB"):
-        with server_process("--saved-input-bytes", size) as server, sharednorm.connect(server.address) as hub:
+        with server_process("--activation-cache-bytes", size) as server, sharednorm.connect(server.address) as hub:
             layer = hub.BatchNorm(4, name="x", sscale=0.0)
             layer(x)
             layer(x)
@@ -182,7 +182,7 @@ def test_an_input_that_was_kept_and_then_pushed_out_is_sent_again(rows: int) -> 
     random = np.random.default_rng(0)
     x, other, grad = (random.normal(size=(rows, 4)).astype(np.float32) for _ in range(3))
     room = str(x.nbytes + 1000)  # for one input
-    with server_process("--saved-input-bytes", room) as server, sharednorm.connect(server.address) as hub:
+    with server_process("--activation-cache-bytes", room) as server, sharednorm.connect(server.address) as hub:
         first, second = (hub.BatchNorm(4, name=name) for name in "ab")
         for pushed_out in (False, True):
             first.scale = used = np.array([1.0, -2.0, 3.0, 0.5], np.float32)
@@ -214,7 +214,7 @@ def test_a_forward_releases_the_input_of_the_one_before() -> None:
     # Room for three inputs, since a new one comes before the one that it replaces goes: without the release, the
     # second layer's would push the first one's out.
     with (
-        server_process("--saved-input-bytes", str(3 * x.nbytes + 1000)) as server,
+        server_process("--activation-cache-bytes", str(3 * x.nbytes + 1000)) as server,
         sharednorm.connect(server.address) as hub,
     ):
         kept, busy = hub.BatchNorm(4, name="kept", sscale=0.0), hub.BatchNorm(4, name="busy")

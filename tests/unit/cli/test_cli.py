@@ -72,7 +72,7 @@ def test_a_wrong_use_is_explained(arguments: tuple[str, ...]) -> None:
         (("--compute-threads", "0"), "compute-threads is 0 (expected: a whole number, at least 1)"),
         (("--shutdown-grace", "-1"), "shutdown-grace is -1.0"),
         (("--max-tensor-bytes", "much"), "'much' is not a size"),
-        (("--saved-input-bytes", "1GB"), "'1GB' is not a size"),
+        (("--activation-cache-bytes", "1GB"), "'1GB' is not a size"),
     ],
 )
 def test_a_server_that_cannot_start_says_why_in_one_line(arguments: tuple[str, ...], message: str) -> None:

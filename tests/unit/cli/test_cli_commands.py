@@ -144,7 +144,7 @@ def test_a_reader_that_has_seen_enough(address: str, unbuffered: str) -> None:
 
 
 def test_snapshots_rollback_and_backup(tmp_path: Path) -> None:
-    options = ("--state", f"sqlite://{tmp_path}/state", "--snapshot-every", "0.001")
+    options = ("--state", f"sqlite://{tmp_path}/state", "--snapshot-interval", "0.001")
     with server.server_process(*options) as running, sharednorm.connect(running.address) as hub:
         bn = hub.BatchNorm2D(3, name="bn")
         for seed in range(3):

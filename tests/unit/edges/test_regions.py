@@ -72,7 +72,7 @@ def test_bytes_are_counted_until_nobody_uses_them(memory: SharedMemory, session:
 
 def test_a_session_and_all_together_have_so_much(memory: SharedMemory, session: Session) -> None:
     allocate(session, 8 * PAGE)
-    with pytest.raises(LimitExceeded, match=f"session_memory_bytes = {8 * PAGE}"):
+    with pytest.raises(LimitExceeded, match=f"shared_memory_bytes_per_client = {8 * PAGE}"):
         session.allocate(1)
     other = memory.open()
     allocate(other, 4 * PAGE)

@@ -45,7 +45,7 @@ def test_what_is_no_size(text: str) -> None:
         {"workers": 0},
         {"workers": 1025},
         {"max_tensor_bytes": 0},
-        {"saved_input_bytes": -1},
+        {"activation_cache_bytes": -1},
         {"shutdown_grace": -1.0},
         {"shutdown_grace": float("nan")},
         {"shutdown_grace": float("inf")},

@@ -148,7 +148,7 @@ def test_only_training_keeps_an_input(service: LayerService) -> None:
 
 def test_the_oldest_input_is_evicted_and_can_be_sent_again() -> None:
     x, grad = oracle.random_tensor(1, SHAPE), oracle.random_tensor(2, SHAPE)
-    service = new_service(saved_input_bytes=x.nbytes * 2)
+    service = new_service(activation_cache_bytes=x.nbytes * 2)
     create(service)
     first = service.forward(KEEP, x)
     for number in range(2):
@@ -160,7 +160,7 @@ def test_the_oldest_input_is_evicted_and_can_be_sent_again() -> None:
 
 
 def test_an_input_beyond_the_budget_is_not_kept() -> None:
-    service = new_service(saved_input_bytes=8)
+    service = new_service(activation_cache_bytes=8)
     create(service)
     answer = service.forward(KEEP, oracle.random_tensor(1, SHAPE))
     assert (answer.version, answer.saved_input) == (1, "")
@@ -177,7 +177,7 @@ def test_a_forward_releases_the_one_before(service: LayerService, train: bool) -
 
 def test_a_handle_needs_room_for_one_input_only() -> None:
     x = oracle.random_tensor(1, SHAPE)
-    service = new_service(saved_input_bytes=2 * x.nbytes)
+    service = new_service(activation_cache_bytes=2 * x.nbytes)
     create(service)
     others = service.forward(KEEP, x).saved_input
     mine = ""

@@ -221,7 +221,7 @@ def test_no_gradient_is_lost() -> None:
 
 def test_inputs_that_are_evicted_all_the_time_are_either_right_or_evicted() -> None:
     x = oracle.random_tensor(1, SHAPE)
-    service = new_service(saved_input_bytes=3 * x.nbytes)
+    service = new_service(activation_cache_bytes=3 * x.nbytes)
     create(service)
 
     def work(number: int) -> int:

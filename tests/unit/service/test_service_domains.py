@@ -22,7 +22,7 @@ X = oracle.random_tensor(1, SHAPE)
 
 @pytest.fixture
 def service() -> LayerService:
-    made = new_service(saved_input_bytes=4 * X.nbytes)
+    made = new_service(activation_cache_bytes=4 * X.nbytes)
     create(made)
     for key in (A, B):
         made.create_domain(key, StateUpdate())
