@@ -26,10 +26,12 @@ def add_watch(commands: Commands[argparse.ArgumentParser]) -> None:
         help="watch the layers of a server",
         description="Show the layers of a namespace again and again, with the steps that each takes in a second, those "
         "that take most first, until it is interrupted.",
-        epilog="example: sharednorm watch --every 5 --server gpu-box:50051",
+        epilog="example: sharednorm watch --interval 5 --server gpu-box:50051",
     )
     parser.set_defaults(run=_watch, failure=FAILED)
-    parser.add_argument("--every", type=float, default=2.0, metavar="SECONDS", help="how often; default %(default)s")
+    parser.add_argument(
+        "--interval", type=float, default=2.0, metavar="SECONDS", help="time between two looks; default %(default)s"
+    )
     parser.add_argument("--count", type=int, metavar="N", help="how many times; default: until interrupted")
     parser.add_argument("--rows", type=int, default=40, metavar="N", help="most layers; default %(default)s")
     parser.add_argument("--json", action="store_true", help="print one line of JSON each time, for programs")
@@ -37,8 +39,8 @@ def add_watch(commands: Commands[argparse.ArgumentParser]) -> None:
 
 
 def _watch(arguments: argparse.Namespace) -> int:
-    if not 0.1 <= arguments.every <= 3600:
-        raise InvalidConfiguration(f"--every is {arguments.every:g} (expected: 0.1 to 3600 seconds)")
+    if not 0.1 <= arguments.interval <= 3600:
+        raise InvalidConfiguration(f"--interval is {arguments.interval:g} (expected: 0.1 to 3600 seconds)")
     before: dict[str, int] = {}
     looked, shown_times = 0.0, 0
     clear = _CLEAR if sys.stdout.isatty() else ""
@@ -56,7 +58,7 @@ def _watch(arguments: argparse.Namespace) -> int:
             shown_times += 1
             if arguments.count is not None and shown_times >= arguments.count:
                 return 0
-            time.sleep(arguments.every)
+            time.sleep(arguments.interval)
 
 
 def _rate(layer: LayerInfo, before: dict[str, int], seconds: float) -> float | None:

@@ -51,8 +51,8 @@ def test_watching(server: RunningServer, hub: sharednorm.Hub) -> None:
     trainer = threading.Thread(target=train)
     trainer.start()
     try:
-        text = done(server, "watch", "--every", "0.5", "--count", "2")
-        told = done(server, "watch", "--every", "0.5", "--count", "2", "--json")
+        text = done(server, "watch", "--interval", "0.5", "--count", "2")
+        told = done(server, "watch", "--interval", "0.5", "--count", "2", "--json")
     finally:
         stopping.set()
         trainer.join()
@@ -74,7 +74,7 @@ def test_watching(server: RunningServer, hub: sharednorm.Hub) -> None:
 
 def test_watching_some_of_many(server: RunningServer, hub: sharednorm.Hub) -> None:
     assert "(1 not shown)" in done(server, "watch", "--rows", "1", "--count", "1")
-    assert "expected: 0.1 to 3600 seconds" in refused(server, "watch", "--every", "0", "--count", "1")
+    assert "expected: 0.1 to 3600 seconds" in refused(server, "watch", "--interval", "0", "--count", "1")
 
 
 def test_deleting(server: RunningServer, hub: sharednorm.Hub) -> None:
