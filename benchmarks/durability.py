@@ -100,7 +100,7 @@ def rates() -> dict[str, Any]:
             "os": ("--state", f"sqlite://{directory}/os", "--durability", "os"),
             "fsync": ("--state", f"sqlite://{directory}/fsync", "--durability", "fsync"),
             **{
-                name: ("--state", f"sqlite://{directory}/{name}", "--durability", "fsync", "--http", page)
+                name: ("--state", f"sqlite://{directory}/{name}", "--durability", "fsync", "--http-listen", page)
                 for name, page in pages.items()
             },
         }

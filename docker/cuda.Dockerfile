@@ -96,4 +96,4 @@ HEALTHCHECK --interval=15s --timeout=10s --start-period=120s --retries=3 \
 # The server is process 1 and gets SIGTERM itself. Plain text is right inside the container; who may reach the port is
 # decided where it is published.
 ENTRYPOINT ["sharednorm"]
-CMD ["serve", "--listen", "0.0.0.0:50051", "--direct-port", "50052", "--http", "0.0.0.0:50080", "--insecure", "--device", "cuda"]
+CMD ["serve", "--listen", "0.0.0.0:50051", "--direct-port", "50052", "--http-listen", "0.0.0.0:50080", "--insecure", "--device", "cuda"]

@@ -287,7 +287,7 @@ def _served(
         address, outside = "unix:/shared/server.sock", f"unix:{socket_directory}/server.sock"
         volumes = [*volumes, f"{socket_directory}:/shared"]
     with _container(image) as container, tempfile.TemporaryFile("w+") as log:
-        words = [*_config(image)["Entrypoint"], "serve", "--listen", address, "--http", "127.0.0.1:0", *options]
+        words = [*_config(image)["Entrypoint"], "serve", "--listen", address, "--http-listen", "127.0.0.1:0", *options]
         command = _inside(container, words, environment, volumes)
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
         try:

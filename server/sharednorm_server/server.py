@@ -262,7 +262,7 @@ class _Watch:
         self._web: Pages | None = None
         self._traces = open_traces(os.environ, SERVICE_NAME)
         watchers: list[Watcher] = [] if self._traces is None else [self._traces]
-        if config.http is not None:
+        if config.http_listen is not None:
             from sharednorm_server.http.recent_callers import Attached  # noqa: PLC0415 - as above
             from sharednorm_server.observability.metrics import Metrics  # noqa: PLC0415 - most servers tell nobody
 
@@ -283,14 +283,14 @@ class _Watch:
         tokens: TokenFile | None,
         why_not_ready: Callable[[], str],
     ) -> None:
-        if config.http is None:
+        if config.http_listen is None:
             return
         from sharednorm_server.http.collectors import register  # noqa: PLC0415 - as above
         from sharednorm_server.http.pages import Pages  # noqa: PLC0415 - as above
 
         register(self._metrics, service, groups, direct)
         self._web = Pages(service, groups, self._metrics, direct.peers, self._attached.recent, why_not_ready)
-        self._web.serve(config.http, tokens, _context(config))
+        self._web.serve(config.http_listen, tokens, _context(config))
 
     def hide(self) -> None:
         web, self._web = self._web, None
@@ -310,7 +310,7 @@ def _context(config: ServerConfig) -> Callable[[], ssl.SSLContext] | None:
 
 
 def _require_private(config: ServerConfig) -> None:
-    for listen in (config.listen, config.http):
+    for listen in (config.listen, config.http_listen):
         if listen is not None and not (
             config.insecure or config.tls_cert is not None or parse_endpoint(listen).private
         ):
@@ -352,7 +352,7 @@ def _listen_directly(direct: DirectServer, listen: str, port: int) -> None:
 
 def _open_devices(config: ServerConfig) -> Placement:
     devices = _devices(config)
-    watched = config.http is not None or wanted(os.environ) != "none"
+    watched = config.http_listen is not None or wanted(os.environ) != "none"
     return Placement(*map(TimedDevice, devices)) if watched else Placement(*devices)
 
 

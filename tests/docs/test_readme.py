@@ -146,11 +146,11 @@ def _check_cpp(command: str) -> None:
 
 def _check_serve(command: str) -> None:
     arguments = shlex.split(command, comments=True)[2:]
-    for option in ("--listen", "--http"):
+    for option in ("--listen", "--http-listen"):
         if option in arguments:
             place = arguments.index(option)
             del arguments[place : place + 2]
-            if option == "--http":
+            if option == "--http-listen":
                 arguments += [option, "127.0.0.1:0"]
     if "--config" in arguments:
         with TemporaryDirectory() as made:

@@ -261,7 +261,7 @@ def test_a_call_that_waits_for_a_frozen_redis_goes_on(tmp_path: Path) -> None:
 
 def test_health_says_why(tmp_path: Path) -> None:
     with redis_server(tmp_path / "redis") as redis:  # noqa: SIM117 - its address is needed
-        with in_process(ServerConfig(state=redis.url("p", timeout=0.5), http="127.0.0.1:0")) as server:
+        with in_process(ServerConfig(state=redis.url("p", timeout=0.5), http_listen="127.0.0.1:0")) as server:
             assert get(server, "/readyz").status == 200
             redis.stop()
             end = time.monotonic() + 20

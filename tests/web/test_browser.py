@@ -25,7 +25,7 @@ Picture = npt.NDArray[np.float32]
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[RunningServer]:
-    with in_process(ServerConfig(http="127.0.0.1:0")) as running, sharednorm.connect(running.address) as hub:
+    with in_process(ServerConfig(http_listen="127.0.0.1:0")) as running, sharednorm.connect(running.address) as hub:
         for name in ("stem/bn", LONG):
             hub.BatchNorm2D(64, name=name)(random_tensor(1, (4, 64, 5, 2)))
         yield running

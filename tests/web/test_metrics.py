@@ -37,7 +37,7 @@ def told(server: RunningServer, name: str, **labels: str) -> float:
 
 @contextlib.contextmanager
 def served(transport: str, tmp_path: Path, **options: object) -> Iterator[tuple[RunningServer, sharednorm.Hub]]:
-    config = ServerConfig(listen=f"unix:{tmp_path}/socket", http="127.0.0.1:0", **options)  # type: ignore[arg-type]
+    config = ServerConfig(listen=f"unix:{tmp_path}/socket", http_listen="127.0.0.1:0", **options)  # type: ignore[arg-type]
     with in_process(config) as server, sharednorm.connect(server.address, transport=transport) as hub:
         yield server, hub
 

@@ -37,7 +37,7 @@ ODD = '<script>alert("x")</script>& é層'
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[RunningServer]:
-    with in_process(ServerConfig(http="127.0.0.1:0")) as running, sharednorm.connect(running.address) as hub:
+    with in_process(ServerConfig(http_listen="127.0.0.1:0")) as running, sharednorm.connect(running.address) as hub:
         for name in ("plain", ODD):
             layer = hub.BatchNorm2D(3, name=name)
             layer(random_tensor(1, SHAPE))
@@ -94,7 +94,7 @@ def test_it_is_read_again_unless_somebody_says_not_to(server: RunningServer, que
 
 
 def test_more_layers_than_a_page_has_room_for() -> None:
-    with in_process(ServerConfig(http="127.0.0.1:0")) as running, sharednorm.connect(running.address) as hub:
+    with in_process(ServerConfig(http_listen="127.0.0.1:0")) as running, sharednorm.connect(running.address) as hub:
         for number in range(130):
             hub.BatchNorm(1, name=f"layer {number:03}")
         first = get(running, "/").text
@@ -108,7 +108,7 @@ def test_more_layers_than_a_page_has_room_for() -> None:
 
 
 def test_groups_and_namespaces() -> None:
-    with in_process(ServerConfig(http="127.0.0.1:0")) as running:
+    with in_process(ServerConfig(http_listen="127.0.0.1:0")) as running:
         group = sharednorm.Group("run <7>", size=1)
         with sharednorm.connect(running.address, namespace="a&b") as hub, sharednorm.connect(running.address) as other:
             other.BatchNorm2D(3, name="x")
@@ -123,7 +123,7 @@ def test_groups_and_namespaces() -> None:
 @pytest.mark.parametrize("listen", ["127.0.0.1:0", "unix"])
 def test_who_is_attached(listen: str, tmp_path: Path) -> None:
     where = f"unix:{tmp_path}/socket" if listen == "unix" else listen
-    with in_process(ServerConfig(listen=where, http="127.0.0.1:0")) as running:
+    with in_process(ServerConfig(listen=where, http_listen="127.0.0.1:0")) as running:
         assert "<dt>direct connections</dt><dd>none</dd>" in get(running, "/").text
         assert "<dt>callers by gRPC in the last minute</dt><dd>none</dd>" in get(running, "/").text
         with sharednorm.connect(running.address, transport="direct") as hub:

@@ -79,7 +79,7 @@ def test_every_query_of_the_dashboard_finds_something(tmp_path: Path) -> None:
     """Also those that are of what seldom happens: all of it happens here."""
     config = ServerConfig(
         listen=f"unix:{tmp_path}/socket",
-        http="127.0.0.1:0",
+        http_listen="127.0.0.1:0",
         state=f"sqlite://{tmp_path}/state",
         activation_cache_bytes=1000,
     )
@@ -119,7 +119,7 @@ def test_the_alerts_are_rules_whose_metrics_there_are() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    with in_process(ServerConfig(http="127.0.0.1:0")) as server:
+    with in_process(ServerConfig(http_listen="127.0.0.1:0")) as server:
         text = get(server, "/metrics").text
         known = set(re.findall(r"^# TYPE (\w+) ", text, re.MULTILINE)) | {"up"}
     for rule in ALERTS:

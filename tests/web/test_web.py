@@ -30,7 +30,7 @@ PAGES = ["/", "/layer?name=bn", "/metrics"]
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[RunningServer]:
-    with in_process(ServerConfig(http="127.0.0.1:0")) as running, sharednorm.connect(running.address) as hub:
+    with in_process(ServerConfig(http_listen="127.0.0.1:0")) as running, sharednorm.connect(running.address) as hub:
         hub.BatchNorm2D(3, name="bn")(random_tensor(1, SHAPE))
         yield running
 
@@ -87,7 +87,7 @@ def test_noise_harms_nobody(server: RunningServer) -> None:
 
 def test_many_who_say_nothing_keep_nobody_out_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sharednorm_server.http.server._SILENCE_SECONDS", 0.5)
-    with in_process(ServerConfig(http="127.0.0.1:0")) as server:
+    with in_process(ServerConfig(http_listen="127.0.0.1:0")) as server:
         assert server.http is not None
         host, _, port = server.http.rpartition(":")
         socks = [socket.create_connection((host, int(port)), timeout=10) for _ in range(80)]
@@ -106,7 +106,7 @@ def test_many_who_say_nothing_keep_nobody_out_for_long(monkeypatch: pytest.Monke
 
 
 def test_it_is_not_ready_while_it_stops() -> None:
-    with in_process(ServerConfig(http="127.0.0.1:0")) as server:
+    with in_process(ServerConfig(http_listen="127.0.0.1:0")) as server:
         server._pools[0].close()
         got = get(server, "/readyz")
         assert (got.status, got.text) == (503, "the server is stopping\n")
@@ -122,7 +122,7 @@ def test_it_is_not_ready_while_it_stops() -> None:
 )
 def test_where_it_may_not_be(http: str, words: str) -> None:
     with pytest.raises(StartError, match=words):
-        start(ServerConfig(listen="127.0.0.1:0", http=http))
+        start(ServerConfig(listen="127.0.0.1:0", http_listen=http))
 
 
 def test_a_port_that_is_taken() -> None:
@@ -133,11 +133,11 @@ def test_a_port_that_is_taken() -> None:
         free.close()
         for _ in range(2):  # what was opened before is closed again
             with pytest.raises(StartError, match=words):
-                start(ServerConfig(listen=f"127.0.0.1:{port}", http=f"127.0.0.1:{taken.getsockname()[1]}"))
+                start(ServerConfig(listen=f"127.0.0.1:{port}", http_listen=f"127.0.0.1:{taken.getsockname()[1]}"))
 
 
 def test_by_ipv6() -> None:
-    with in_process(ServerConfig(http="[::1]:0")) as server:
+    with in_process(ServerConfig(http_listen="[::1]:0")) as server:
         assert server.http is not None
         assert server.http.startswith("[::1]:")
         with socket.create_connection(("::1", int(server.http.rpartition(":")[2])), timeout=10) as sock:
@@ -167,7 +167,7 @@ def test_whoever_has_a_token_sees_what_it_is_for(tmp_path: Path, shown: object) 
     ):
         tokens[name], token = new_token(name, right, namespaces, time.time() - 1 if name == "old" else None)
         append(file, token)
-    with in_process(ServerConfig(http="127.0.0.1:0", tokens=file)) as server:
+    with in_process(ServerConfig(http_listen="127.0.0.1:0", tokens=file)) as server:
         for namespace in ("mine", "theirs"):
             with sharednorm.connect(server.address, namespace=namespace, token=tokens["all"]) as hub:
                 hub.BatchNorm2D(3, name=f"of {namespace}")
@@ -195,7 +195,7 @@ def test_whoever_has_a_token_sees_what_it_is_for(tmp_path: Path, shown: object) 
 def test_encrypted(tmp_path: Path) -> None:
     create(tmp_path, ["127.0.0.1"], 1)
     config = ServerConfig(
-        listen="127.0.0.1:0", http="0.0.0.0:0", tls_cert=tmp_path / "server.pem", tls_key=tmp_path / "server.key"
+        listen="127.0.0.1:0", http_listen="0.0.0.0:0", tls_cert=tmp_path / "server.pem", tls_key=tmp_path / "server.key"
     )
     with in_process(config) as server:
         assert server.http is not None
@@ -216,7 +216,7 @@ def test_encrypted(tmp_path: Path) -> None:
 
 
 def test_pages_of_a_layer_that_is_deleted_meanwhile() -> None:
-    with in_process(ServerConfig(http="127.0.0.1:0")) as server, sharednorm.connect(server.address) as hub:
+    with in_process(ServerConfig(http_listen="127.0.0.1:0")) as server, sharednorm.connect(server.address) as hub:
         hub.BatchNorm2D(3, name="bn")(np.ones(SHAPE, np.float32))
         assert get(server, "/layer?name=bn").status == 200
         hub.delete("bn")

@@ -311,8 +311,8 @@ class ServerConfig:
     tls_cert: Path | None = _file("the server's certificate, PEM", "nothing is encrypted")
     tls_key: Path | None = _file("the private key of the certificate, PEM", "none")
     tls_client_ca: Path | None = _file("authorities of certificates that clients have to show, PEM", "they need none")
-    http: str | None = _option(
-        None, "where its page, /metrics, /healthz and /readyz are: HOST:PORT", "ADDRESS", unset="nowhere"
+    http_listen: str | None = _option(
+        None, "where it serves its page, /metrics, /healthz and /readyz: HOST:PORT", "ADDRESS", unset="nowhere"
     )
     log_level: str = _one_of("info", ("debug", "info", "warning", "error"), "what the log tells, and what is above it")
     log_format: str = _one_of("human", ("human", "json"), "whether the log is for people, or lines of JSON")
