@@ -123,7 +123,7 @@ def refresh() -> dict[str, Any]:
         sharednorm.connect(running.address) as other,
     ):
         names = [f"encoder/block{number}/bn" for number in range(LAYERS)]
-        readers = [hub.BatchNorm(MAPS, name=name, compute="client", max_age=1e6) for name in names]
+        readers = [hub.BatchNorm(MAPS, name=name, compute="client", max_staleness=1e6) for name in names]
         writers = [other.BatchNorm(MAPS, name=name, compute="client") for name in names]
         for layer in writers:
             layer.trainMode()

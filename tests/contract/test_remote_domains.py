@@ -120,7 +120,7 @@ def test_a_forward_of_one_domain_is_differentiated_in_another(hub: sharednorm.Hu
 
 def test_many_handles_are_read_together(hub: sharednorm.Hub) -> None:
     name = next(names)
-    own = hub.BatchNorm2D(3, name=name, compute="client", max_age=1e6)
+    own = hub.BatchNorm2D(3, name=name, compute="client", max_staleness=1e6)
     trained = [hub.layer(name, compute="client").inDomain(domain) for domain in ("a", "b")]
     layers = [own, *(own.inDomain(domain) for domain in ("a", "b"))]
     models = [oracle.Model(3) for _ in range(3)]

@@ -118,7 +118,8 @@ def test_layers_are_spread_and_all_clients_agree(addresses: list[str]) -> None:
 def test_many_layers_in_one_call_are_divided(addresses: list[str]) -> None:
     with sharednorm.connect(",".join(addresses), namespace="many") as hub:
         layers = [
-            hub.BatchNorm2D(3, name=f"bn{number}", compute="client", push="async", max_age=60.0) for number in range(12)
+            hub.BatchNorm2D(3, name=f"bn{number}", compute="client", push="async", max_staleness=60.0)
+            for number in range(12)
         ]
         for turn in range(5):
             for layer in layers:

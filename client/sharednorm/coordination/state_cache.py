@@ -42,11 +42,11 @@ class LayerCopy:
 
     Args:
         ref: The layer.
-        max_age: Seconds for which they may be used.
+        max_staleness: Seconds for which the handle may use them.
     """
 
-    def __init__(self, ref: layer_pb2.LayerRef, max_age: float) -> None:
-        self.max_age = max_age
+    def __init__(self, ref: layer_pb2.LayerRef, max_staleness: float) -> None:
+        self.max_staleness = max_staleness
         self._ref = ref
         self._lock = threading.Lock()
         self._copy: _Copy | None = None
@@ -62,7 +62,7 @@ class LayerCopy:
         """Return what was read, if it may still be used."""
         with self._lock:
             copy = self._copy
-            if copy is None or not self._fresh or time.monotonic() >= copy.asked + self.max_age:
+            if copy is None or not self._fresh or time.monotonic() >= copy.asked + self.max_staleness:
                 return None
             return copy.state
 

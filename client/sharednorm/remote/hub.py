@@ -193,7 +193,7 @@ class Hub:
         moment of its own. More than 1024 handles, or 131,072 maps, take another call.
 
         Args:
-            layers: Handles of this hub with `compute="client"` and a `max_age`, in which they are fresh from now on.
+            layers: Handles of this hub with `compute="client"` and a `max_staleness`, which begins anew with this call.
 
         Raises:
             InvalidConfiguration: One is something else; nothing was read.
@@ -210,7 +210,7 @@ class Hub:
         name: str,
         *,
         compute: str = "server",
-        max_age: float = 0.0,
+        max_staleness: float = 0.0,
         wire_dtype: str | None = None,
         group: Group | None = None,
         push: str = "sync",
@@ -222,7 +222,7 @@ class Hub:
         Args:
             name: The layer's.
             compute: Where this handle's tensors are computed with; see `BatchNorm2D`. So for the others.
-            max_age: How old parameters and statistics may be in evaluation.
+            max_staleness: Seconds for which evaluation may use cached parameters and statistics.
             wire_dtype: What float32 tensors travel in.
             group: With whose batches this handle's are normalized.
             push: Whether training waits for the server.
@@ -234,7 +234,7 @@ class Hub:
             InvalidName: No layer could have it.
             InvalidConfiguration: One of the others is none of those that there are.
         """
-        handling = Handling.parse(compute, max_age, wire_dtype, group, push, max_pending)
+        handling = Handling.parse(compute, max_staleness, wire_dtype, group, push, max_pending)
         ref = self._ref(name, domain)
         request, attempts = service_pb2.GetLayerRequest(ref=ref), self._connection.patience()
         answer = self._for(name).connection.call("GetLayer", request, service_pb2.GetLayerResponse, attempts=attempts)
@@ -298,7 +298,7 @@ class Hub:
         averaging: str = "standard",
         nonfinite: str = "refuse",
         compute: str = "server",
-        max_age: float = 0.0,
+        max_staleness: float = 0.0,
         wire_dtype: str | None = None,
         group: Group | None = None,
         push: str = "sync",
@@ -309,7 +309,7 @@ class Hub:
         config = LayerConfig.parse(
             LayerKind.BATCH_NORM, size, epsilon, initFactor, minFactor, affine, averaging, nonfinite
         )
-        handling = Handling.parse(compute, max_age, wire_dtype, group, push, max_pending)
+        handling = Handling.parse(compute, max_staleness, wire_dtype, group, push, max_pending)
         return self._create(config, sscale, name, empty, inplace, handling, domain)
 
     def BatchNorm1D(
@@ -327,7 +327,7 @@ class Hub:
         averaging: str = "standard",
         nonfinite: str = "refuse",
         compute: str = "server",
-        max_age: float = 0.0,
+        max_staleness: float = 0.0,
         wire_dtype: str | None = None,
         group: Group | None = None,
         push: str = "sync",
@@ -338,7 +338,7 @@ class Hub:
         config = LayerConfig.parse(
             LayerKind.BATCH_NORM_1D, maps, epsilon, initFactor, minFactor, affine, averaging, nonfinite
         )
-        handling = Handling.parse(compute, max_age, wire_dtype, group, push, max_pending)
+        handling = Handling.parse(compute, max_staleness, wire_dtype, group, push, max_pending)
         return self._create(config, sscale, name, empty, inplace, handling, domain)
 
     def BatchNorm2D(
@@ -356,7 +356,7 @@ class Hub:
         averaging: str = "standard",
         nonfinite: str = "refuse",
         compute: str = "server",
-        max_age: float = 0.0,
+        max_staleness: float = 0.0,
         wire_dtype: str | None = None,
         group: Group | None = None,
         push: str = "sync",
@@ -384,8 +384,9 @@ class Hub:
             compute: "server", or "client": tensors stay in this process, which computes with numba or NumPy, and only
                 the moments of its batches travel, 16 bytes a map, and gradients of scale and bias. The numbers are
                 those of a server that computes on its processor, bit for bit.
-            max_age: With `compute="client"`: seconds for which evaluation may use parameters and statistics that this
-                handle has read before; 0 reads them for each batch. A step or change of its own reads anew.
+            max_staleness: With `compute="client"`: seconds for which evaluation may use the parameters and statistics
+                that this handle has cached; 0 reads them for each batch. After a step or change of its own the handle
+                reads them again.
             wire_dtype: What this handle's float32 tensors travel in, both ways: "bfloat16" or "float16", each value
                 rounded to nearest, ties to even; None: as they are. The layer computes with what arrives, and its
                 statistics are those of what arrives: relative rounding errors of up to 2^-9 or 2^-12 in each value.
@@ -412,7 +413,7 @@ class Hub:
         config = LayerConfig.parse(
             LayerKind.BATCH_NORM_2D, maps, epsilon, initFactor, minFactor, affine, averaging, nonfinite
         )
-        handling = Handling.parse(compute, max_age, wire_dtype, group, push, max_pending)
+        handling = Handling.parse(compute, max_staleness, wire_dtype, group, push, max_pending)
         return self._create(config, sscale, name, empty, inplace, handling, domain)
 
     def BatchNorm3D(
@@ -430,7 +431,7 @@ class Hub:
         averaging: str = "standard",
         nonfinite: str = "refuse",
         compute: str = "server",
-        max_age: float = 0.0,
+        max_staleness: float = 0.0,
         wire_dtype: str | None = None,
         group: Group | None = None,
         push: str = "sync",
@@ -441,7 +442,7 @@ class Hub:
         config = LayerConfig.parse(
             LayerKind.BATCH_NORM_3D, maps, epsilon, initFactor, minFactor, affine, averaging, nonfinite
         )
-        handling = Handling.parse(compute, max_age, wire_dtype, group, push, max_pending)
+        handling = Handling.parse(compute, max_staleness, wire_dtype, group, push, max_pending)
         return self._create(config, sscale, name, empty, inplace, handling, domain)
 
     def _close(self) -> SharedNormError | None:

@@ -28,14 +28,14 @@ class Handling:
 
     Attributes:
         here: Whether tensors stay in this process.
-        max_age: Seconds for which evaluation may use a state that was read before.
+        max_staleness: Seconds for which evaluation may use a cached state.
         wire_dtype: What float32 tensors travel in; None: as they are.
         group: With whose batches this handle's are normalized; None: by themselves.
         max_pending: How many steps training may be ahead of the server; None: not at all.
     """
 
     here: bool
-    max_age: float
+    max_staleness: float
     wire_dtype: np.dtype[Any] | None
     group: Group | None
     max_pending: int | None
@@ -44,7 +44,7 @@ class Handling:
     def parse(
         cls,
         compute: object,
-        max_age: object,
+        max_staleness: object,
         wire_dtype: object,
         group: object,
         push: object = "sync",
@@ -57,17 +57,20 @@ class Handling:
         """
         if compute not in {"server", "client"}:
             raise InvalidConfiguration(f"compute is {ascii(compute)[:60]} (expected: 'server' or 'client')")
-        if not (is_finite(max_age) and 0 <= max_age <= MAX_SECONDS):
+        if not (is_finite(max_staleness) and 0 <= max_staleness <= MAX_SECONDS):
             raise InvalidConfiguration(
-                f"max_age is {ascii(max_age)[:60]} (expected: a finite number of seconds, 0 to {MAX_SECONDS:g})"
+                f"max_staleness is {ascii(max_staleness)[:60]} (expected: a finite number of seconds, 0 to "
+                f"{MAX_SECONDS:g})"
             )
         here, narrow = compute == "client", wire_dtype_of(wire_dtype)
         if here and narrow is not None:
             raise InvalidConfiguration(
                 "with compute='client' no tensor travels, in whatever wire_dtype (expected: None)"
             )
-        if max_age and not here:
-            raise InvalidConfiguration("max_age is given, and with compute='server' nothing is kept here (expected: 0)")
+        if max_staleness and not here:
+            raise InvalidConfiguration(
+                "max_staleness is given, and with compute='server' a handle caches nothing (expected: 0)"
+            )
         if group is not None and not isinstance(group, Group):
             raise InvalidConfiguration(f"group is {ascii(group)[:60]} (expected: a sharednorm.Group, or None)")
         if group is not None and not here:
@@ -75,7 +78,7 @@ class Handling:
                 "group is given with compute='server' (expected: compute='client', by which members keep their tensors)"
             )
         return cls(
-            here, float(max_age), narrow, group, _ahead(push, max_pending, here=here, together=group is not None)
+            here, float(max_staleness), narrow, group, _ahead(push, max_pending, here=here, together=group is not None)
         )
 
     @property
@@ -86,11 +89,11 @@ class Handling:
     def backend(self, context: HubContext, ref: layer_pb2.LayerRef, config: LayerConfig) -> RemoteBackend:
         """Return what does so for a layer."""
         if self.max_pending is not None:
-            return AsyncComputeBackend(context, ref, config, self.max_age, self.max_pending)
+            return AsyncComputeBackend(context, ref, config, self.max_staleness, self.max_pending)
         if self.group is not None:
-            return GroupComputeBackend(context, ref, config, self.max_age, self.group)
+            return GroupComputeBackend(context, ref, config, self.max_staleness, self.group)
         if self.here:
-            return ClientComputeBackend(context, ref, config, self.max_age)
+            return ClientComputeBackend(context, ref, config, self.max_staleness)
         return RemoteBackend(context, ref, config, self.wire_dtype)
 
 

@@ -27,9 +27,9 @@ def refresh(context: HubContext, layers: Sequence[object]) -> None:
 
 def _keeper(context: HubContext, layer: object) -> ClientComputeBackend:
     backend = backend_of(layer)
-    if not isinstance(backend, ClientComputeBackend) or not backend.copy.max_age or not backend.is_of(context):
+    if not isinstance(backend, ClientComputeBackend) or not backend.copy.max_staleness or not backend.is_of(context):
         raise InvalidConfiguration(
             f"{ascii(layer)[:120]} keeps nothing that could be read ahead (expected: a handle of this hub that was "
-            "made with compute='client' and a max_age above 0)"
+            "made with compute='client' and a max_staleness above 0)"
         )
     return backend

@@ -49,8 +49,8 @@ def convert(
         prefix: What the layers' names begin with.
         load: Whether layers that exist take over the module's statistics, too.
         synchronized: What a SyncBatchNorm becomes, which does not say what it takes.
-        options: `compute`, `max_age`, `wire_dtype`, `group`, `nonfinite`, `push`, `max_pending` and `domain` of the new
-            modules; see `BatchNorm1d`.
+        options: `compute`, `max_staleness`, `wire_dtype`, `group`, `nonfinite`, `push`, `max_pending` and `domain` of
+            the new modules; see `BatchNorm1d`.
 
     Returns:
         The model; the new module, if the model is a batch normalization itself.
@@ -122,7 +122,7 @@ def _shared(
 ) -> _Make:
     known = {
         "compute": "client",
-        "max_age": 0.0,
+        "max_staleness": 0.0,
         "wire_dtype": None,
         "group": None,
         "nonfinite": "refuse",

@@ -44,7 +44,7 @@ class SharedBatchNorm(nn.Module):
         hub: Hub,
         name: str,
         compute: str = "client",
-        max_age: float = 0.0,
+        max_staleness: float = 0.0,
         wire_dtype: str | None = None,
         group: Group | None = None,
         nonfinite: str = "refuse",
@@ -53,7 +53,7 @@ class SharedBatchNorm(nn.Module):
         domain: str = "",
     ) -> None:
         require_hub(hub)
-        handling = Handling.parse(compute, max_age, wire_dtype, group, push, max_pending)
+        handling = Handling.parse(compute, max_staleness, wire_dtype, group, push, max_pending)
         config = config_of(self._kind, num_features, eps, momentum, nonfinite)
         super().__init__()
         self._begin(affine, track_running_stats, momentum)
@@ -283,7 +283,7 @@ class BatchNorm1d(SharedBatchNorm):
         name: The layer's name there. All processes that give it share the statistics.
         compute: "client": tensors stay in this process, and their moments travel. "server": tensors travel, and are
             multiplied by the weight here; with half-precision tensors that is one rounding more.
-        max_age: With "client": seconds for which evaluation may use statistics that were read before.
+        max_staleness: With "client": seconds for which evaluation may use cached statistics.
         wire_dtype: With "server": what float32 tensors travel in, "bfloat16" or "float16".
         group: With "client": the processes whose training batches are normalized by their union, as by
             `torch.nn.SyncBatchNorm`. As there, gradients of weight and bias are those of the own batch, for DDP to

@@ -172,7 +172,7 @@ def test_whatever_looks_at_the_layer_sees_the_handles_own_steps(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    bn, theirs, x = ahead(hub, max_age=LONG), other.layer("bn"), random_tensor(1, SHAPE)
+    bn, theirs, x = ahead(hub, max_staleness=LONG), other.layer("bn"), random_tensor(1, SHAPE)
     gate.shut()
     for _ in range(2):
         bn(x)
@@ -187,7 +187,7 @@ def test_whatever_looks_at_the_layer_sees_the_handles_own_steps(
 
 
 def test_what_was_read_before_a_step_is_read_again_after_it(hub: sharednorm.Hub) -> None:
-    bn, model, x = ahead(hub, max_age=LONG), oracle.Model(5), random_tensor(1, SHAPE)
+    bn, model, x = ahead(hub, max_staleness=LONG), oracle.Model(5), random_tensor(1, SHAPE)
     for seed in range(3):
         bn.trainMode()
         bn(random_tensor(seed, SHAPE) + seed)

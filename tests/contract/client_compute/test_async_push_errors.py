@@ -103,7 +103,7 @@ def test_a_step_that_failed_is_told_once_by_the_next_call(
     together: bool,
     call: Callable[[At], object],
 ) -> None:
-    bn, fine, x = ahead(hub, max_age=LONG), ahead(hub, "fine"), random_tensor(1, SHAPE)
+    bn, fine, x = ahead(hub, max_staleness=LONG), ahead(hub, "fine"), random_tensor(1, SHAPE)
     for layer in (bn, fine):
         layer(x)
     hub.flush()

@@ -79,8 +79,8 @@ def hub(server: RunningServer, request: pytest.FixtureRequest) -> Iterator[share
         yield opened
 
 
-def evaluator(hub: sharednorm.Hub, name: str, max_age: float = LONG) -> RemoteBatchNorm:
-    bn = hub.layer(name, compute="client", max_age=max_age)
+def evaluator(hub: sharednorm.Hub, name: str, max_staleness: float = LONG) -> RemoteBatchNorm:
+    bn = hub.layer(name, compute="client", max_staleness=max_staleness)
     bn.evalMode()
     return bn
 
@@ -177,7 +177,7 @@ def test_only_handles_that_keep_something_can_be_refreshed(server: RunningServer
         for layer in (
             hub.layer("bn"),
             hub.layer("bn", compute="client"),
-            other.layer("bn", compute="client", max_age=1.0),
+            other.layer("bn", compute="client", max_staleness=1.0),
             sharednorm.BatchNorm2D(5),
             "bn",
         ):

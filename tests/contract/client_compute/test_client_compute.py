@@ -105,7 +105,7 @@ def test_only_moments_travel(hub: sharednorm.Hub, on_the_wire: Wire, maps: int) 
 
 def test_evaluation_needs_no_call_while_what_was_read_is_fresh(hub: sharednorm.Hub, monkeypatch: Any) -> None:
     trainer = hub.BatchNorm2D(5, name="bn", sscale=0.0)
-    bn = hub.layer("bn", compute="client", max_age=0.3)
+    bn = hub.layer("bn", compute="client", max_staleness=0.3)
     bn.evalMode()
     x = random_tensor(1, SHAPE)
     reads: list[str] = []
@@ -194,10 +194,10 @@ def test_what_the_server_refuses(hub: sharednorm.Hub) -> None:
     [
         ({"compute": "gpu"}, "compute is 'gpu'"),
         ({"compute": None}, "compute is None"),
-        ({"compute": "client", "max_age": -1}, "max_age is -1"),
-        ({"compute": "client", "max_age": "1"}, "max_age is '1'"),
-        ({"compute": "client", "max_age": float("nan")}, "max_age is nan"),
-        ({"max_age": 1.0}, "compute='server' nothing is kept"),
+        ({"compute": "client", "max_staleness": -1}, "max_staleness is -1"),
+        ({"compute": "client", "max_staleness": "1"}, "max_staleness is '1'"),
+        ({"compute": "client", "max_staleness": float("nan")}, "max_staleness is nan"),
+        ({"max_staleness": 1.0}, "compute='server' a handle caches nothing"),
         ({"compute": "client", "wire_dtype": "bfloat16"}, "no tensor travels"),
     ],
 )

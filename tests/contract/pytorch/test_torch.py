@@ -133,7 +133,7 @@ def test_tensors_that_travel_in_fewer_bits(hub: sharednorm.Hub, name: str) -> No
 
 def test_statistics_that_may_be_older(hub: sharednorm.Hub) -> None:
     name, x = next(names), tensor(1, (3, 4, 5, 6))
-    trainer, fresh, lazy = (ours(hub, "BatchNorm2d", 4, name=name, max_age=age) for age in (0.0, 0.0, 600.0))
+    trainer, fresh, lazy = (ours(hub, "BatchNorm2d", 4, name=name, max_staleness=age) for age in (0.0, 0.0, 600.0))
     before = lazy.eval()(x)
     trainer(x)
     assert torch.equal(lazy(x), before)
@@ -279,7 +279,7 @@ def test_arguments_that_cannot_be(hub: sharednorm.Hub) -> None:
         ({"eps": 0.0}, InvalidConfiguration),
         ({"name": ""}, InvalidName),
         ({"name": 3}, InvalidName),
-        ({"compute": "server", "max_age": 1.0}, InvalidConfiguration),
+        ({"compute": "server", "max_staleness": 1.0}, InvalidConfiguration),
     ):
         with pytest.raises(error):
             ours(hub, "BatchNorm2d", 4, **options)

@@ -55,7 +55,7 @@ def test_the_arguments_are_the_originals_and_our_own_by_keyword() -> None:
         assert keywords == [("averaging", "standard"), ("nonfinite", "refuse")]
         remote = list(inspect.signature(getattr(sharednorm.Hub, kind.__name__)).parameters.values())
         assert remote[1:-7] == parameters
-        added = [("compute", "server"), ("max_age", 0.0), ("wire_dtype", None), ("group", None)]
+        added = [("compute", "server"), ("max_staleness", 0.0), ("wire_dtype", None), ("group", None)]
         added += [("push", "sync"), ("max_pending", None), ("domain", "")]
         assert [(p.name, p.default) for p in remote[-7:]] == added
         assert {p.kind for p in remote[-7:]} == {remote[-1].KEYWORD_ONLY}
@@ -69,7 +69,7 @@ def test_the_signatures_of_the_hub() -> None:
     )
     names = {
         "layers": [],
-        "layer": ["name", "compute", "max_age", "wire_dtype", "group", "push", "max_pending", "domain"],
+        "layer": ["name", "compute", "max_staleness", "wire_dtype", "group", "push", "max_pending", "domain"],
         "delete": ["name"],
         "set_train": ["name", "train"],
         "snapshots": ["name"],

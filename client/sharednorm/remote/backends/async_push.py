@@ -29,7 +29,7 @@ class AsyncComputeBackend(ClientComputeBackend):
         context: What the hub's handles share.
         ref: The layer.
         config: The layer's, as the server confirmed it.
-        max_age: Seconds for which evaluation may use a state that was read before.
+        max_staleness: Seconds for which evaluation may use a cached state.
         max_pending: Most steps that have not been answered.
     """
 
@@ -38,16 +38,16 @@ class AsyncComputeBackend(ClientComputeBackend):
         context: HubContext,
         ref: layer_pb2.LayerRef,
         config: LayerConfig,
-        max_age: float,
+        max_staleness: float,
         max_pending: int,
     ) -> None:
-        super().__init__(context, ref, config, max_age)
+        super().__init__(context, ref, config, max_staleness)
         self._sender = context.sender
         self._line = Line(self._ref, config.maps, self.copy.changed, self.refused, Keys(context.session), max_pending)
 
     def _of(self, ref: layer_pb2.LayerRef) -> RemoteBackend:
         """Return a backend like this one of another domain."""
-        return AsyncComputeBackend(self._context, ref, self._config, self.copy.max_age, self._line.max_pending)
+        return AsyncComputeBackend(self._context, ref, self._config, self.copy.max_staleness, self._line.max_pending)
 
     @property
     def how(self) -> str:
@@ -107,7 +107,7 @@ class AsyncComputeBackend(ClientComputeBackend):
         return super().gradients(saved, grad, input_grad=input_grad)
 
     def statistics(self) -> LayerState:
-        """Return the layer's state behind this handle's steps, as old as `max_age` allows."""
+        """Return the layer's state behind this handle's steps, cached for up to `max_staleness` seconds."""
         self.flush()
         return super().statistics()
 

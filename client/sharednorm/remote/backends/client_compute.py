@@ -28,17 +28,17 @@ class ClientComputeBackend(RemoteBackend):
         context: What the hub's handles share.
         ref: The layer.
         config: The layer's, as the server confirmed it.
-        max_age: Seconds for which evaluation may use a state that was read before.
+        max_staleness: Seconds for which evaluation may use a cached state.
     """
 
-    def __init__(self, context: HubContext, ref: layer_pb2.LayerRef, config: LayerConfig, max_age: float) -> None:
+    def __init__(self, context: HubContext, ref: layer_pb2.LayerRef, config: LayerConfig, max_staleness: float) -> None:
         super().__init__(context, ref, config)
         self._arithmetic = arithmetic()
-        self._copy = LayerCopy(self._ref, max_age)
+        self._copy = LayerCopy(self._ref, max_staleness)
 
     def _of(self, ref: layer_pb2.LayerRef) -> RemoteBackend:
         """Return a backend like this one of another domain."""
-        return ClientComputeBackend(self._context, ref, self._config, self._copy.max_age)
+        return ClientComputeBackend(self._context, ref, self._config, self._copy.max_staleness)
 
     @property
     def how(self) -> str:
@@ -148,7 +148,7 @@ class ClientComputeBackend(RemoteBackend):
         )
 
     def statistics(self) -> LayerState:
-        """Return the layer's state, as old as `max_age` allows."""
+        """Return the layer's state, cached for up to `max_staleness` seconds."""
         return self._state()
 
     def update(self, update: StateUpdate) -> None:

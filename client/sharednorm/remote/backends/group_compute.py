@@ -29,19 +29,19 @@ class GroupComputeBackend(ClientComputeBackend):
         context: What the hub's handles share.
         ref: The layer.
         config: The layer's, as the server confirmed it.
-        max_age: Seconds for which evaluation may use a state that was read before.
+        max_staleness: Seconds for which evaluation may use a cached state.
         group: This process's membership.
     """
 
     def __init__(
-        self, context: HubContext, ref: layer_pb2.LayerRef, config: LayerConfig, max_age: float, group: Group
+        self, context: HubContext, ref: layer_pb2.LayerRef, config: LayerConfig, max_staleness: float, group: Group
     ) -> None:
-        super().__init__(context, ref, config, max_age)
+        super().__init__(context, ref, config, max_staleness)
         self._group = group
 
     def _of(self, ref: layer_pb2.LayerRef) -> RemoteBackend:
         """Return a backend like this one of another domain."""
-        return GroupComputeBackend(self._context, ref, self._config, self._copy.max_age, self._group)
+        return GroupComputeBackend(self._context, ref, self._config, self._copy.max_staleness, self._group)
 
     @property
     def how(self) -> str:
