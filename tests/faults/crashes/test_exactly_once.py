@@ -239,7 +239,7 @@ def test_after_a_call_without_an_answer_another_one_is_another_change(
         all_of(lambda each: each.trainMode())
         all_of(lambda each: each(random_tensor(1, SHAPE)))
         all_of(lambda each: each.backward(random_tensor(5, SHAPE)))
-        faults.behind, faults.left = 42, 1000  # a direct connection is welcomed with 28 bytes, and a reply has 16 at least
+        faults.behind, faults.left = 42, 1000  # a direct connection is welcomed with 28 bytes, a reply has 16
         cut()
         with pytest.raises((DeadlineExceeded, ServerUnavailable)):
             ASKED_AGAIN[first](layer)
