@@ -9,7 +9,8 @@ from __future__ import annotations
 import enum
 import functools
 import struct
-from typing import Any, TypeVar
+from collections.abc import Collection, Iterable
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +19,17 @@ from sharednorm.codec.protobuf_wire import field_header
 from sharednorm.codec.status import ERROR_KEY, error_from_call, error_from_detail, error_to_detail, error_to_status
 from sharednorm.core.layer_config import LayerConfig
 from sharednorm.core.limits import MAX_MAPS
-from sharednorm.core.state import ARRAY_FIELDS, SAVED_FIELDS, LayerState, Moments, StateUpdate, check_steps, one_axis
+from sharednorm.core.state import (
+    ARRAY_FIELDS,
+    SAVED_FIELDS,
+    FieldName,
+    LayerState,
+    Moments,
+    StateFields,
+    StateUpdate,
+    check_steps,
+    one_axis,
+)
 from sharednorm.core.types import Averaging, LayerKind, NonFinitePolicy, Vector
 from sharednorm.core.validation import check_domain, check_flag, check_name, check_namespace
 from sharednorm.errors import InvalidConfiguration, MalformedMessage, NotSupported
@@ -35,6 +46,8 @@ __all__ = [
     "error_from_detail",
     "error_to_detail",
     "error_to_status",
+    "fields_from_proto",
+    "fields_to_paths",
     "is_train",
     "mode_from_proto",
     "mode_to_proto",
@@ -43,6 +56,7 @@ __all__ = [
     "ref_from_proto",
     "ref_to_proto",
     "state_from_proto",
+    "state_part_to_proto",
     "state_to_proto",
     "sums_from_proto",
     "sums_to_proto",
@@ -80,6 +94,9 @@ _NUMBERS = {field.name: field.number for field in layer_pb2.LayerState.DESCRIPTO
 # Of a state: statistics travel in float64, parameters and gradients in float32.
 _STATISTICS = ("mean", "var")
 _DTYPES = {name: _FLOAT64 if name in _STATISTICS else _FLOAT32 for name in ARRAY_FIELDS}
+
+# Fields of a state that a `Layer` has in an answer, and no `LayerState`.
+_OF_LAYER = {"version", "initialized"}
 
 _COUNT = struct.Struct("<2sd")
 _COUNT_HEADER = field_header(4, 8)  # of one count, packed
@@ -358,13 +375,47 @@ def _kept(values: npt.NDArray[Any]) -> Vector:
 
 def state_to_proto(state: LayerState, gradients: bool) -> layer_pb2.LayerState:
     """Return a state as a message, with its accumulated gradients or without them."""
+    arrays = ARRAY_FIELDS if gradients else SAVED_FIELDS
+    return state_part_to_proto(state, {*arrays, "num_of_props", "stats_frozen"})
+
+
+def state_part_to_proto(state: LayerState, names: Collection[str]) -> layer_pb2.LayerState:
+    """Return those fields of a state, by their names in the message, that this release has."""
     parts = []
-    for name in ARRAY_FIELDS if gradients else SAVED_FIELDS:
-        vector = _packed(1, np.asarray(getattr(state, name), dtype=_DTYPES[name]))
-        parts += [field_header(_NUMBERS[name], len(vector)), vector]
+    for name in ARRAY_FIELDS:
+        if name in names:
+            vector = _packed(1, np.asarray(getattr(state, name), dtype=_DTYPES[name]))
+            parts += [field_header(_NUMBERS[name], len(vector)), vector]
     message = layer_pb2.LayerState.FromString(b"".join(parts))
-    message.num_of_props, message.stats_frozen = state.num_of_props, state.stats_frozen
+    if "num_of_props" in names:
+        message.num_of_props = state.num_of_props
+    if "stats_frozen" in names:
+        message.stats_frozen = state.stats_frozen
     return message
+
+
+def fields_to_paths(names: Iterable[FieldName]) -> list[str]:
+    """Return what the read mask of GetLayer calls fields of a state."""
+    return [f"layer.{name}" if name in _OF_LAYER else f"state.{name}" for name in names]
+
+
+def fields_from_proto(message: service_pb2.GetLayerResponse, names: Iterable[FieldName], maps: int) -> StateFields:
+    """Return the fields of a state that an answer was asked for.
+
+    Raises:
+        MalformedMessage: One is missing, or does not hold one value a map.
+    """
+    present, found = _present(message.state), dict[str, Any]()
+    for name in names:
+        if name in _OF_LAYER:
+            found[name] = getattr(message.layer, name)
+        elif name not in present:
+            raise MalformedMessage(f"the layer's state has no {name}")
+        elif name in _DTYPES:
+            found[name] = _kept(_vector(name, present[name], maps, _DTYPES[name]))
+        else:
+            found[name] = present[name]
+    return cast("StateFields", found)
 
 
 def state_from_proto(layer: layer_pb2.Layer, message: layer_pb2.LayerState) -> LayerState:

@@ -6,7 +6,7 @@ A local layer and the server apply the same functions, so that one step means on
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, TypeAlias, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -102,6 +102,27 @@ class LayerState:
         return type(self), tuple(getattr(self, field.name) for field in fields(self))
 
 
+class StateFields(TypedDict, total=False):
+    """Those fields of a `LayerState` that were asked for, all of one moment."""
+
+    scale: Vector
+    bias: Vector
+    mean: Vector
+    var: Vector
+    scale_grad: Vector
+    bias_grad: Vector
+    num_of_props: int
+    version: int
+    initialized: bool
+    stats_frozen: bool
+
+
+FieldName: TypeAlias = Literal[
+    "scale", "bias", "mean", "var", "scale_grad", "bias_grad", "num_of_props", "version", "initialized", "stats_frozen"
+]
+"""A key of `StateFields`."""
+
+
 @dataclass(frozen=True, eq=False)
 class StateUpdate:
     """New values for parts of a state; None leaves a part as it is. Arrays hold C values, of any shape."""
@@ -171,7 +192,12 @@ def require_initialized(state: LayerState, layer: str) -> None:
         LayerEmpty: It was created empty and has not been loaded yet.
     """
     if not state.initialized:
-        raise LayerEmpty(f"{layer} was created with empty=True: call load() before using it")
+        raise empty_error(layer)
+
+
+def empty_error(layer: str) -> LayerEmpty:
+    """Return the error for a layer that was created empty and has not been loaded yet."""
+    return LayerEmpty(f"{layer} was created with empty=True: call load() before using it")
 
 
 def batch_weight(state: LayerState, config: LayerConfig) -> float:

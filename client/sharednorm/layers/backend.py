@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
 from sharednorm.core.layer_config import LayerConfig
-from sharednorm.core.state import LayerState, Moments, StateUpdate
+from sharednorm.core.state import FieldName, LayerState, Moments, StateFields, StateUpdate
 from sharednorm.core.types import Array, Vector
 from sharednorm.layers.call_queue import CallQueue
 from sharednorm.layers.statistics import StatisticsDelta
@@ -116,6 +116,10 @@ class LayerBackend(Protocol):
 
     def read(self) -> LayerState:
         """Return the state of one moment, gradients included."""
+        ...
+
+    def read_fields(self, *names: FieldName) -> StateFields:
+        """Return these fields of the state, all of one moment; a remote layer asks its server for no others."""
         ...
 
     def default_train(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from typing import cast
 
 import numpy as np
 
@@ -12,7 +13,9 @@ from sharednorm.arithmetic.select import arithmetic
 from sharednorm.core.domains import Domains, blank_statistics, swapped, with_domain, without_domain
 from sharednorm.core.layer_config import LayerConfig
 from sharednorm.core.state import (
+    FieldName,
     LayerState,
+    StateFields,
     StateUpdate,
     accumulate_gradients,
     merge_delta,
@@ -131,6 +134,11 @@ class LocalBackend:
     def read(self) -> LayerState:
         """Return the state of one moment."""
         return self._kept.read(self._domain)
+
+    def read_fields(self, *names: FieldName) -> StateFields:
+        """Return these fields of the state, all of one moment."""
+        state = self.read()
+        return cast("StateFields", {name: getattr(state, name) for name in names})
 
     def default_train(self) -> bool:
         """Return True: a local layer starts in train mode, as PuzzleLib's do."""

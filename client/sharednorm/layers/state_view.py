@@ -8,7 +8,16 @@ from types import MappingProxyType
 import numpy as np
 import numpy.typing as npt
 
-from sharednorm.core.state import LayerState, StateUpdate, check_steps, given, require_initialized
+from sharednorm.core.state import (
+    FieldName,
+    LayerState,
+    StateFields,
+    StateUpdate,
+    check_steps,
+    empty_error,
+    given,
+    require_initialized,
+)
 from sharednorm.core.types import Vector
 from sharednorm.core.validation import check_domain
 from sharednorm.errors import InvalidConfiguration, InvalidShape
@@ -92,7 +101,7 @@ class LayerView:
     @property
     def scale(self) -> Vector:
         """Multiplier of the normalized value. Raises LayerEmpty before an empty layer is loaded."""
-        return self._shaped(self._initialized().scale)
+        return self._shaped(self._initialized("scale")["scale"])
 
     @scale.setter
     def scale(self, values: npt.ArrayLike) -> None:
@@ -101,7 +110,7 @@ class LayerView:
     @property
     def bias(self) -> Vector:
         """Added after the multiplication. Raises LayerEmpty before an empty layer is loaded."""
-        return self._shaped(self._initialized().bias)
+        return self._shaped(self._initialized("bias")["bias"])
 
     @bias.setter
     def bias(self, values: npt.ArrayLike) -> None:
@@ -110,7 +119,7 @@ class LayerView:
     @property
     def mean(self) -> Vector:
         """Running mean. Raises LayerEmpty before an empty layer is loaded."""
-        return self._shaped(self._initialized().mean)
+        return self._shaped(self._initialized("mean")["mean"])
 
     @mean.setter
     def mean(self, values: npt.ArrayLike) -> None:
@@ -119,7 +128,7 @@ class LayerView:
     @property
     def var(self) -> Vector:
         """Running variance, unbiased. Raises LayerEmpty before an empty layer is loaded."""
-        return self._shaped(self._initialized().var)
+        return self._shaped(self._initialized("var")["var"])
 
     @var.setter
     def var(self, values: npt.ArrayLike) -> None:
@@ -128,7 +137,7 @@ class LayerView:
     @property
     def numOfProps(self) -> int:
         """Steps that the running statistics have taken in; saved and restored. May be set."""
-        return self._backend.read().num_of_props
+        return self._backend.read_fields("num_of_props")["num_of_props"]
 
     @numOfProps.setter
     def numOfProps(self, steps: int) -> None:
@@ -156,7 +165,7 @@ class LayerView:
     @property
     def statsFrozen(self) -> bool:
         """Whether training steps, of all handles of the layer, leave mean, var and numOfProps as they are."""
-        return self._backend.read().stats_frozen
+        return self._backend.read_fields("stats_frozen")["stats_frozen"]
 
     def freezeStats(self) -> None:
         """Keep the running statistics as they are, for all handles of the layer, until `unfreezeStats`.
@@ -205,7 +214,7 @@ class LayerView:
     @property
     def version(self) -> int:
         """Steps that the layer has applied since it was created; never decreases."""
-        return self._backend.read().version
+        return self._backend.read_fields("version")["version"]
 
     @property
     def vars(self) -> Mapping[str, Variable]:
@@ -215,8 +224,8 @@ class LayerView:
     @property
     def attrs(self) -> Mapping[str, Vector]:
         """The statistics, "mean" and "var", both of one moment."""
-        state = self._initialized()
-        return MappingProxyType({"mean": self._shaped(state.mean), "var": self._shaped(state.var)})
+        found = self._initialized("mean", "var")
+        return MappingProxyType({"mean": self._shaped(found["mean"]), "var": self._shaped(found["var"])})
 
     def getVar(self, name: str) -> Variable:
         """Return `vars[name]`; the name is "scale" or "bias"."""
@@ -257,7 +266,9 @@ class LayerView:
             InvalidConfiguration: The format needs a package that is not installed.
             OSError: The file could not be written; one that was there before is as it was.
         """
-        return state_file.save(hdf, self._name_in_file(name), self._backend.config, self._initialized())
+        state = self._backend.read()
+        require_initialized(state, str(self))
+        return state_file.save(hdf, self._name_in_file(name), self._backend.config, state)
 
     def load(self, hdf: Source, *, name: str | None = None) -> None:
         """Load what `save` or PuzzleLib wrote, all at once.
@@ -287,10 +298,11 @@ class LayerView:
             f"{f', domain={domain!r}' if domain else ''})"
         )
 
-    def _initialized(self) -> LayerState:
-        state = self._backend.read()
-        require_initialized(state, str(self))
-        return state
+    def _initialized(self, *names: FieldName) -> StateFields:
+        found = self._backend.read_fields("initialized", *names)
+        if not found["initialized"]:
+            raise empty_error(str(self))
+        return found
 
     def _shaped(self, values: Vector) -> Vector:
         return values.reshape(self._backend.config.state_shape)

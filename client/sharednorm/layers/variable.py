@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy.typing as npt
 
-from sharednorm.core.state import StateUpdate, given, require_initialized
+from sharednorm.core.state import StateUpdate, empty_error, given
 from sharednorm.core.types import Vector
 from sharednorm.layers.backend import LayerBackend
 
@@ -29,9 +29,7 @@ class Variable:
         Raises:
             LayerEmpty: The layer was created empty and has not been loaded yet.
         """
-        state = self._backend.read()
-        require_initialized(state, "the layer")
-        return self._shaped(state.scale if self.name == "scale" else state.bias)
+        return self._read(self.name)
 
     @data.setter
     def data(self, values: npt.ArrayLike) -> None:
@@ -45,9 +43,7 @@ class Variable:
         Raises:
             LayerEmpty: The layer was created empty and has not been loaded yet.
         """
-        state = self._backend.read()
-        require_initialized(state, "the layer")
-        return self._shaped(state.scale_grad if self.name == "scale" else state.bias_grad)
+        return self._read("scale_grad" if self.name == "scale" else "bias_grad")
 
     @grad.setter
     def grad(self, values: npt.ArrayLike) -> None:
@@ -58,5 +54,8 @@ class Variable:
         """For people; reads nothing from the layer."""
         return f"Variable({self.name!r}, {self._backend.config.maps} values)"
 
-    def _shaped(self, values: Vector) -> Vector:
-        return values.reshape(self._backend.config.state_shape)
+    def _read(self, name: Literal["scale", "bias", "scale_grad", "bias_grad"]) -> Vector:
+        found = self._backend.read_fields("initialized", name)
+        if not found["initialized"]:
+            raise empty_error("the layer")
+        return found[name].reshape(self._backend.config.state_shape)

@@ -10,7 +10,7 @@ from torch import nn
 
 from sharednorm.coordination.group import Group
 from sharednorm.core.layer_config import LayerConfig
-from sharednorm.core.state import StateUpdate
+from sharednorm.core.state import FieldName, StateUpdate
 from sharednorm.core.types import LayerKind
 from sharednorm.errors import InvalidConfiguration, UnsupportedDType
 from sharednorm.remote.backends.client_compute import ClientComputeBackend
@@ -22,6 +22,9 @@ from sharednorm.remote.options import Handling
 from sharednorm.torch.autograd import Evaluate, LocalBatches, TrainHere, TrainThere, as_array, normalized_there
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+# The shared buffers, and the fields of a layer's state that they mirror.
+_BUFFERS: dict[str, FieldName] = {"running_mean": "mean", "running_var": "var", "num_batches_tracked": "num_of_props"}
 
 
 class SharedBatchNorm(nn.Module):
@@ -208,15 +211,12 @@ class SharedBatchNorm(nn.Module):
     def _statistic(self, name: str) -> torch.Tensor | None:
         if not self.track_running_stats:
             return None
-        return self._tensors()[name]
+        return self._tensors(name)[name]
 
-    def _tensors(self) -> dict[str, torch.Tensor]:
-        state = self._remote.read()
-        return {
-            "running_mean": torch.from_numpy(state.mean.copy()),
-            "running_var": torch.from_numpy(state.var.copy()),
-            "num_batches_tracked": torch.tensor(state.num_of_props, dtype=torch.long),
-        }
+    def _tensors(self, *names: str) -> dict[str, torch.Tensor]:
+        chosen = {name: _BUFFERS[name] for name in names or _BUFFERS}
+        found = self._remote.read_fields(*chosen.values())
+        return {name: _tensor(found[field]) for name, field in chosen.items()}
 
     def reset_running_stats(self) -> None:
         """Set the shared statistics back to those of a new layer, for everybody."""
@@ -313,6 +313,10 @@ class BatchNorm3d(SharedBatchNorm):
     """`torch.nn.BatchNorm3d` whose running statistics are a layer on a server; (N, C, D, H, W). See `BatchNorm1d`."""
 
     _kind, _ranks = LayerKind.BATCH_NORM_3D, (5,)
+
+
+def _tensor(value: object) -> torch.Tensor:
+    return torch.from_numpy(value.copy()) if isinstance(value, np.ndarray) else torch.tensor(value, dtype=torch.long)
 
 
 def require_hub(hub: object) -> None:

@@ -456,8 +456,9 @@ class GetLayerRequest(_message.Message):
 
     @_builtins.property
     def read_mask(self) -> _field_mask_pb2.FieldMask:
-        """Which fields of GetLayerResponse to answer, for example "layer.version" or "state.mean"; absent: all of the layer, and
-        none of its state. An unknown path: INVALID_ARGUMENT, INVALID_CONFIGURATION. Not in this release.
+        """Which fields of GetLayerResponse to answer: "layer", "state", or a field of one of them, for example "layer.version" or
+        "state.mean". Absent, or without paths: all of the layer, and none of its state. Another path: INVALID_ARGUMENT,
+        INVALID_CONFIGURATION. The state of a layer that was created empty is answered, too; "layer.initialized" says so.
         """
 
     def __init__(
@@ -484,11 +485,11 @@ class GetLayerResponse(_message.Message):
     STATE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def layer(self) -> _layer_pb2.Layer:
-        """The layer."""
+        """The layer, or those of its fields that the mask names; absent if it names none."""
 
     @_builtins.property
     def state(self) -> _layer_pb2.LayerState:
-        """Those parts of its state that the mask names, all of one moment. Absent without a mask."""
+        """Those parts of its state that the mask names, of the same moment; absent if it names none."""
 
     def __init__(
         self,

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+from google.protobuf.field_mask_pb2 import FieldMask
+
 from sharednorm.codec import convert, wire
 from sharednorm.core.validation import check_namespace
+from sharednorm.errors import InvalidConfiguration
 from sharednorm.v1 import layer_pb2, service_pb2
 from sharednorm_server.auth.tokens import require_namespace
 from sharednorm_server.layers.requests import BackwardAnswer, CallKey, ForwardAnswer, ForwardCall, LayerKey, LayerRecord
@@ -18,6 +23,13 @@ Keyed = (
     | service_pb2.UpdateParamsRequest
     | service_pb2.RollbackRequest
 )
+
+
+# What a read mask can name: the two parts of an answer, or fields of theirs.
+_PARTS = {
+    "layer": frozenset(layer_pb2.Layer.DESCRIPTOR.fields_by_name),
+    "state": frozenset(layer_pb2.LayerState.DESCRIPTOR.fields_by_name),
+}
 
 
 def key_of(ref: layer_pb2.LayerRef) -> LayerKey:
@@ -49,6 +61,40 @@ def stats_of(record: LayerRecord, request: service_pb2.GetStatsRequest) -> servi
         return service_pb2.GetStatsResponse(tag=record.tag, unchanged=True)
     state = convert.state_to_proto(record.state, request.include_gradients)
     return service_pb2.GetStatsResponse(layer=layer_of(record), state=state, tag=record.tag)
+
+
+def layer_response(record: LayerRecord, mask: FieldMask) -> service_pb2.GetLayerResponse:
+    """Return those parts of a layer that a mask names; without paths, all but its state.
+
+    Raises:
+        InvalidConfiguration: There is no such part.
+    """
+    asked = _parts(mask.paths or ("layer",))
+    response = service_pb2.GetLayerResponse()
+    if "layer" in asked:
+        layer = layer_of(record)
+        for name in _PARTS["layer"] - asked["layer"]:
+            layer.ClearField(name)  # type: ignore[arg-type]  # the stubs know each name, and this is any of them
+        response.layer.CopyFrom(layer)
+    if "state" in asked:
+        response.state.CopyFrom(convert.state_part_to_proto(record.state, asked["state"]))
+    return response
+
+
+def _parts(paths: Iterable[str]) -> dict[str, set[str]]:
+    asked: dict[str, set[str]] = {}
+    for path in paths:
+        part, _, name = path.partition(".")
+        fields = _PARTS.get(part, frozenset())
+        if path != part:
+            fields &= {name}
+        if not fields:
+            raise InvalidConfiguration(
+                f"read_mask has the path {ascii(path)[:80]} (expected: layer, state, or a field of one of them, for "
+                "example layer.version or state.mean)"
+            )
+        asked.setdefault(part, set()).update(fields)
+    return asked
 
 
 def layer_of(record: LayerRecord) -> layer_pb2.Layer:

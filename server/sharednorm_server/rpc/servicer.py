@@ -33,6 +33,7 @@ from sharednorm_server.rpc.converters import (
     forward_response,
     key_of,
     layer_of,
+    layer_response,
     namespace_of,
     stats_of,
 )
@@ -191,7 +192,7 @@ class Servicer:
         return service_pb2.CreateLayerResponse(layer=layer_of(record), created=created)
 
     def _get_layer(self, request: service_pb2.GetLayerRequest) -> service_pb2.GetLayerResponse:
-        return service_pb2.GetLayerResponse(layer=layer_of(self._service.get_layer(key_of(request.ref))))
+        return layer_response(self._service.get_layer(key_of(request.ref)), request.read_mask)
 
     def _list_layers(self, request: service_pb2.ListLayersRequest) -> service_pb2.ListLayersResponse:
         records, token = self._service.list_layers(

@@ -37,7 +37,6 @@ FIELDS: Mapping[str, str] = {
     "LayerRef.seen_config_revision": "leave it out",
     **dict.fromkeys(("LayerConfig.prior_count", "LayerConfig.decay", "LayerConfig.count_limit"), _POOLED),
     **dict.fromkeys(("LayerState.count", "LayerState.m2"), _POOLED),
-    "GetLayerRequest.read_mask": "leave it out, and read the state with GetStats",
     "ListLayersRequest.filter": _SELECT,
     "ListLayersRequest.order": _SELECT,
     "ListLayersRequest.changed_since": _SELECT,

@@ -59,6 +59,9 @@ class Proxy:
         faults: What befalls the connections.
         own: Its own port; 0: any.
         others: More ports: connections go to all of them in turn, and to the next where nobody listens.
+
+    Attributes:
+        carried: Bytes that it has taken from both sides.
     """
 
     def __init__(self, port: int, faults: Faults, own: int = 0, others: Sequence[int] = ()) -> None:
@@ -68,6 +71,7 @@ class Proxy:
         self.port: int = self._listener.getsockname()[1]
         self._sockets: set[socket.socket] = set()
         self._lock = threading.Lock()
+        self.carried = 0
         self._closed = False
         self._thread = threading.Thread(target=self._accept, daemon=True)
         self._thread.start()
@@ -120,6 +124,8 @@ class Proxy:
         try:
             while True:
                 data = source.recv(_STEP)
+                with self._lock:
+                    self.carried += len(data)
                 if fault and len(data) >= left:
                     sink.sendall(data[:left])
                     self._break(source, sink, fault)

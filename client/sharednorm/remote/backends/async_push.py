@@ -8,7 +8,7 @@ from sharednorm.codec import convert
 from sharednorm.coordination.idempotency import Keys
 from sharednorm.coordination.push_queue import Line
 from sharednorm.core.layer_config import LayerConfig
-from sharednorm.core.state import LayerState, StateUpdate, refuse_nonfinite
+from sharednorm.core.state import FieldName, LayerState, StateFields, StateUpdate, refuse_nonfinite
 from sharednorm.core.types import Array, NonFinitePolicy, Vector
 from sharednorm.layers.backend import ForwardResult, Gradients, Parameters, SavedForward
 from sharednorm.layers.statistics import StatisticsDelta
@@ -62,6 +62,11 @@ class AsyncComputeBackend(ClientComputeBackend):
         """Return the layer's state of one moment behind this handle's steps, gradients included."""
         self.flush()
         return super().read()
+
+    def read_fields(self, *names: FieldName) -> StateFields:
+        """Return these fields of the layer's state, all of one moment behind this handle's steps."""
+        self.flush()
+        return super().read_fields(*names)
 
     def forward(
         self,

@@ -7,13 +7,14 @@ from contextlib import contextmanager
 from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
+from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.message import Message
 
 from sharednorm.codec import convert, wire
 from sharednorm.codec.half_precision import narrowed, widened
 from sharednorm.coordination.idempotency import Keyed, Keys
 from sharednorm.core.layer_config import LayerConfig
-from sharednorm.core.state import LayerState, StateUpdate
+from sharednorm.core.state import FieldName, LayerState, StateFields, StateUpdate
 from sharednorm.core.types import Array, NonFinitePolicy
 from sharednorm.errors import InplaceInTraining, InputEvicted, LayerNotFound, MalformedMessage
 from sharednorm.layers.backend import ForwardResult, Gradients, SavedForward
@@ -133,13 +134,14 @@ class RemoteBackend:
         self.told(answer.layer.version)
         return convert.state_from_proto(answer.layer, answer.state)
 
+    def read_fields(self, *names: FieldName) -> StateFields:
+        """Return these fields of the state, all of one moment, which is all that the server sends."""
+        answer = self._get_layer(convert.fields_to_paths(names))
+        return convert.fields_from_proto(answer, names, self._config.maps)
+
     def default_train(self) -> bool:
         """Return whether calls that do not choose a mode train the layer."""
-        with self._explained():
-            answer = self._idempotent(
-                "GetLayer", service_pb2.GetLayerRequest(ref=self._ref), service_pb2.GetLayerResponse
-            )
-        return convert.is_train(answer.layer.default_mode)
+        return convert.is_train(self._get_layer(["layer.default_mode"]).layer.default_mode)
 
     def forward(self, x: Array, *, train: bool | None, release: str, out: Array | None) -> ForwardResult:
         """Normalize a batch on the server.
@@ -254,6 +256,14 @@ class RemoteBackend:
             convert.vector_from_proto(answer.scale_grad, maps) if affine else None,
             convert.vector_from_proto(answer.bias_grad, maps) if affine else None,
         )
+
+    def _get_layer(self, paths: Sequence[str]) -> service_pb2.GetLayerResponse:
+        # With the version, which every answer tells the handle.
+        request = service_pb2.GetLayerRequest(ref=self._ref, read_mask=FieldMask(paths=["layer.version", *paths]))
+        with self._explained():
+            answer = self._idempotent("GetLayer", request, service_pb2.GetLayerResponse)
+        self.told(answer.layer.version)
+        return answer
 
     def _idempotent(self, method: str, request: Message, answer: type[A]) -> A:
         """Make a call that changes nothing when it is made twice."""
