@@ -85,7 +85,7 @@ class ErrorDetail(_message.Message):
     MESSAGE_FIELD_NUMBER: _builtins.int
     METADATA_FIELD_NUMBER: _builtins.int
     reason: _builtins.str
-    """UPPER_SNAKE name of the broken rule, for example SHAPE_MISMATCH."""
+    """UPPER_SNAKE name of the broken rule, for example INVALID_SHAPE."""
     message: _builtins.str
     """For people: what was wrong, what was expected, what to do. At most 4 KiB."""
     @_builtins.property
@@ -2323,7 +2323,7 @@ class SetStateRequest(_message.Message):
     @_builtins.property
     def state(self) -> _layer_pb2.LayerState:
         """The new values. What is absent stays. A vector of another length than the layer's maps:
-        INVALID_ARGUMENT, SHAPE_MISMATCH.
+        INVALID_ARGUMENT, INVALID_SHAPE.
         """
 
     @_builtins.property

@@ -111,7 +111,7 @@ class TensorSpec(_message.Message):
     @_builtins.property
     def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Sizes of the axes: (N, C), (N, C, L), (N, C, H, W) or (N, C, D, H, W), as the layer's kind asks.
-        Each is at least 1. Other values are refused with INVALID_ARGUMENT, INVALID_SHAPE or SHAPE_MISMATCH.
+        Each is at least 1. Other values are refused with INVALID_ARGUMENT, INVALID_SHAPE.
         """
 
     def __init__(
@@ -235,7 +235,7 @@ class SampleWeights(_message.Message):
     @_builtins.property
     def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """(N), a value for each sample; or the tensor's shape with 1 in place of C, a value for each position. Otherwise
-        INVALID_ARGUMENT, SHAPE_MISMATCH.
+        INVALID_ARGUMENT, INVALID_SHAPE.
         """
 
     def __init__(
