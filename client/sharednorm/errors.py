@@ -88,12 +88,15 @@ class SharedNormError(Exception):
     """Base of all of them.
 
     Args:
-        message: What was wrong, what was expected, what to do. Cut to 4 KiB of UTF-8.
-        metadata: Values that a program may want; they survive the wire.
+        message: What was wrong, what was expected, what to do. Cut to 4 KiB of UTF-8. Any object that `str` takes:
+            some libraries raise the error of a worker again as `type(error)(error)`.
+        metadata: Values that a program may want; they survive the wire. None: those of `message`, if it has some.
     """
 
     reason: ClassVar[str]
     code: ClassVar[int]
+    message: str
+    metadata: dict[str, str]
 
     def __init_subclass__(cls, *, reason: str, code: int) -> None:
         """Register the class under its reason, which no other class may have."""
@@ -103,8 +106,10 @@ class SharedNormError(Exception):
         cls.reason, cls.code = reason, code
         _registry[reason] = cls
 
-    def __init__(self, message: str, metadata: dict[str, str] | None = None) -> None:
-        encoded = message.encode("utf-8", "backslashreplace")[:MAX_MESSAGE_BYTES]
+    def __init__(self, message: object = "", metadata: dict[str, str] | None = None) -> None:
+        if metadata is None and isinstance(message, SharedNormError):
+            metadata = message.metadata
+        encoded = str(message).encode("utf-8", "backslashreplace")[:MAX_MESSAGE_BYTES]
         self.message = encoded.decode("utf-8", "ignore")
         self.metadata = dict(metadata or {})
         super().__init__(self.message)

@@ -71,6 +71,28 @@ def test_errors_cross_a_process_boundary_whole(cls: type[SharedNormError]) -> No
     assert str(error) == ANYTHING_IN_TEXT
 
 
+@every_error
+@pytest.mark.parametrize(
+    "value", [ANYTHING_IN_TEXT, ValueError("of a library"), ValueError(), OSError(2, "gone"), 7, None, b"bytes", ["a"]]
+)
+def test_an_error_is_made_of_whatever_a_text_is_made_of(cls: type[SharedNormError], value: object) -> None:
+    error = cls(value)
+    assert (error.message, str(error), error.args, error.metadata) == (str(value), str(value), (str(value),), {})
+    assert str(pickle.loads(pickle.dumps(error))) == str(value)
+
+
+@every_error
+def test_an_error_is_raised_again_as_libraries_do(cls: type[SharedNormError]) -> None:
+    """As Gymnasium's AsyncVectorEnv does with what a worker has raised: by its class, of the error itself."""
+    value = cls("Data has 4 maps (expected: 3)", {"maps": "4"})
+    with pytest.raises(cls) as caught:
+        raise type(value)(value)
+    assert (caught.value.message, caught.value.metadata) == (value.message, value.metadata)
+    assert caught.value.metadata is not value.metadata
+    assert cls(value, {}).metadata == {}
+    assert str(cls()) == ""
+
+
 @pytest.mark.parametrize("text", ["x" * 5000, "é" * 5000, "層" * 5000, "\ud800" * 5000])
 def test_messages_are_cut_to_4_kib_of_whole_characters(text: str) -> None:
     message = InternalError(text).message
