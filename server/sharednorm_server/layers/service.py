@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
@@ -53,6 +53,21 @@ from sharednorm_server.store.snapshots import SnapshotPolicy
 _PATIENCE = 3
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class CheckedForward:
+    """A forward that can be done, with its layer, which has been looked up.
+
+    Attributes:
+        call: What to do.
+        layer: The layer.
+        train: Whether the call trains it.
+    """
+
+    call: ForwardCall
+    layer: Layer
+    train: bool
 
 
 class LayerService(MomentsService):
@@ -139,14 +154,35 @@ class LayerService(MomentsService):
 
     # --- Forward ------------------------------------------------------------------------------------
 
-    def check_forward(self, call: ForwardCall, shape: tuple[int, ...]) -> None:
-        """Raise what `forward` would raise for any input of that shape."""
-        self._forward_layer(call, shape)
+    def check_forward(self, call: ForwardCall, shape: tuple[int, ...]) -> CheckedForward:
+        """Look up the layer of a forward, and raise what `forward` would raise for any input of that shape."""
+        layer = self._layers.find(call.key)
+        record = layer.latest
+        train = _trains(call, record)
+        if not train and call.train is None and call.call is not None:
+            # The layer's default may have been another one when the step was taken.
+            key, content = call.call, step_in(call.key.domain)
+            train = layer.attempt(lambda _: layer.find_change(key, content)) is not None
+        record.config.check_shape(shape, train=train)
+        require_initialized(record.state, str(call.key))
+        return CheckedForward(call, layer, train)
 
-    def receive_forward(self, call: ForwardCall, shape: tuple[int, ...], dtype_name: str) -> Incoming:
-        """Make room for the input of a forward that arrives in parts; raises what `check_forward` raises."""
-        layer, train = self._forward_layer(call, shape)
-        return self._compute(layer, lambda device: device.receive(shape, dtype_name, train=train))
+    def receive_forward(self, checked: CheckedForward, shape: tuple[int, ...], dtype_name: str) -> Incoming:
+        """Make room for the input of a forward, of the shape that was checked, which arrives in parts."""
+        train = checked.train
+        return self._compute(checked.layer, lambda device: device.receive(shape, dtype_name, train=train))
+
+    def arrived(self, checked: CheckedForward) -> CheckedForward:
+        """Look an evaluation's layer up again, whose input may have been long on its way; a step needs no such care.
+
+        The store is asked only where this server's copy of the layer is older than it may be.
+
+        Raises:
+            LayerNotFound: The layer has been deleted meanwhile.
+        """
+        if checked.train:
+            return checked
+        return replace(checked, layer=self._layers.find(replace(checked.call.key, strong=False)))
 
     def forward(
         self, call: ForwardCall, x: Array | DeviceTensor, wanted: Wanted = always, out: Array | None = None
@@ -155,7 +191,7 @@ class LayerService(MomentsService):
 
         Args:
             call: What to do.
-            x: The input, which nobody writes to any more; or what `receive_forward` gave, filled and finished.
+            x: The input, which nobody writes to any more.
             wanted: Asked before a step is applied.
             out: Where the output has to be, if it is asked for as a whole.
 
@@ -165,9 +201,29 @@ class LayerService(MomentsService):
             NonFiniteInput: The batch is not finite, and the layer refuses that.
             CallCancelled: Nobody waits for the step any more.
         """
-        layer, train = self._forward_layer(call, x.shape)
+        return self.checked_forward(self.check_forward(call, x.shape), x, wanted, out)
+
+    def checked_forward(
+        self, checked: CheckedForward, x: Array | DeviceTensor, wanted: Wanted = always, out: Array | None = None
+    ) -> ForwardAnswer:
+        """Do what `forward` does, of an input of the shape that was checked.
+
+        Args:
+            checked: What `check_forward` gave.
+            x: The input, which nobody writes to any more; or what `receive_forward` gave, filled and finished.
+            wanted: Asked before a step is applied.
+            out: Where the output has to be, if it is asked for as a whole.
+
+        Raises:
+            UnsupportedDType: The layer takes no such input.
+            NonFiniteInput: The batch is not finite, and the layer refuses that.
+            CallCancelled: Nobody waits for the step any more.
+        """
+        layer, call = checked.layer, checked.call
         tensor = self._load(layer, x)
-        return self._step(layer, call, tensor, wanted, out) if train else self._evaluate(layer, call, tensor, out)
+        if checked.train:
+            return self._step(layer, call, tensor, wanted, out)
+        return self._evaluate(layer, call, tensor, out)
 
     def _compute(self, layer: Layer, compute: Callable[[Device], T]) -> T:
         """Compute on a layer's device; if that has no room, once more without the inputs that are kept there."""
@@ -178,18 +234,6 @@ class LayerService(MomentsService):
             pass  # out of this block the error is gone, and with it what its frames hold of the device
         self._saved.release_if(lambda entry: self._placement.of(entry.layer.key) is device)
         return compute(device)
-
-    def _forward_layer(self, call: ForwardCall, shape: tuple[int, ...]) -> tuple[Layer, bool]:
-        layer = self._layers.find(call.key)
-        record = layer.latest
-        train = _trains(call, record)
-        if not train and call.train is None and call.call is not None:
-            # The layer's default may have been another one when the step was taken.
-            key, content = call.call, step_in(call.key.domain)
-            train = layer.attempt(lambda _: layer.find_change(key, content)) is not None
-        record.config.check_shape(shape, train=train)
-        require_initialized(record.state, str(call.key))
-        return layer, train
 
     def _evaluate(self, layer: Layer, call: ForwardCall, x: DeviceTensor, out: Array | None) -> ForwardAnswer:
         record = layer.committed()

@@ -275,18 +275,19 @@ class Servicer:
         call = forward_call(request, tensors.keeper)
         if call.train is not False:
             require(Right.TRAIN)
-        self._service.check_forward(call, layout.shape)
+        checked = self._service.check_forward(call, layout.shape)
         if isinstance(tensors, Arriving):
             tensors.hold(self._service.admitted(layout.nbytes))
             tensors.take_turn(self._movers, wanted)
-            incoming = self._service.receive_forward(call, layout.shape, layout.dtype_name)
+            incoming = self._service.receive_forward(checked, layout.shape, layout.dtype_name)
             tensors.begin(layout.nbytes)
             tensors.fill(incoming)
-            answer = self._service.forward(call, incoming.finish(), wanted)
+            checked = self._service.arrived(checked)
+            answer = self._service.checked_forward(checked, incoming.finish(), wanted)
             return Answer(forward_response(answer), tensors.leaving(answer.output))
         out = tensors.out(layout, over_input=call.train is False)
         (x,) = tensors.arrays([layout])
-        answer = self._service.forward(call, x, wanted, out)
+        answer = self._service.checked_forward(checked, x, wanted, out)
         return Answer(forward_response(answer), answer.output)
 
     def backward(
