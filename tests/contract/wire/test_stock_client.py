@@ -74,7 +74,7 @@ def test_server_information(client: StockClient) -> None:
     info = client.stub.GetServerInfo(service_pb2.GetServerInfoRequest(), timeout=SECONDS)
     assert (info.protocol, info.store) == (3, "memory:")
     assert info.device.startswith("cpu (")
-    assert info.version.count(".") == 2
+    assert len(info.version.split(".")) >= 3
     assert info.max_unary_bytes == 1 << 20
     assert info.max_tensor_bytes == 8 << 30
     assert info.chunk_bytes == 1 << 20
