@@ -1,4 +1,4 @@
-"""How often a forward asks a store that other servers use: once, also with strong consistency and in parts."""
+"""How often a forward, or a backward, asks a store that other servers use: once, also with strong consistency."""
 
 from __future__ import annotations
 
@@ -59,6 +59,19 @@ def test_a_forward_asks_once(address: str, asked: dict[str, int], transport: str
         assert asked["look"] - before["look"] == 1
         # An evaluation whose tensor came in parts finds the layer again in memory.
         assert asked["find"] - before["find"] == (2 if shape is LARGE and not train else 1)
+
+
+@pytest.mark.parametrize("shape", [SMALL, LARGE], ids=["small", "large"])
+@pytest.mark.parametrize("transport", ["grpc", "direct"])
+def test_a_backward_asks_once(address: str, asked: dict[str, int], transport: str, shape: Any) -> None:
+    with sharednorm.connect(address, transport=transport, consistency="strong") as hub:
+        layer = hub.BatchNorm2D(3, name=f"backward/{transport}/{shape[0]}")
+        layer.trainMode()
+        x = random_tensor(1, shape)
+        layer(x)
+        before = dict(asked)
+        layer.backward(x)
+        assert {name: asked[name] - before[name] for name in asked} == {"find": 1, "look": 1}
 
 
 def test_an_evaluation_in_parts_sees_what_was_changed_before_it(address: str) -> None:

@@ -70,6 +70,19 @@ class CheckedForward:
     train: bool
 
 
+@dataclass(frozen=True)
+class CheckedBackward:
+    """A backward that can be done, with its layer, which has been looked up.
+
+    Attributes:
+        call: What to do.
+        layer: The layer.
+    """
+
+    call: BackwardCall
+    layer: Layer
+
+
 class LayerService(MomentsService):
     """Keeps layers and computes with them. Every method may be called from many threads at once.
 
@@ -338,22 +351,27 @@ class LayerService(MomentsService):
 
     # --- Backward -----------------------------------------------------------------------------------
 
-    def check_backward(self, call: BackwardCall, shape: tuple[int, ...], dtype_name: str) -> None:
-        """Raise what `backward` would raise for any gradient of that shape and element type."""
+    def check_backward(self, call: BackwardCall, shape: tuple[int, ...], dtype_name: str) -> CheckedBackward:
+        """Look up the layer of a backward, and raise what `backward` would raise for any such gradient."""
         layer = self._layers.find(call.key)
         self._check_backward(layer, call, shape, dtype_name)
+        return CheckedBackward(call, layer)
 
-    def receive_gradient(self, call: BackwardCall, shape: tuple[int, ...], dtype_name: str) -> Incoming:
-        """Make room for a gradient that arrives in parts; raises what `check_backward` raises."""
-        layer = self._layers.find(call.key)
-        saved = self._check_backward(layer, call, shape, dtype_name)
+    def receive_gradient(self, checked: CheckedBackward, shape: tuple[int, ...], dtype_name: str) -> Incoming:
+        """Make room for a gradient that arrives in parts.
+
+        Raises:
+            InputEvicted: The forward's input is not kept any more.
+        """
+        layer = checked.layer
+        saved = self._check_backward(layer, checked.call, shape, dtype_name)
         if saved is None:
             return self._compute(layer, lambda device: device.receive(shape, dtype_name, train=False))
         return self._compute(layer, lambda device: device.receive_gradient(saved.x, saved.moments))
 
-    def receive_input(self, call: BackwardCall, grad: DeviceTensor) -> Incoming:
+    def receive_input(self, checked: CheckedBackward, grad: DeviceTensor) -> Incoming:
         """Make room for a forward's input that arrives behind its gradient, which is here."""
-        layer, facts = self._layers.find(call.key), call.forward
+        layer, facts = checked.layer, checked.call.forward
         if facts is None:
             raise MalformedMessage("an input is sent again without saved_forward")
         return self._compute(layer, lambda device: device.receive_input(grad, facts.moments))
@@ -372,9 +390,8 @@ class LayerService(MomentsService):
 
         Args:
             call: What to do.
-            grad: Gradient with respect to the output, shape and element type of the input; or what `receive_gradient`
-                gave, filled and finished.
-            x: The input, if `call.forward` is there; or what `receive_input` gave, filled and finished.
+            grad: Gradient with respect to the output, shape and element type of the input.
+            x: The input, if `call.forward` is there.
             wanted: Asked before gradients are added.
             out: Where the gradient of the input has to be, if it is asked for as a whole.
 
@@ -386,7 +403,26 @@ class LayerService(MomentsService):
             MalformedMessage: The forward that came along contradicts itself, or has no input.
             CallCancelled: Nobody waits for the gradients any more.
         """
-        layer = self._layers.find(call.key)
+        return self.checked_backward(CheckedBackward(call, self._layers.find(call.key)), grad, x, wanted, out)
+
+    def checked_backward(
+        self,
+        checked: CheckedBackward,
+        grad: Array | DeviceTensor,
+        x: Array | DeviceTensor | None = None,
+        wanted: Wanted = always,
+        out: Array | None = None,
+    ) -> BackwardAnswer:
+        """Do what `backward` does, and raise what it raises, with the layer that was looked up.
+
+        Args:
+            checked: What `check_backward` gave.
+            grad: The gradient; or what `receive_gradient` gave, filled and finished.
+            x: The input, if it was sent; or what `receive_input` gave, filled and finished.
+            wanted: Asked before gradients are added.
+            out: Where the gradient of the input has to be, if it is asked for as a whole.
+        """
+        layer, call = checked.layer, checked.call
         dtype_name = check_dtype(grad.dtype) if isinstance(grad, np.ndarray) else grad.dtype_name
         saved = self._check_backward(layer, call, grad.shape, dtype_name)
         if saved is None:

@@ -296,23 +296,23 @@ class Servicer:
         """Do a backward: the request without its data, and the tensors that belong to it."""
         plan = self._backward_plan(request, *self._most(tensors))
         call, shape, dtype_name = plan.call, plan.grad.shape, plan.grad.dtype_name
-        self._service.check_backward(call, shape, dtype_name)
+        checked = self._service.check_backward(call, shape, dtype_name)
         if isinstance(tensors, Arriving):
             tensors.hold(self._service.admitted(plan.nbytes))
             tensors.take_turn(self._movers, wanted)
-            incoming = self._service.receive_gradient(call, shape, dtype_name)
+            incoming = self._service.receive_gradient(checked, shape, dtype_name)
             tensors.begin(plan.nbytes)
             tensors.fill(incoming)
             grad, x = incoming.finish(), None
             if plan.x is not None:
-                incoming = self._service.receive_input(call, grad)
+                incoming = self._service.receive_input(checked, grad)
                 tensors.fill(incoming)
                 x = incoming.finish()
-            answer = self._service.backward(call, grad, x, wanted)
+            answer = self._service.checked_backward(checked, grad, x, wanted)
             return Answer(backward_response(answer), tensors.leaving(answer.grad))
         out = tensors.out(plan.grad, over_input=False) if call.input_grad else None
         arrays = tensors.arrays(plan.layouts)
-        answer = self._service.backward(call, arrays[0], arrays[1] if plan.x else None, wanted, out)
+        answer = self._service.checked_backward(checked, arrays[0], arrays[1] if plan.x else None, wanted, out)
         return Answer(backward_response(answer), answer.grad)
 
     def push_moments(
