@@ -40,7 +40,7 @@ from sharednorm_server.rpc.group_methods import GroupCalls
 from sharednorm_server.rpc.interceptors import Doorkeeper
 from sharednorm_server.rpc.servicer import SERVICE_NAME, Limits, Servicer
 from sharednorm_server.rpc.transfer_scheduler import Movers
-from sharednorm_server.store.base import Store
+from sharednorm_server.store.base import AnyStore
 from sharednorm_server.store.memory import MemoryStore
 from sharednorm_server.store.snapshots import SnapshotPolicy
 from sharednorm_server.store.sqlite.store import SqliteStore
@@ -375,7 +375,7 @@ def _devices(config: ServerConfig) -> Sequence[Device]:
     return [CudaDevice(ordinal, config.device_memory_bytes) for ordinal in ordinals]
 
 
-def open_store(state: str, durability: str = "os", max_sessions: int = DEFAULT_MAX_SESSIONS) -> Store:
+def open_store(state: str, durability: str = "os", max_sessions: int = DEFAULT_MAX_SESSIONS) -> AnyStore:
     """Return what a `--state` names.
 
     Raises:

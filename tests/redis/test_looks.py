@@ -21,7 +21,7 @@ SMALL, LARGE = (4, 3, 5, 2), (16, 3, 256, 128)  # at once; in parts
 
 @pytest.fixture(scope="module")
 def address(redis_process: RedisProcess) -> Iterator[str]:
-    with in_process(ServerConfig(state=redis_process.url(), max_age=60.0)) as server:
+    with in_process(ServerConfig(state=redis_process.url(), max_staleness=60.0)) as server:
         yield server.address
 
 

@@ -19,7 +19,7 @@ from sharednorm_server.device.cpu import CpuDevice
 from sharednorm_server.layers.placement import Placement
 from sharednorm_server.layers.requests import CallKey, LayerKey, Together
 from sharednorm_server.layers.service import LayerService
-from sharednorm_server.store.base import LastingStore
+from sharednorm_server.store.base import AnyStore
 from sharednorm_server.store.redis.store import RedisStore
 from sharednorm_server.store.snapshots import SnapshotPolicy
 from sharednorm_server.store.sqlite.store import SqliteStore
@@ -33,12 +33,12 @@ def moments(seed: int) -> Moments:
     return arithmetic("numpy").moments(random_tensor(seed, SHAPE))
 
 
-def service_of(store: LastingStore) -> LayerService:
+def service_of(store: AnyStore) -> LayerService:
     policy = SnapshotPolicy(every=1e-9)  # one at each change
     return LayerService(store, Placement(CpuDevice(arithmetic("numpy"))), 1 << 20, policy=policy, max_sessions=3)
 
 
-def opened(where: str, directory: Path, redis: RedisProcess, prefix: str) -> LastingStore:
+def opened(where: str, directory: Path, redis: RedisProcess, prefix: str) -> SqliteStore | RedisStore:
     if where == "sqlite":
         return SqliteStore(directory / "state")
     return RedisStore(redis.url(prefix), max_sessions=3)

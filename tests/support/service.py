@@ -17,7 +17,7 @@ from sharednorm_server.device.cpu import CpuDevice
 from sharednorm_server.layers.placement import Placement
 from sharednorm_server.layers.requests import LayerKey, LayerRecord
 from sharednorm_server.layers.service import LayerService
-from sharednorm_server.store.base import CommitHandle, Store
+from sharednorm_server.store.base import AnyStore, CommitHandle
 from sharednorm_server.store.memory import MemoryStore
 from sharednorm_server.store.records import Note
 
@@ -71,7 +71,7 @@ class SlowStore(MemoryStore):
 
 
 def new_service(
-    device: CpuDevice | None = None, activation_cache_bytes: int = 1 << 20, store: Store | None = None
+    device: CpuDevice | None = None, activation_cache_bytes: int = 1 << 20, store: AnyStore | None = None
 ) -> LayerService:
     """Return a service without layers."""
     return LayerService(

@@ -24,7 +24,7 @@ from sharednorm_server.layers.layer import Layer
 from sharednorm_server.layers.pagination import name_of_token, page_size, token_of_name
 from sharednorm_server.layers.registry import LayerRegistry
 from sharednorm_server.layers.validation import require_same_config
-from sharednorm_server.store.base import LayerKey, LayerRecord, Store
+from sharednorm_server.store.base import AnyStore, LayerKey, LayerRecord
 from sharednorm_server.store.records import CallKey
 from sharednorm_server.store.snapshots import SnapshotInfo, SnapshotPolicy
 
@@ -43,7 +43,7 @@ class LayerCatalog:
     """
 
     def __init__(
-        self, store: Store, max_sessions: int, policy: SnapshotPolicy | None, max_layers: int, max_staleness: float
+        self, store: AnyStore, max_sessions: int, policy: SnapshotPolicy | None, max_layers: int, max_staleness: float
     ) -> None:
         self._store = store
         self._layers = LayerRegistry(store, max_sessions, policy, max_layers, max_staleness)
@@ -93,8 +93,8 @@ class LayerCatalog:
         return self._layers.find(key).committed()
 
     def layer_config(self, key: LayerKey) -> LayerConfig:
-        """Return a layer's configuration, without a wait for the store: it is the same as long as the layer exists."""
-        return self._layers.find(key).latest.config
+        """Return a layer's configuration, which never changes: from memory, if the layer is there."""
+        return self._layers.find(replace(key, strong=False)).latest.config
 
     def list_layers(self, namespace: str, size: int, page_token: str) -> tuple[list[LayerRecord], str]:
         """Return a page of a namespace's layers, in the order of their names, and the token of the next page.

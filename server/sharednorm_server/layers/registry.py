@@ -6,14 +6,13 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import cast
 
 from sharednorm.errors import DataLoss, LayerNotFound, LimitExceeded
 from sharednorm_server.layers.idempotency import DEFAULT_MAX_SESSIONS, Ledger
 from sharednorm_server.layers.layer import Layer, LayerInDomain, lost, not_found
 from sharednorm_server.layers.shared_layer import SharedLayer
 from sharednorm_server.layers.stored_layer import ExclusiveLayer, StoredLayer
-from sharednorm_server.store.base import ExclusiveStore, LayerKey, LayerRecord, SharedStore, Store
+from sharednorm_server.store.base import AnyStore, LayerKey, LayerRecord, SharedStore
 from sharednorm_server.store.records import NUMBER_BYTES
 from sharednorm_server.store.snapshots import SnapshotPolicy
 
@@ -45,7 +44,7 @@ class LayerRegistry:
 
     def __init__(
         self,
-        store: Store,
+        store: AnyStore,
         max_sessions: int = DEFAULT_MAX_SESSIONS,
         policy: SnapshotPolicy | None = None,
         max_layers: int = DEFAULT_MAX_LAYERS,
@@ -267,11 +266,13 @@ class LayerRegistry:
 
     def _alive(self, record: LayerRecord, *, new: bool) -> StoredLayer:
         opened = self._store.session_opened
-        if self._shared is not None:
+        store = self._store
+        if isinstance(store, SharedStore):
             ledger = Ledger(self._max_sessions, opened)
-            return SharedLayer(record, self._shared, ledger, self._policy, self._count_steps, self._max_staleness)
-        own = cast("ExclusiveStore", self._store)
+            return SharedLayer(record, store, ledger, self._policy, self._count_steps, self._max_staleness)
         if new:  # no session has changed it, and it has no snapshot
-            return ExclusiveLayer(record, own, Ledger(self._max_sessions, opened), self._policy, (), self._count_steps)
-        ledger = Ledger(self._max_sessions, opened, own.remembered(record.key))
-        return ExclusiveLayer(record, own, ledger, self._policy, own.snapshots(record.key), self._count_steps)
+            return ExclusiveLayer(
+                record, store, Ledger(self._max_sessions, opened), self._policy, (), self._count_steps
+            )
+        ledger = Ledger(self._max_sessions, opened, store.remembered(record.key))
+        return ExclusiveLayer(record, store, ledger, self._policy, store.snapshots(record.key), self._count_steps)

@@ -44,7 +44,7 @@ from sharednorm_server.layers.requests import (
 )
 from sharednorm_server.layers.training_service import MomentsService, require_wanted
 from sharednorm_server.layers.validation import check_facts, require_same_tensor, same_parameters, same_statistics
-from sharednorm_server.store.base import LayerKey, LayerRecord, Store
+from sharednorm_server.store.base import AnyStore, LayerKey, LayerRecord
 from sharednorm_server.store.records import LastChange
 from sharednorm_server.store.snapshots import SnapshotPolicy
 
@@ -101,7 +101,7 @@ class LayerService(MomentsService):
 
     def __init__(
         self,
-        store: Store,
+        store: AnyStore,
         placement: Placement,
         activation_cache_bytes: int,
         max_inflight_bytes: int = 8 << 30,

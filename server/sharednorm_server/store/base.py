@@ -15,7 +15,7 @@ import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeAlias, runtime_checkable
 
 from sharednorm.core.domains import Domains, swapped
 from sharednorm.core.layer_config import LayerConfig
@@ -336,3 +336,7 @@ class SharedStore(Store, Protocol):
         None: any of them may have changed.
         """
         ...
+
+
+AnyStore: TypeAlias = ExclusiveStore | SharedStore
+"""A store of either kind."""

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -32,11 +32,14 @@ from sharednorm_server.device.cpu import CpuDevice
 from sharednorm_server.layers.placement import Placement
 from sharednorm_server.layers.requests import BackwardCall, Together
 from sharednorm_server.layers.service import LayerService
-from sharednorm_server.store.base import LastingStore, LayerKey, LayerRecord
+from sharednorm_server.store.base import LayerKey, LayerRecord
 from sharednorm_server.store.codec import config_to_text
 from sharednorm_server.store.records import CallKey, LastChange
 from sharednorm_server.store.snapshots import SnapshotPolicy
 from sharednorm_server.store.sqlite.store import FILE_NAME, SqliteStore
+
+if TYPE_CHECKING:
+    from sharednorm_server.store.redis.store import RedisStore
 
 LAYOUTS = Path(__file__).parents[1] / "layouts"
 KEY = LayerKey("default", "bn")
@@ -59,7 +62,7 @@ def session_of(number: int) -> bytes:
     return number.to_bytes(8, "big") + b"lane 001"
 
 
-def described(store: LastingStore) -> dict[str, Any]:
+def described(store: SqliteStore | RedisStore) -> dict[str, Any]:
     """Return all that a store keeps, bit for bit, as JSON has it."""
     layers = []
     for namespace in store.namespaces():
@@ -154,7 +157,7 @@ def _unquoted(word: str) -> bytes:
     return word.encode("ascii").decode("unicode_escape").encode("latin-1")
 
 
-def check_that_training_goes_on(store: LastingStore, numbers: int) -> None:
+def check_that_training_goes_on(store: SqliteStore | RedisStore, numbers: int) -> None:
     """See that clients of a state that was filled by `fill` notice nothing; closes it.
 
     Args:
@@ -183,7 +186,7 @@ def check_that_training_goes_on(store: LastingStore, numbers: int) -> None:
     service.close()
 
 
-def _service(store: LastingStore, policy: SnapshotPolicy) -> LayerService:
+def _service(store: SqliteStore | RedisStore, policy: SnapshotPolicy) -> LayerService:
     device = CpuDevice(arithmetic("numpy"))
     return LayerService(store, Placement(device), 1 << 20, policy=policy, max_sessions=MAX_SESSIONS)
 
@@ -191,7 +194,7 @@ def _service(store: LastingStore, policy: SnapshotPolicy) -> LayerService:
 # --- How they were made ---------------------------------------------------------------------------------
 
 
-def fill(store: LastingStore, numbers: int) -> None:
+def fill(store: SqliteStore | RedisStore, numbers: int) -> None:
     """Do to a store what clients do: steps of sessions, domains, deltas, gradients, snapshots, deletions.
 
     Args:

@@ -18,7 +18,7 @@ from sharednorm_server.device.cpu import CpuDevice
 from sharednorm_server.layers.placement import Placement
 from sharednorm_server.layers.requests import CallKey
 from sharednorm_server.layers.service import LayerService
-from sharednorm_server.store.base import LayerKey, Store
+from sharednorm_server.store.base import AnyStore, LayerKey
 from sharednorm_server.store.memory import MemoryStore
 from sharednorm_server.store.snapshots import SnapshotInfo, SnapshotPolicy
 from sharednorm_server.store.sqlite.store import FILE_NAME, SqliteStore
@@ -50,13 +50,13 @@ def clock() -> Clock:
 
 
 @pytest.fixture(params=["memory", "sqlite"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
-    made: Store = MemoryStore() if request.param == "memory" else SqliteStore(tmp_path / "state")
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[AnyStore]:
+    made: AnyStore = MemoryStore() if request.param == "memory" else SqliteStore(tmp_path / "state")
     yield made
     made.close()
 
 
-def service_of(store: Store, clock: Clock, every: float = 10.0, most: int = 3, age: float = 1e6) -> LayerService:
+def service_of(store: AnyStore, clock: Clock, every: float = 10.0, most: int = 3, age: float = 1e6) -> LayerService:
     return LayerService(store, Placement(CpuDevice()), 0, policy=SnapshotPolicy(every, most, age, clock))
 
 
@@ -68,7 +68,7 @@ def versions(service: LayerService) -> list[int]:
     return [info.version for info in service.list_snapshots(KEY)]
 
 
-def test_one_is_taken_at_most_every_so_many_seconds(store: Store, clock: Clock) -> None:
+def test_one_is_taken_at_most_every_so_many_seconds(store: AnyStore, clock: Clock) -> None:
     service = service_of(store, clock)
     create(service)
     assert versions(service) == []
@@ -80,7 +80,7 @@ def test_one_is_taken_at_most_every_so_many_seconds(store: Store, clock: Clock) 
     ]  # fmt: skip
 
 
-def test_the_newest_are_kept_and_none_that_is_too_old_but_the_last(store: Store, clock: Clock) -> None:
+def test_the_newest_are_kept_and_none_that_is_too_old_but_the_last(store: AnyStore, clock: Clock) -> None:
     service = service_of(store, clock, most=3, age=100.0)
     create(service)
     for seed in range(6):
@@ -96,14 +96,14 @@ def test_the_newest_are_kept_and_none_that_is_too_old_but_the_last(store: Store,
     assert versions(service) == [8]
 
 
-def test_without_a_time_between_them_none_are_taken(store: Store, clock: Clock) -> None:
+def test_without_a_time_between_them_none_are_taken(store: AnyStore, clock: Clock) -> None:
     service = service_of(store, clock, every=0)
     create(service)
     train(service, 1)
     assert versions(service) == []
 
 
-def test_to_go_back_is_to_have_parameters_and_statistics_of_then(store: Store, clock: Clock) -> None:
+def test_to_go_back_is_to_have_parameters_and_statistics_of_then(store: AnyStore, clock: Clock) -> None:
     service = service_of(store, clock)
     create(service, scale=[1, 2, 3], bias=[4, 5, 6], scale_grad=[7, 8, 9])
     service.create_domain(DOMAIN, StateUpdate())
@@ -135,7 +135,7 @@ def test_to_go_back_is_to_have_parameters_and_statistics_of_then(store: Store, c
     np.testing.assert_array_equal(service.get_layer(KEY).state.mean, [9, 9, 9])
 
 
-def test_to_go_back_twice_under_one_key_is_to_go_back_once(store: Store, clock: Clock) -> None:
+def test_to_go_back_twice_under_one_key_is_to_go_back_once(store: AnyStore, clock: Clock) -> None:
     service = service_of(store, clock)
     create(service)
     then = train(service, 1)
@@ -149,7 +149,7 @@ def test_to_go_back_twice_under_one_key_is_to_go_back_once(store: Store, clock: 
     assert not np.array_equal(state.mean, then.mean)
 
 
-def test_a_version_without_a_snapshot(store: Store, clock: Clock) -> None:
+def test_a_version_without_a_snapshot(store: AnyStore, clock: Clock) -> None:
     service = service_of(store, clock)
     create(service)
     train(service, 1)
@@ -162,7 +162,7 @@ def test_a_version_without_a_snapshot(store: Store, clock: Clock) -> None:
             use(replace(KEY, name="other"))
 
 
-def test_a_layer_that_is_made_anew_has_none(store: Store, clock: Clock) -> None:
+def test_a_layer_that_is_made_anew_has_none(store: AnyStore, clock: Clock) -> None:
     service = service_of(store, clock)
     create(service)
     train(service, 1)
