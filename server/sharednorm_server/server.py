@@ -37,9 +37,9 @@ from sharednorm_server.observability.tracing import open_traces, wanted
 from sharednorm_server.rpc.call_pool import CallPool
 from sharednorm_server.rpc.endpoints import MAX_SOCKET_PATH_BYTES, UnixEndpoint, parse_endpoint
 from sharednorm_server.rpc.group_methods import GroupCalls
-from sharednorm_server.rpc.interceptors import Doorkeeper
+from sharednorm_server.rpc.interceptors import AdmissionInterceptor
 from sharednorm_server.rpc.servicer import SERVICE_NAME, Limits, Servicer
-from sharednorm_server.rpc.transfer_scheduler import Movers
+from sharednorm_server.rpc.transfer_scheduler import TransferScheduler
 from sharednorm_server.store.base import AnyStore
 from sharednorm_server.store.memory import MemoryStore
 from sharednorm_server.store.snapshots import SnapshotPolicy
@@ -213,10 +213,12 @@ def serve(config: ServerConfig, service: LayerService) -> RunningServer:
     watcher = watch.all
     grpc_server = grpc.server(
         ThreadPoolExecutor(_SIDE_WORKERS, thread_name_prefix="side"),
-        interceptors=[Doorkeeper(SERVICE_NAME, tokens, pool, config.max_concurrent_rpcs, watcher)],
+        interceptors=[AdmissionInterceptor(SERVICE_NAME, tokens, pool, config.max_concurrent_rpcs, watcher)],
         options=_options(config),
     )
-    movers = Movers(max(1, processors() // 2))  # of each, the other half of the work is with whoever sends and receives
+    movers = TransferScheduler(
+        max(1, processors() // 2)
+    )  # of each, the other half of the work is with whoever sends and receives
     servicer = Servicer(service, GroupCalls(service, groups), Limits(config.max_tensor_bytes), movers)
     grpc_server.add_generic_rpc_handlers([servicer.handlers(pool, waiting, watcher, tokens)])
     status = health.HealthServicer()

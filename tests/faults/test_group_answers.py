@@ -10,7 +10,7 @@ import pytest
 
 import sharednorm
 from sharednorm.v1 import service_pb2
-from sharednorm_server.direct.connection import Lane
+from sharednorm_server.direct.connection import DirectConnection
 from sharednorm_server.server import RunningServer
 from tests.support import oracle
 from tests.support.lane import RawLane, lane_to
@@ -24,9 +24,9 @@ NAME = "bn"
 
 
 def test_an_answer_that_is_larger_than_a_socket_takes_arrives_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    send_now = Lane._send_now
+    send_now = DirectConnection._send_now
     # As if the socket had no more room than that.
-    monkeypatch.setattr(Lane, "_send_now", lambda lane, frame: send_now(lane, frame[:5000]) + frame[5000:])
+    monkeypatch.setattr(DirectConnection, "_send_now", lambda lane, frame: send_now(lane, frame[:5000]) + frame[5000:])
     with server.in_process() as running, Members(running.address, 2, "direct", "large") as members:
         layers = members.layers("BatchNorm", MANY, name=NAME, sscale=0.0)
         parts = [oracle.random_tensor(rank, (2, MANY)) for rank in range(2)]

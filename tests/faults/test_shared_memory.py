@@ -154,7 +154,7 @@ def test_a_client_that_writes_while_the_server_reads_harms_itself_alone(server: 
 # --- A client of its own kind ---------------------------------------------------------------------------
 
 
-class Session:
+class SharedMemorySession:
     """A client that speaks what docs/protocol.md says."""
 
     def __init__(self, server: RunningServer) -> None:
@@ -205,7 +205,7 @@ def shared_forward(
 
 
 def test_places_that_no_client_should_name(server: RunningServer) -> None:
-    session, other = Session(server), Session(server)
+    session, other = SharedMemorySession(server), SharedMemorySession(server)
     lane = session.lane()
     with session.memory, other.memory, lane.sock:
         size = session.allocate(NBYTES).data_bytes
@@ -236,7 +236,7 @@ def test_places_that_no_client_should_name(server: RunningServer) -> None:
 def test_a_session_gets_so_much(tmp_path: Path) -> None:
     config = ServerConfig(listen=f"unix:{tmp_path}/s.sock", shared_memory_bytes_per_client=NBYTES)
     with in_process(config) as server:
-        session = Session(server)
+        session = SharedMemorySession(server)
         with session.memory:
             assert session.allocate(NBYTES + 1).reason == "LIMIT_EXCEEDED"
             assert session.allocate((1 << 64) - 1).reason == "LIMIT_EXCEEDED"
@@ -245,7 +245,7 @@ def test_a_session_gets_so_much(tmp_path: Path) -> None:
 
 
 def test_a_session_that_has_ended_is_known_to_nobody(server: RunningServer) -> None:
-    session = Session(server)
+    session = SharedMemorySession(server)
     lane = session.lane()
     with lane.sock:
         session.allocate(NBYTES)
@@ -258,7 +258,7 @@ def test_a_session_that_has_ended_is_known_to_nobody(server: RunningServer) -> N
 
 @pytest.mark.parametrize("frame", [struct.pack("<HHIQ", 9, 0, 0, 0), bytes(16)], ids=["unknown", "zeros"])
 def test_a_wish_that_there_is_not_ends_the_session(server: RunningServer, frame: bytes) -> None:
-    session = Session(server)
+    session = SharedMemorySession(server)
     with session.memory:
         session.memory.sendall(frame)
         assert lanes.RawLane(session.memory).ended()
@@ -397,7 +397,7 @@ def test_a_session_that_the_server_has_ended_is_begun_anew(server: RunningServer
 
 def test_so_many_regions_and_no_more(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sharednorm_server.direct.shared_memory.MAX_REGIONS", 3)
-    session = Session(server)
+    session = SharedMemorySession(server)
     with session.memory:
         for _ in range(3):
             assert session.allocate(1).status == lanes.OK

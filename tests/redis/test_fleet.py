@@ -20,7 +20,7 @@ import pytest
 
 import sharednorm
 from sharednorm.errors import IncompatibleServer, InvalidConfiguration, ServerUnavailable
-from sharednorm.transport.cluster import Fleet, Spread
+from sharednorm.transport.cluster import Cluster, ClusterTransport
 from sharednorm_server.auth import certificates
 from sharednorm_server.config.options import ServerConfig
 from tests.support.oracle import random_tensor
@@ -40,14 +40,14 @@ def until(condition: Callable[[], object], seconds: float = 15.0) -> None:
         time.sleep(0.02)
 
 
-def fleet_of(hub: sharednorm.Hub) -> Fleet:
-    assert isinstance(hub._exchange, Spread)
+def fleet_of(hub: sharednorm.Hub) -> Cluster:
+    assert isinstance(hub._exchange, ClusterTransport)
     return hub._exchange._fleet
 
 
 def home_of(hub: sharednorm.Hub, name: str) -> str:
     """Return the address of the server that a layer's calls go to now."""
-    assert isinstance(hub._exchange, Spread)
+    assert isinstance(hub._exchange, ClusterTransport)
     return hub._exchange.of("layer", name).connection.member().address.text
 
 
@@ -357,7 +357,7 @@ def test_members_of_a_group_meet_at_one_server(processes: list[ServerProcess]) -
                     outputs[rank].append(layer(random_tensor(10 * turn + rank, SHAPE)))
                     if turn == 9 and rank == 0:
                         exchange = hub._exchange
-                        assert isinstance(exchange, Spread)
+                        assert isinstance(exchange, ClusterTransport)
                         home = exchange.of("group", "group\0run").connection.member().address.text
                         next(each for each in processes if each.address == home).process.kill()
                         killed.set()

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sharednorm
-from sharednorm.transport.client import Exchange
+from sharednorm.transport.client import ServerClient
 from sharednorm.transport.grpc import Connection
 
 
-def exchange_of(hub: sharednorm.Hub) -> Exchange:
+def exchange_of(hub: sharednorm.Hub) -> ServerClient:
     """Return what makes its calls."""
-    assert isinstance(hub._exchange, Exchange)
+    assert isinstance(hub._exchange, ServerClient)
     return hub._exchange
 
 

@@ -21,7 +21,7 @@ from sharednorm.layers.backend import ForwardResult
 from sharednorm.layers.batch_norm import Layer
 from sharednorm.remote.backends.server_compute import RemoteBackend
 from sharednorm.remote.context import HubContext
-from sharednorm.transport.client import Exchange
+from sharednorm.transport.client import ServerClient
 from sharednorm.transport.grpc import Connection
 
 T = TypeVar("T")
@@ -63,7 +63,7 @@ def train(address: str, namespace: str, config: LayerConfig, first_seed: int, st
     """Attach to the layer, take steps, and report them."""
     connection = Connection(parse_address(address), 30.0)
     connection.greet()
-    exchange = Exchange(connection, "auto", None)
+    exchange = ServerClient(connection, "auto", None)
     backend = Recorder(HubContext(exchange), ref_to_proto(namespace, NAME), config)
     backend.versions = []
     layer = Layer(backend, NAME, inplace=False, train=None)

@@ -6,17 +6,17 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 from sharednorm.codec import convert, frames
-from sharednorm.coordination.state_cache import LayerCopy
+from sharednorm.coordination.state_cache import StateCache
 from sharednorm.core.limits import MAX_BATCH_ENTRIES, MAX_BATCH_MAPS
 from sharednorm.errors import InternalError, MalformedMessage, SharedNormError
-from sharednorm.transport.base import Exchanger
+from sharednorm.transport.base import Transport
 from sharednorm.v1 import service_pb2
 
 T = TypeVar("T")
 
 
 def read_many(
-    exchange: Exchanger, copies: Sequence[tuple[LayerCopy, int]]
+    exchange: Transport, copies: Sequence[tuple[StateCache, int]]
 ) -> Iterator[tuple[int, SharedNormError | None]]:
     """Read many layers, in as few calls as there can be.
 
@@ -36,7 +36,7 @@ def read_many(
 
 
 def _read_from(
-    exchange: Exchanger, copies: Sequence[tuple[LayerCopy, int]], places: Sequence[int]
+    exchange: Transport, copies: Sequence[tuple[StateCache, int]], places: Sequence[int]
 ) -> Iterator[tuple[int, SharedNormError | None]]:
     for indices in grouped(places, lambda index: copies[index][1]):
         readings = [copies[index][0].ask() for index in indices]

@@ -24,9 +24,9 @@ from sharednorm.errors import (
     SharedNormError,
     StaleGeneration,
 )
-from sharednorm.transport.base import Exchanger
+from sharednorm.transport.base import Transport
 from sharednorm.transport.deadline import Deadline
-from sharednorm.transport.retry import Attempts
+from sharednorm.transport.retry import RetryPolicy
 from sharednorm.v1 import layer_pb2, service_pb2
 
 # How long `Hub.close` may wait to say goodbye.
@@ -59,8 +59,8 @@ class _Membership:
 @dataclass(frozen=True)
 class _Home:
     # Where a group is: the server of the group's own, the hub's connections, and a namespace.
-    exchange: Exchanger
-    hub: Exchanger
+    exchange: Transport
+    hub: Transport
     namespace: str
 
 
@@ -235,7 +235,7 @@ class Group:
 
     # --- For layers and hubs of this library ----------------------------------------------------------------
 
-    def settle(self, exchange: Exchanger, namespace: str) -> None:
+    def settle(self, exchange: Transport, namespace: str) -> None:
         """Be on a server, for good.
 
         Raises:
@@ -342,7 +342,7 @@ class Group:
                 timeout=self._timeout,
                 rank=self._wish,
             )
-            attempts = Attempts(left)
+            attempts = RetryPolicy(left)
             try:
                 answer = home.exchange.connection.call("JoinGroup", request, service_pb2.JoinGroupResponse, attempts)
             except GroupAborted:
@@ -363,7 +363,7 @@ class Group:
         if membership is not None:
             request = service_pb2.LeaveGroupRequest(ticket=membership.ticket)
             connection = self._where().exchange.connection
-            attempts = None if timeout is None else Attempts(Deadline(timeout), away=False)
+            attempts = None if timeout is None else RetryPolicy(Deadline(timeout), away=False)
             connection.call("LeaveGroup", request, service_pb2.LeaveGroupResponse, attempts)
 
     def _synchronize(self, place: _Place, method: tuple[str, int], request: Request, answer: type[S]) -> S:
@@ -386,7 +386,7 @@ class Group:
         request.ticket = membership.ticket
         request.step = membership.steps.get(place, 0) + 1
         try:
-            found = home.exchange.plain(*method, request, answer, Attempts(left))
+            found = home.exchange.plain(*method, request, answer, RetryPolicy(left))
         except BaseException as error:
             # A step that is over for all has used up its number. After anything else it can't be known what this
             # member has brought to it, and the others must not be normalized by that.

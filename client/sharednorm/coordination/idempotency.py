@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from sharednorm.errors import KeyReused, MalformedMessage, SessionExpired
-from sharednorm.transport.base import Caller
+from sharednorm.transport.base import RpcClient
 from sharednorm.transport.deadline import Deadline
-from sharednorm.transport.retry import Attempts
+from sharednorm.transport.retry import RetryPolicy
 from sharednorm.v1 import service_pb2
 
 _NUMBER_BYTES = _OWN_BYTES = 8
@@ -35,32 +35,32 @@ class Keyed(Protocol):
         ...
 
 
-class Session:
+class IdempotencySession:
     """What a hub's changes are known by, opened at the first of them. Any number of threads may use it.
 
     Args:
         connection: To the server.
     """
 
-    def __init__(self, connection: Caller) -> None:
+    def __init__(self, connection: RpcClient) -> None:
         self._connection = connection
         self._lock = threading.Lock()
         self._number = b""
 
-    def lane(self, left: Deadline) -> Lane:
+    def lane(self, left: Deadline) -> KeySequence:
         """Return a lane that nothing was sent on."""
         with self._lock:
             if not self._number:
                 request = service_pb2.OpenSessionRequest()
                 answer = self._connection.call(
-                    "OpenSession", request, service_pb2.OpenSessionResponse, attempts=Attempts(left)
+                    "OpenSession", request, service_pb2.OpenSessionResponse, attempts=RetryPolicy(left)
                 )
                 if len(answer.session) != _NUMBER_BYTES:
                     raise MalformedMessage(f"the session has {len(answer.session)} bytes (expected: {_NUMBER_BYTES})")
                 self._number = answer.session
-            return Lane(self._number + os.urandom(_OWN_BYTES))
+            return KeySequence(self._number + os.urandom(_OWN_BYTES))
 
-    def renew(self, expired: Lane, left: Deadline) -> Lane:
+    def renew(self, expired: KeySequence, left: Deadline) -> KeySequence:
         """Return a lane instead of one that a layer does not remember any more, and on which nothing is in doubt."""
         with self._lock:
             if expired.session.startswith(self._number):
@@ -69,7 +69,7 @@ class Session:
 
 
 @dataclass
-class Lane:
+class KeySequence:
     """A session of one change at a time, as a layer remembers it.
 
     Attributes:
@@ -90,17 +90,17 @@ class Keys:
         session: The hub's.
     """
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: IdempotencySession) -> None:
         self._session = session
         self._lock = threading.Lock()
-        self._free: list[Lane] = []
-        self._doubtful: dict[int, Lane] = {}  # by thread
+        self._free: list[KeySequence] = []
+        self._doubtful: dict[int, KeySequence] = {}  # by thread
 
     def once(
         self,
         request: Keyed,
         left: Deadline,
-        send: Callable[[Attempts], A],
+        send: Callable[[RetryPolicy], A],
         changed: Callable[[A], bool] = lambda _: True,
     ) -> A:
         """Make a change once.
@@ -121,7 +121,7 @@ class Keys:
         lane = self._take(left)
         while True:
             request.key.session, request.key.seq = lane.session, lane.seq
-            attempts = Attempts(left)
+            attempts = RetryPolicy(left)
             try:
                 answer = send(attempts)
                 break
@@ -139,29 +139,29 @@ class Keys:
         self._keep(lane)
         return answer
 
-    def take(self, left: Deadline) -> Lane:
+    def take(self, left: Deadline) -> KeySequence:
         """Return a lane for a change that is sent by itself; whoever knows that it was made gives it back."""
         with self._lock:
             if self._free:
                 return self._free.pop()
         return self._session.lane(left)
 
-    def give_back(self, lane: Lane) -> None:
+    def give_back(self, lane: KeySequence) -> None:
         """Say that the change on a lane was made."""
         lane.seq += 1
         with self._lock:
             self._free.append(lane)
 
-    def renew(self, lane: Lane, left: Deadline) -> Lane:
+    def renew(self, lane: KeySequence, left: Deadline) -> KeySequence:
         """Return a lane instead of one whose session the layer does not remember, and on which nothing is in doubt."""
         return self._session.renew(lane, left)
 
-    def _take(self, left: Deadline) -> Lane:
+    def _take(self, left: Deadline) -> KeySequence:
         with self._lock:
             mine = self._doubtful.pop(threading.get_ident(), None)
         return mine or self.take(left)
 
-    def _keep(self, lane: Lane) -> None:
+    def _keep(self, lane: KeySequence) -> None:
         with self._lock:
             if not lane.doubtful:
                 self._free.append(lane)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from sharednorm.codec import convert, frames
 from sharednorm.coordination.batching import error_of, grouped, require_results
-from sharednorm.coordination.idempotency import Keys, Lane
+from sharednorm.coordination.idempotency import Keys, KeySequence
 from sharednorm.errors import (
     DeadlineExceeded,
     InternalError,
@@ -21,8 +21,8 @@ from sharednorm.errors import (
     SharedNormError,
 )
 from sharednorm.layers.backend import Parameters
-from sharednorm.transport.base import Exchanger
-from sharednorm.transport.retry import Attempts
+from sharednorm.transport.base import Transport
+from sharednorm.transport.retry import RetryPolicy
 from sharednorm.v1 import layer_pb2, service_pb2
 
 DEFAULT_MAX_PENDING = 8
@@ -36,7 +36,7 @@ class _Failure:
     unknown: int = 0  # in a call that has ended without an answer
     lost: int = 0  # refused, or behind one that failed
 
-    def told(self, line: Line) -> SharedNormError:
+    def told(self, line: PushStream) -> SharedNormError:
         """Return the error for the handle's next call."""
         name, error = line.ref.name, line.explain(self.error)
         if self.unknown:
@@ -51,7 +51,7 @@ class _Failure:
 
 
 @dataclass(eq=False)
-class Line:
+class PushStream:
     """The steps of one handle. Its attributes change under the sender's lock only.
 
     Attributes:
@@ -81,10 +81,10 @@ class Line:
 
 @dataclass(eq=False)
 class _Step:
-    line: Line
+    line: PushStream
     request: service_pb2.PushMomentsRequest
     epoch: int
-    lane: Lane | None = None
+    lane: KeySequence | None = None
 
 
 @dataclass
@@ -93,7 +93,7 @@ class _Refused:
     unknown: bool
 
 
-class Sender:
+class PushQueue:
     """Sends the steps of all handles of a hub, in the order in which they were pushed, on one thread.
 
     The thread is there as long as there is something to send, and the interpreter waits for that at its end. One call
@@ -103,7 +103,7 @@ class Sender:
         exchange: With the server.
     """
 
-    def __init__(self, exchange: Exchanger) -> None:
+    def __init__(self, exchange: Transport) -> None:
         self._exchange = exchange
         self._connection = exchange.connection
         self._changed = threading.Condition()
@@ -111,11 +111,11 @@ class Sender:
         self._sending = 0
         self._running = False
         self._closed = False
-        self._failed: list[Line] = []
+        self._failed: list[PushStream] = []
         self._threads: ThreadPoolExecutor | None = None
         self._process = os.getpid()
 
-    def push(self, line: Line, request: service_pb2.PushMomentsRequest) -> None:
+    def push(self, line: PushStream, request: service_pb2.PushMomentsRequest) -> None:
         """Have a step sent, behind those that were pushed before; wait while the handle is too far ahead.
 
         Raises:
@@ -139,13 +139,13 @@ class Sender:
             self._waiting.append(_Step(line, request, line.epoch))
             line.pending += 1
 
-    def check(self, line: Line) -> None:
+    def check(self, line: PushStream) -> None:
         """Raise what an earlier step of a handle has ended with; once."""
         self._connection.require_open()
         with self._changed:
             self._raise_failure(line)
 
-    def settle(self, line: Line) -> None:
+    def settle(self, line: PushStream) -> None:
         """Wait until every step of a handle has been answered; raises what `check` does."""
         self._connection.require_open()
         with self._changed:
@@ -160,7 +160,7 @@ class Sender:
             if self._failed:
                 self._raise_failure(self._failed[0])
 
-    def learn(self, line: Line, parameters: Parameters | None, epoch: int) -> None:
+    def learn(self, line: PushStream, parameters: Parameters | None, epoch: int) -> None:
         """Take parameters that were read while the handle was at an epoch; None: they are to be read again."""
         with self._changed:
             if parameters is None:
@@ -205,12 +205,12 @@ class Sender:
     def _idle(self) -> bool:
         return not self._waiting and not self._sending
 
-    def _raise_failure(self, line: Line) -> None:
+    def _raise_failure(self, line: PushStream) -> None:
         error = self._failure(line)
         if error is not None:
             raise error
 
-    def _failure(self, line: Line) -> SharedNormError | None:
+    def _failure(self, line: PushStream) -> SharedNormError | None:
         # What nobody has been told of; from now on somebody has.
         failure, line.failure = line.failure, None
         if failure is None:
@@ -253,7 +253,7 @@ class Sender:
             return results
         return [_Refused(known, unknown=True)] * len(steps)
 
-    def _call(self, steps: Sequence[_Step], attempts: Attempts) -> list[Parameters | _Refused]:
+    def _call(self, steps: Sequence[_Step], attempts: RetryPolicy) -> list[Parameters | _Refused]:
         found: list[Parameters | _Refused | None] = [None] * len(steps)
         for exchange, places in self._exchange.divided(steps, lambda step: step.line.ref.name):
             results = self._call_one(exchange, [steps[place] for place in places], attempts)
@@ -261,7 +261,9 @@ class Sender:
                 found[place] = result
         return [result for result in found if result is not None]
 
-    def _call_one(self, exchange: Exchanger, steps: Sequence[_Step], attempts: Attempts) -> list[Parameters | _Refused]:
+    def _call_one(
+        self, exchange: Transport, steps: Sequence[_Step], attempts: RetryPolicy
+    ) -> list[Parameters | _Refused]:
         for step in steps:
             assert step.lane is not None, "a step is sent under a key"
             step.request.key.session, step.request.key.seq = step.lane.session, step.lane.seq
@@ -281,7 +283,7 @@ class Sender:
         return attempts.run(call)
 
     def _with_new_sessions(
-        self, steps: Sequence[_Step], results: list[Parameters | _Refused], attempts: Attempts
+        self, steps: Sequence[_Step], results: list[Parameters | _Refused], attempts: RetryPolicy
     ) -> list[Parameters | _Refused]:
         # What a layer refuses since it has forgotten the session, and what it has refused for that, was not done.
         refused = [(index, result.error) for index, result in enumerate(results) if isinstance(result, _Refused)]
@@ -314,7 +316,7 @@ class Sender:
             step.line.pending -= 1
             self._fail(step.line, failed[step.line.ref.uid], unknown=False)
 
-    def _fail(self, line: Line, error: SharedNormError, *, unknown: bool) -> None:
+    def _fail(self, line: PushStream, error: SharedNormError, *, unknown: bool) -> None:
         if line.failure is None:
             line.failure = _Failure(error)
             self._failed.append(line)

@@ -37,7 +37,7 @@ class Reading:
     asked: float
 
 
-class LayerCopy:
+class StateCache:
     """Parameters and statistics of a layer, without gradients, as a handle has read them last.
 
     Args:

@@ -14,7 +14,7 @@ from sharednorm.core.layer_config import LayerConfig
 from sharednorm.core.validation import check_flag, is_integer
 from sharednorm.errors import InvalidConfiguration
 from sharednorm.remote.context import HubContext
-from sharednorm.transport.base import Caller
+from sharednorm.transport.base import RpcClient
 from sharednorm.v1 import layer_pb2, service_pb2
 
 Request: TypeAlias = service_pb2.SetTrainRequest | service_pb2.RollbackRequest
@@ -45,7 +45,7 @@ class LayerInfo:
     domains: int
 
 
-def list_layers(connection: Caller, namespace: str) -> list[LayerInfo]:
+def list_layers(connection: RpcClient, namespace: str) -> list[LayerInfo]:
     """Return all layers of a namespace, in the order of their names."""
     found: list[LayerInfo] = []
     token = ""
@@ -92,7 +92,7 @@ def set_train(context: HubContext, ref: layer_pb2.LayerRef, train: bool) -> None
     _once(context, ref, "SetTrain", request, service_pb2.SetTrainResponse)
 
 
-def list_snapshots(connection: Caller, ref: layer_pb2.LayerRef) -> list[SnapshotInfo]:
+def list_snapshots(connection: RpcClient, ref: layer_pb2.LayerRef) -> list[SnapshotInfo]:
     """Return the snapshots of a layer, the oldest first."""
     request, attempts = service_pb2.ListSnapshotsRequest(ref=ref), connection.patience()
     answer = connection.call("ListSnapshots", request, service_pb2.ListSnapshotsResponse, attempts=attempts)
@@ -114,7 +114,7 @@ def roll_back(context: HubContext, ref: layer_pb2.LayerRef, version: int) -> Non
     _once(context, ref, "Rollback", request, service_pb2.RollbackResponse)
 
 
-def back_up(connection: Caller) -> str:
+def back_up(connection: RpcClient) -> str:
     """Have the server copy all that it keeps to a file; return the file's path."""
     return connection.call("Backup", service_pb2.BackupRequest(), service_pb2.BackupResponse).path
 

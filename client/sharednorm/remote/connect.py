@@ -13,12 +13,12 @@ from sharednorm.core.limits import MAX_SECONDS
 from sharednorm.core.validation import check_namespace, is_finite
 from sharednorm.errors import InvalidConfiguration
 from sharednorm.remote.handle import RemoteBatchNorm
-from sharednorm.remote.hub import Hub, HubPlace
-from sharednorm.remote.options import Handling
-from sharednorm.transport.base import Exchanger
+from sharednorm.remote.hub import Hub, HubSpec
+from sharednorm.remote.options import HandleOptions
+from sharednorm.transport.base import Transport
 from sharednorm.transport.channel import proxy_hint
-from sharednorm.transport.client import Exchange
-from sharednorm.transport.cluster import Fleet, Spread
+from sharednorm.transport.client import ServerClient
+from sharednorm.transport.cluster import Cluster, ClusterTransport
 from sharednorm.transport.credentials import TLS, Credentials
 from sharednorm.transport.deadline import Deadline
 from sharednorm.transport.grpc import Connection
@@ -91,23 +91,23 @@ def connect(
         raise InvalidConfiguration(f"consistency is {ascii(consistency)[:60]} (expected: 'bounded' or 'strong')")
     credentials = {each.text: Credentials.parse(token, tls, checked, each) for each in where}
 
-    def make(place: Address, left: Deadline) -> Exchange:
+    def make(place: Address, left: Deadline) -> ServerClient:
         known = credentials.get(place.text) or credentials[where[0].text].named(place.host)
         connection = Connection(place, float(timeout), known)
         try:
             connection.greet(left)
-            return Exchange(connection, way, progress)
+            return ServerClient(connection, way, progress)
         except BaseException:
             connection.close()
             raise
 
-    exchange: Exchanger
+    exchange: Transport
     named = where
     if len(where) == 1 and _is_name(where[0]):
         named = addresses_of(where[0], min(timeout, _NAME_SECONDS))
     if len(named) > 1:
         find = None if len(where) > 1 else lambda: addresses_of(where[0], _NAME_SECONDS)
-        exchange = Spread(Fleet(str(address), named, float(timeout), make, way, find))
+        exchange = ClusterTransport(Cluster(str(address), named, float(timeout), make, way, find))
     else:
         exchange = make(where[0], Deadline(float(timeout)))
     hub = Hub(exchange, checked, attach_again, strong=consistency == "strong")
@@ -126,16 +126,16 @@ class OpenHubs:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._process = os.getpid()
-        self._known: weakref.WeakValueDictionary[HubPlace, Hub] = weakref.WeakValueDictionary()
-        self._own: dict[HubPlace, Hub] = {}
+        self._known: weakref.WeakValueDictionary[HubSpec, Hub] = weakref.WeakValueDictionary()
+        self._own: dict[HubSpec, Hub] = {}
 
-    def add(self, place: HubPlace, hub: Hub) -> None:
+    def add(self, place: HubSpec, hub: Hub) -> None:
         """Remember a hub, for as long as somebody else holds it."""
         with self._lock:
             self._drop_parents()
             self._known[place] = hub
 
-    def find(self, place: HubPlace, make: Callable[[], Hub]) -> Hub:
+    def find(self, place: HubSpec, make: Callable[[], Hub]) -> Hub:
         """Return the open hub of a place; if there is none, make one, which stays open until the process ends."""
         with self._lock:
             self._drop_parents()
@@ -164,7 +164,7 @@ open_hubs = OpenHubs()
 
 
 def attach_again(
-    place: HubPlace, ref: bytes, config: LayerConfig, handling: Handling, inplace: bool, train: bool | None
+    place: HubSpec, ref: bytes, config: LayerConfig, handling: HandleOptions, inplace: bool, train: bool | None
 ) -> RemoteBatchNorm:
     """Return a handle of the layer that a pickled one was of; its calls raise LayerNotFound if that is gone."""
     hub = open_hubs.find(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from sharednorm.coordination.idempotency import Session
-from sharednorm.coordination.push_queue import Sender
+from sharednorm.coordination.idempotency import IdempotencySession
+from sharednorm.coordination.push_queue import PushQueue
 from sharednorm.layers.call_queue import CallQueues
-from sharednorm.transport.base import Exchanger
+from sharednorm.transport.base import Transport
 
 
 class HubContext:
@@ -21,8 +21,8 @@ class HubContext:
         sender: Sends the steps of handles with `push="async"`.
     """
 
-    def __init__(self, exchange: Exchanger) -> None:
+    def __init__(self, exchange: Transport) -> None:
         self.exchange = exchange
-        self.session = Session(exchange.connection)
+        self.session = IdempotencySession(exchange.connection)
         self.queues = CallQueues()
-        self.sender = Sender(exchange)
+        self.sender = PushQueue(exchange)

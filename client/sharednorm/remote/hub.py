@@ -30,16 +30,16 @@ from sharednorm.remote.admin import LayerInfo, SnapshotInfo, back_up, list_layer
 from sharednorm.remote.backends.server_compute import create_domain
 from sharednorm.remote.context import HubContext
 from sharednorm.remote.handle import RemoteBatchNorm
-from sharednorm.remote.options import Handling
+from sharednorm.remote.options import HandleOptions
 from sharednorm.remote.refresh import refresh
-from sharednorm.transport.base import Exchanger, ServerInfo
+from sharednorm.transport.base import ServerInfo, Transport
 from sharednorm.transport.progress import Progress
 from sharednorm.v1 import layer_pb2, service_pb2
 
 __all__ = ["Hub", "LayerInfo", "Progress", "ServerInfo", "SnapshotInfo"]
 
 
-class HubPlace(NamedTuple):
+class HubSpec(NamedTuple):
     """What `connect` needs to know to make the same hub again."""
 
     address: str
@@ -62,7 +62,7 @@ class Hub:
 
     def __init__(
         self,
-        exchange: Exchanger,
+        exchange: Transport,
         namespace: str,
         attach_again: Callable[..., RemoteBatchNorm],
         *,
@@ -114,10 +114,10 @@ class Hub:
         return self._namespace
 
     @property
-    def place(self) -> HubPlace:
+    def place(self) -> HubSpec:
         """What it takes to make the same hub again."""
         timeout, wanted = self._connection.timeout, self._exchange.wanted
-        return HubPlace(self.address, self._namespace, timeout, wanted, "strong" if self._strong else "bounded")
+        return HubSpec(self.address, self._namespace, timeout, wanted, "strong" if self._strong else "bounded")
 
     @property
     def closed(self) -> bool:
@@ -234,7 +234,7 @@ class Hub:
             InvalidName: No layer could have it.
             InvalidConfiguration: One of the others is none of those that there are.
         """
-        handling = Handling.parse(compute, max_staleness, wire_dtype, group, push, max_pending)
+        handling = HandleOptions.parse(compute, max_staleness, wire_dtype, group, push, max_pending)
         ref = self._ref(name, domain)
         request, attempts = service_pb2.GetLayerRequest(ref=ref), self._connection.patience()
         answer = self._for(name).connection.call("GetLayer", request, service_pb2.GetLayerResponse, attempts=attempts)
@@ -309,7 +309,7 @@ class Hub:
         config = LayerConfig.parse(
             LayerKind.BATCH_NORM, size, epsilon, initFactor, minFactor, affine, averaging, nonfinite
         )
-        handling = Handling.parse(compute, max_staleness, wire_dtype, group, push, max_pending)
+        handling = HandleOptions.parse(compute, max_staleness, wire_dtype, group, push, max_pending)
         return self._create(config, sscale, name, empty, inplace, handling, domain)
 
     def BatchNorm1D(
@@ -338,7 +338,7 @@ class Hub:
         config = LayerConfig.parse(
             LayerKind.BATCH_NORM_1D, maps, epsilon, initFactor, minFactor, affine, averaging, nonfinite
         )
-        handling = Handling.parse(compute, max_staleness, wire_dtype, group, push, max_pending)
+        handling = HandleOptions.parse(compute, max_staleness, wire_dtype, group, push, max_pending)
         return self._create(config, sscale, name, empty, inplace, handling, domain)
 
     def BatchNorm2D(
@@ -413,7 +413,7 @@ class Hub:
         config = LayerConfig.parse(
             LayerKind.BATCH_NORM_2D, maps, epsilon, initFactor, minFactor, affine, averaging, nonfinite
         )
-        handling = Handling.parse(compute, max_staleness, wire_dtype, group, push, max_pending)
+        handling = HandleOptions.parse(compute, max_staleness, wire_dtype, group, push, max_pending)
         return self._create(config, sscale, name, empty, inplace, handling, domain)
 
     def BatchNorm3D(
@@ -442,7 +442,7 @@ class Hub:
         config = LayerConfig.parse(
             LayerKind.BATCH_NORM_3D, maps, epsilon, initFactor, minFactor, affine, averaging, nonfinite
         )
-        handling = Handling.parse(compute, max_staleness, wire_dtype, group, push, max_pending)
+        handling = HandleOptions.parse(compute, max_staleness, wire_dtype, group, push, max_pending)
         return self._create(config, sscale, name, empty, inplace, handling, domain)
 
     def _close(self) -> SharedNormError | None:
@@ -464,7 +464,7 @@ class Hub:
         name: str | None,
         empty: bool,
         inplace: bool,
-        handling: Handling,
+        handling: HandleOptions,
         domain: str,
         begin: StateUpdate | None = None,
     ) -> RemoteBatchNorm:
@@ -487,13 +487,13 @@ class Hub:
             layer = create_domain(connection, inside, begin)
         return self._handle(layer, inplace, handling)
 
-    def _handle(self, layer: layer_pb2.Layer, inplace: bool, handling: Handling) -> RemoteBatchNorm:
+    def _handle(self, layer: layer_pb2.Layer, inplace: bool, handling: HandleOptions) -> RemoteBatchNorm:
         # The answer's ref has the layer's uid: a handle stays with this layer, whoever gets its name later.
         config = convert.config_from_proto(layer.config)
         return self.attach(layer.ref, config, handling, inplace, handling.train)
 
     def attach(
-        self, ref: layer_pb2.LayerRef, config: LayerConfig, handling: Handling, inplace: bool, train: bool | None
+        self, ref: layer_pb2.LayerRef, config: LayerConfig, handling: HandleOptions, inplace: bool, train: bool | None
     ) -> RemoteBatchNorm:
         """Return a handle of a layer that is known; for this library."""
         if handling.group is not None:
@@ -504,7 +504,7 @@ class Hub:
         again = self._attach_again, (self.place, ref.SerializeToString(), config, handling)
         return RemoteBatchNorm(backend, ref.name, inplace, train, again)
 
-    def _for(self, name: str | None) -> Exchanger:
+    def _for(self, name: str | None) -> Transport:
         return self._exchange.of("layer", check_name(name))
 
     def _ref(self, name: str | None, domain: str = "") -> layer_pb2.LayerRef:

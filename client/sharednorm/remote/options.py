@@ -23,7 +23,7 @@ from sharednorm.v1 import layer_pb2
 
 
 @dataclass(frozen=True)
-class Handling:
+class HandleOptions:
     """The checked options of a handle.
 
     Attributes:
@@ -49,7 +49,7 @@ class Handling:
         group: object,
         push: object = "sync",
         max_pending: object = None,
-    ) -> Handling:
+    ) -> HandleOptions:
         """Check the options.
 
         Raises:

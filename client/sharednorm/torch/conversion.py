@@ -12,7 +12,7 @@ from sharednorm.core.validation import check_domain, check_name
 from sharednorm.errors import InvalidConfiguration, InvalidName
 from sharednorm.remote.hub import Hub
 from sharednorm.remote.lazy_handle import LayerLink
-from sharednorm.remote.options import Handling
+from sharednorm.remote.options import HandleOptions
 from sharednorm.torch.modules import (
     STATISTICS,
     BatchNorm1d,
@@ -135,7 +135,7 @@ def _shared(
         raise InvalidConfiguration(f"there is no option {min(unknown)!r} (expected: {', '.join(known)})")
     chosen = {**known, **options}
     nonfinite, domain = chosen.pop("nonfinite"), check_domain(chosen.pop("domain"))
-    handling = Handling.parse(**chosen)
+    handling = HandleOptions.parse(**chosen)
     config = config_of(kind._kind, old.num_features, old.eps, old.momentum, nonfinite)
     if not name:
         raise InvalidName(
@@ -146,7 +146,11 @@ def _shared(
 
 
 def _take_over(
-    kind: type[SharedBatchNorm], old: nn.Module, load: bool, hub: Hub, layer: tuple[LayerConfig, str, Handling, str]
+    kind: type[SharedBatchNorm],
+    old: nn.Module,
+    load: bool,
+    hub: Hub,
+    layer: tuple[LayerConfig, str, HandleOptions, str],
 ) -> SharedBatchNorm:
     config, name, handling, domain = layer
     begin = None

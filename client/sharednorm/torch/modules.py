@@ -18,7 +18,7 @@ from sharednorm.remote.backends.server_compute import RemoteBackend
 from sharednorm.remote.handle import RemoteBatchNorm
 from sharednorm.remote.hub import Hub
 from sharednorm.remote.lazy_handle import LayerLink
-from sharednorm.remote.options import Handling
+from sharednorm.remote.options import HandleOptions
 from sharednorm.torch.autograd import Evaluate, LocalBatches, TrainHere, TrainThere, as_array, normalized_there
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -56,7 +56,7 @@ class SharedBatchNorm(nn.Module):
         domain: str = "",
     ) -> None:
         require_hub(hub)
-        handling = Handling.parse(compute, max_staleness, wire_dtype, group, push, max_pending)
+        handling = HandleOptions.parse(compute, max_staleness, wire_dtype, group, push, max_pending)
         config = config_of(self._kind, num_features, eps, momentum, nonfinite)
         super().__init__()
         self._begin(affine, track_running_stats, momentum)

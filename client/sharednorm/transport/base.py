@@ -13,7 +13,7 @@ from sharednorm.core.types import Array
 from sharednorm.errors import HubClosed
 from sharednorm.transport.deadline import Deadline
 from sharednorm.transport.methods import R, T, TensorMethod
-from sharednorm.transport.retry import Attempts
+from sharednorm.transport.retry import RetryPolicy
 
 A = TypeVar("A", bound=Message)
 I = TypeVar("I")  # noqa: E741 - an item
@@ -59,7 +59,7 @@ class Answer(Generic[T]):
     held: tuple[Array, ...] = ()
 
 
-class Caller(Protocol):
+class RpcClient(Protocol):
     """Makes calls without tensors."""
 
     @property
@@ -94,11 +94,11 @@ class Caller(Protocol):
         """Return a deadline that begins now."""
         ...
 
-    def patience(self) -> Attempts:
+    def patience(self) -> RetryPolicy:
         """Return what makes a call again while the server is away, as long as a call may take from now on."""
         ...
 
-    def call(self, method: str, request: Message, answer: type[A], attempts: Attempts | None = None) -> A:
+    def call(self, method: str, request: Message, answer: type[A], attempts: RetryPolicy | None = None) -> A:
         """Make a call without a tensor and return its answer."""
         ...
 
@@ -111,11 +111,11 @@ class Caller(Protocol):
         ...
 
 
-class Exchanger(Protocol):
-    """Makes calls, with tensors and without. See `Exchange` for what the methods do."""
+class Transport(Protocol):
+    """Makes calls, with tensors and without. See `ServerClient` for what the methods do."""
 
     @property
-    def connection(self) -> Caller:
+    def connection(self) -> RpcClient:
         """Makes those that only gRPC takes."""
         ...
 
@@ -129,11 +129,11 @@ class Exchanger(Protocol):
         """The way that calls go now."""
         ...
 
-    def of(self, kind: str, name: str) -> Exchanger:
+    def of(self, kind: str, name: str) -> Transport:
         """Return the one for a thing, "layer" or "group", which stays with one server as long as that is there."""
         ...
 
-    def divided(self, items: Sequence[I], layer_of: Callable[[I], str]) -> Sequence[tuple[Exchanger, list[int]]]:
+    def divided(self, items: Sequence[I], layer_of: Callable[[I], str]) -> Sequence[tuple[Transport, list[int]]]:
         """Return which of some items go together, by the layers that they are of: their places, in order."""
         ...
 
@@ -156,11 +156,11 @@ class Exchanger(Protocol):
         tensors: Sequence[Array],
         like: Array | None,
         out: Array | None,
-        attempts: Attempts,
+        attempts: RetryPolicy,
     ) -> Answer[T]:
         """Make a call with tensors."""
         ...
 
-    def plain(self, method: str, number: int, request: Message, answer: type[A], attempts: Attempts) -> A:
+    def plain(self, method: str, number: int, request: Message, answer: type[A], attempts: RetryPolicy) -> A:
         """Make a call without a tensor that a direct connection takes, too."""
         ...

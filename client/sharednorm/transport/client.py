@@ -28,8 +28,8 @@ from sharednorm.transport.direct import DirectLink, Unreachable
 from sharednorm.transport.grpc import Connection
 from sharednorm.transport.methods import R, T, TensorMethod
 from sharednorm.transport.progress import Meter, ProgressCallback
-from sharednorm.transport.retry import Attempts
-from sharednorm.transport.selector import Way, Ways
+from sharednorm.transport.retry import RetryPolicy
+from sharednorm.transport.selector import TransportSelector, Way
 from sharednorm.transport.shared_memory import SharedRegions
 
 # Smaller tensors are sent: that is one copy, too.
@@ -51,7 +51,7 @@ class _Call(Generic[R, T]):
     meter: Meter
 
 
-class Exchange:
+class ServerClient:
     """Makes calls with tensors to one server, for any number of threads.
 
     Args:
@@ -65,7 +65,7 @@ class Exchange:
 
     def __init__(self, connection: Connection, transport: str, progress: ProgressCallback | None) -> None:
         self._connection = connection
-        self._ways = Ways(connection, transport)
+        self._ways = TransportSelector(connection, transport)
         self._progress = progress
         self._share_bytes = _SHARE_BYTES
 
@@ -74,12 +74,12 @@ class Exchange:
         """To the server."""
         return self._connection
 
-    def of(self, kind: str, name: str) -> Exchange:
+    def of(self, kind: str, name: str) -> ServerClient:
         """Return itself."""
         del kind, name
         return self
 
-    def divided(self, items: Sequence[I], layer_of: Callable[[I], str]) -> list[tuple[Exchange, list[int]]]:
+    def divided(self, items: Sequence[I], layer_of: Callable[[I], str]) -> list[tuple[ServerClient, list[int]]]:
         """Return itself, and the places of all items."""
         del layer_of
         return [(self, list(range(len(items))))]
@@ -131,7 +131,7 @@ class Exchange:
         tensors: Sequence[Array],
         like: Array | None,
         out: Array | None,
-        attempts: Attempts,
+        attempts: RetryPolicy,
     ) -> Answer[T]:
         """Make a call with tensors.
 
@@ -153,7 +153,7 @@ class Exchange:
         with tracing.span(method.name, request, self._connection.address.text):
             return attempts.run(lambda: self._once(call), meter.restart)
 
-    def plain(self, method: str, number: int, request: Message, answer: type[A], attempts: Attempts) -> A:
+    def plain(self, method: str, number: int, request: Message, answer: type[A], attempts: RetryPolicy) -> A:
         """Make a call without a tensor that a direct connection takes, too; see `call` for the arguments."""
         with tracing.span(method, request, self._connection.address.text):
             return attempts.run(lambda: self._plainly(method, number, request, answer, attempts.left))
@@ -170,7 +170,7 @@ class Exchange:
                 way = self._ways.look_again(way, left, error)
             except (OSError, EOFError, SharedNormError) as error:
                 raise self._ways.typed(error, left) from None
-        return self._connection.call_within(method, request, answer, Attempts(left, away=False))
+        return self._connection.call_within(method, request, answer, RetryPolicy(left, away=False))
 
     def _once(self, call: _Call[R, T]) -> Answer[T]:
         self._connection.require_open()

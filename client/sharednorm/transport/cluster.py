@@ -35,11 +35,11 @@ from sharednorm.errors import (
     SharedNormError,
     StoreUnavailable,
 )
-from sharednorm.transport.base import A, Answer, Exchanger, I, ServerInfo
-from sharednorm.transport.client import Exchange
+from sharednorm.transport.base import A, Answer, I, ServerInfo, Transport
+from sharednorm.transport.client import ServerClient
 from sharednorm.transport.deadline import Deadline
 from sharednorm.transport.methods import R, T, TensorMethod
-from sharednorm.transport.retry import Attempts
+from sharednorm.transport.retry import RetryPolicy
 
 _LOOK_SECONDS = 1.0
 """How often a server is asked whether it is there."""
@@ -49,7 +49,7 @@ _NAME_SECONDS = 15.0
 """How often it is asked which addresses a name has."""
 
 B = TypeVar("B")
-Open = Callable[[Address, Deadline], Exchange]
+Open = Callable[[Address, Deadline], ServerClient]
 
 _log = logging.getLogger("sharednorm")
 
@@ -61,14 +61,14 @@ class _Member:
         self.away = ""  # why, if it is not there
         self._make = make
         self._lock = threading.Lock()
-        self._exchange: Exchange | None = None
+        self._exchange: ServerClient | None = None
         self.ended = threading.Event()  # that it is none of them any more
 
     @property
-    def known(self) -> Exchange | None:
+    def known(self) -> ServerClient | None:
         return self._exchange
 
-    def exchange(self, left: Deadline) -> Exchange:
+    def exchange(self, left: Deadline) -> ServerClient:
         exchange = self._exchange
         if exchange is not None:
             return exchange
@@ -110,7 +110,7 @@ class _Member:
             self.away = ""
 
 
-class Fleet:
+class Cluster:
     """The servers of a hub.
 
     Args:
@@ -149,7 +149,7 @@ class Fleet:
             self.close()
             raise
         if find is not None:
-            _watch(self, Fleet._look_up, _NAME_SECONDS, self._closed)
+            _watch(self, Cluster._look_up, _NAME_SECONDS, self._closed)
 
     @property
     def closed(self) -> bool:
@@ -179,7 +179,9 @@ class Fleet:
         """Return the first that is there; if none is, the first."""
         return next((member for member in order if not member.away), order[0])
 
-    def run(self, member: Callable[[], _Member], attempts: Attempts, act: Callable[[Exchange, Attempts], B]) -> B:
+    def run(
+        self, member: Callable[[], _Member], attempts: RetryPolicy, act: Callable[[ServerClient, RetryPolicy], B]
+    ) -> B:
         """Make a call, by whichever server is there, as long as the attempts allow.
 
         Args:
@@ -192,7 +194,7 @@ class Fleet:
             self.require_open()
             chosen = member()
             try:
-                return act(chosen.exchange(attempts.left), Attempts(attempts.left, away=False))
+                return act(chosen.exchange(attempts.left), RetryPolicy(attempts.left, away=False))
             except StoreUnavailable:
                 raise  # theirs is the others', too
             except HubClosed as error:
@@ -228,7 +230,7 @@ class Fleet:
         _watch(member, _Member.look, _LOOK_SECONDS, member.ended)
         return member
 
-    def _opened(self, address: Address, left: Deadline) -> Exchange:
+    def _opened(self, address: Address, left: Deadline) -> ServerClient:
         exchange = self._make(address, left)
         with self._lock:
             self._state = self._state or exchange.connection.state
@@ -267,8 +269,8 @@ class Fleet:
             self._join(found)
 
 
-class SpreadCalls:
-    """A `Caller` by whichever server of a fleet serves a thing.
+class ClusterClient:
+    """An `RpcClient` by whichever server of a cluster serves a thing.
 
     Args:
         fleet: The servers.
@@ -276,7 +278,7 @@ class SpreadCalls:
         name: What it is called.
     """
 
-    def __init__(self, fleet: Fleet, kind: str, name: str) -> None:
+    def __init__(self, fleet: Cluster, kind: str, name: str) -> None:
         self._fleet = fleet
         self._kind, self._name = kind, name
         self._members: tuple[_Member, ...] = ()  # of which this is the order
@@ -310,20 +312,20 @@ class SpreadCalls:
 
     def greet(self) -> ServerInfo:
         """Ask the server anew what it is."""
-        attempts = Attempts(self.deadline(), away=False)
+        attempts = RetryPolicy(self.deadline(), away=False)
         return self.run(attempts, lambda exchange, once: exchange.connection.greet(once.left))
 
     def deadline(self) -> Deadline:
         """Return a deadline that begins now."""
         return Deadline(self.timeout)
 
-    def patience(self) -> Attempts:
+    def patience(self) -> RetryPolicy:
         """Return what makes a call again while no server is there, as long as a call may take from now on."""
-        return Attempts(self.deadline())
+        return RetryPolicy(self.deadline())
 
-    def call(self, method: str, request: Message, answer: type[A], attempts: Attempts | None = None) -> A:
+    def call(self, method: str, request: Message, answer: type[A], attempts: RetryPolicy | None = None) -> A:
         """Make a call without a tensor and return its answer."""
-        attempts = attempts or Attempts(self.deadline(), away=False)
+        attempts = attempts or RetryPolicy(self.deadline(), away=False)
         return self.run(attempts, lambda exchange, once: exchange.connection.call(method, request, answer, once))
 
     def require_open(self) -> None:
@@ -353,26 +355,26 @@ class SpreadCalls:
         before, self._with = self._with, None
         return before is not None and self.member() is not before
 
-    def run(self, attempts: Attempts, act: Callable[[Exchange, Attempts], B]) -> B:
+    def run(self, attempts: RetryPolicy, act: Callable[[ServerClient, RetryPolicy], B]) -> B:
         """Have an exchange with the server that is called now, and with others when it is away."""
         return self._fleet.run(self.member, attempts, act)
 
 
-class Spread:
-    """An `Exchanger` by whichever server of a fleet serves a thing.
+class ClusterTransport:
+    """A `Transport` by whichever server of a cluster serves a thing.
 
     Args:
         fleet: The servers.
-        kind: What it is; see `SpreadCalls`.
+        kind: What it is; see `ClusterClient`.
         name: What it is called.
     """
 
-    def __init__(self, fleet: Fleet, kind: str = "", name: str = "") -> None:
+    def __init__(self, fleet: Cluster, kind: str = "", name: str = "") -> None:
         self._fleet = fleet
-        self._calls = SpreadCalls(fleet, kind, name)
+        self._calls = ClusterClient(fleet, kind, name)
 
     @property
-    def connection(self) -> SpreadCalls:
+    def connection(self) -> ClusterClient:
         """Makes the calls that only gRPC takes."""
         return self._calls
 
@@ -387,13 +389,13 @@ class Spread:
         exchange = self._calls.member().known
         return "grpc" if exchange is None else exchange.transport
 
-    def of(self, kind: str, name: str) -> Spread:
+    def of(self, kind: str, name: str) -> ClusterTransport:
         """Return the one for a thing."""
-        return Spread(self._fleet, kind, name)
+        return ClusterTransport(self._fleet, kind, name)
 
-    def divided(self, items: Sequence[I], layer_of: Callable[[I], str]) -> list[tuple[Exchanger, list[int]]]:
+    def divided(self, items: Sequence[I], layer_of: Callable[[I], str]) -> list[tuple[Transport, list[int]]]:
         """Return which of some items go to one server: their places, in order."""
-        found: dict[int, tuple[Exchanger, list[int]]] = {}
+        found: dict[int, tuple[Transport, list[int]]] = {}
         for place, item in enumerate(items):
             mine = self.of("layer", layer_of(item))
             found.setdefault(id(mine.connection.member()), (mine, []))[1].append(place)
@@ -419,14 +421,14 @@ class Spread:
         tensors: Sequence[Array],
         like: Array | None,
         out: Array | None,
-        attempts: Attempts,
+        attempts: RetryPolicy,
     ) -> Answer[T]:
         """Make a call with tensors."""
         return self._calls.run(
             attempts, lambda exchange, once: exchange.call(method, request, tensors, like, out, once)
         )
 
-    def plain(self, method: str, number: int, request: Message, answer: type[A], attempts: Attempts) -> A:
+    def plain(self, method: str, number: int, request: Message, answer: type[A], attempts: RetryPolicy) -> A:
         """Make a call without a tensor that a direct connection takes, too."""
         return self._calls.run(attempts, lambda exchange, once: exchange.plain(method, number, request, answer, once))
 

@@ -98,8 +98,8 @@ class DirectLink:
         self.place = place
         self._patient = patient
         self._session = session
-        self._idle: deque[_Lane] = deque()
-        self._lanes: set[_Lane] = set()
+        self._idle: deque[PooledConnection] = deque()
+        self._lanes: set[PooledConnection] = set()
         self._lock = threading.Lock()
         self._closed = False
 
@@ -166,7 +166,7 @@ class DirectLink:
             lane.shut()
         self._drop_idle()
 
-    def _take(self, left: Deadline) -> _Lane:
+    def _take(self, left: Deadline) -> PooledConnection:
         while True:
             try:
                 lane = self._idle.pop()
@@ -176,12 +176,12 @@ class DirectLink:
                 return lane
             self._drop(lane)
 
-    def _open(self, left: Deadline) -> _Lane:
+    def _open(self, left: Deadline) -> PooledConnection:
         seconds = min(CONNECT_SECONDS, left.left())
         if not seconds:
             raise BlockingIOError
         sock = self.place.connect(seconds)
-        lane = _Lane(sock, self.place, self._session, welcome_seconds(left, patient=self._patient))
+        lane = PooledConnection(sock, self.place, self._session, welcome_seconds(left, patient=self._patient))
         with self._lock:
             if not self._closed:
                 self._lanes.add(lane)
@@ -194,14 +194,14 @@ class DirectLink:
             with suppress(IndexError):  # another thread has taken it, and will find it broken
                 self._drop(self._idle.pop())
 
-    def _drop(self, lane: _Lane) -> None:
+    def _drop(self, lane: PooledConnection) -> None:
         with self._lock:
             self._lanes.discard(lane)
         lane.shut()  # so that the server sees it also while a forked child has the socket, too
         lane.close()
 
 
-class _Lane:
+class PooledConnection:
     """One connection: one call at a time."""
 
     def __init__(self, sock: socket.socket, place: Place, session: bytes, seconds: float) -> None:

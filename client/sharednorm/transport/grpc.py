@@ -28,7 +28,7 @@ from sharednorm.transport.credentials import Credentials
 from sharednorm.transport.deadline import Deadline
 from sharednorm.transport.methods import R, T, TensorMethod
 from sharednorm.transport.progress import Meter
-from sharednorm.transport.retry import Attempts
+from sharednorm.transport.retry import RetryPolicy
 from sharednorm.v1 import service_pb2
 
 _MAX_CHUNK_BYTES = 16 << 20
@@ -95,7 +95,7 @@ class Connection:
         Raises:
             IncompatibleServer: It speaks another protocol, or is not a sharednorm server.
         """
-        attempts = Attempts(self.deadline() if left is None else left, away=False)
+        attempts = RetryPolicy(self.deadline() if left is None else left, away=False)
         request = service_pb2.GetServerInfoRequest(protocol=wire.PROTOCOL)
         answer = self.call("GetServerInfo", request, service_pb2.GetServerInfoResponse, attempts)
         if answer.protocol != wire.PROTOCOL:
@@ -136,11 +136,11 @@ class Connection:
         """Return a deadline that begins now."""
         return Deadline(self.timeout)
 
-    def patience(self) -> Attempts:
+    def patience(self) -> RetryPolicy:
         """Return what makes a call again while the server is away, as long as a call may take from now on."""
-        return Attempts(self.deadline())
+        return RetryPolicy(self.deadline())
 
-    def call(self, method: str, request: Message, answer: type[A], attempts: Attempts | None = None) -> A:
+    def call(self, method: str, request: Message, answer: type[A], attempts: RetryPolicy | None = None) -> A:
         """Make a call without a tensor and return its answer.
 
         Args:
@@ -149,11 +149,11 @@ class Connection:
             answer: Class of the answer.
             attempts: How it is made again, and until when; None: only if the server is busy, within the usual timeout.
         """
-        attempts = attempts or Attempts(self.deadline(), away=False)
+        attempts = attempts or RetryPolicy(self.deadline(), away=False)
         with tracing.span(method, request, self.address.text):
             return self.call_within(method, request, answer, attempts)
 
-    def call_within(self, method: str, request: Message, answer: type[A], attempts: Attempts) -> A:
+    def call_within(self, method: str, request: Message, answer: type[A], attempts: RetryPolicy) -> A:
         """Make such a call within the span that runs."""
         encoded, left = request.SerializeToString(), attempts.left
         data = attempts.run(lambda: self._unary(method, encoded, max(left.left(), _LEAST_SECONDS)))

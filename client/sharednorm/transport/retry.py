@@ -16,7 +16,7 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 1.0
 A = TypeVar("A")
 
 
-class Attempts:
+class RetryPolicy:
     """Makes a call again for as long as the server is away or busy, until its deadline. Only of calls that bear it.
 
     Args:

@@ -43,7 +43,7 @@ class Way:
             self.regions.close()
 
 
-class Ways:
+class TransportSelector:
     """Finds the way to one server, for any number of threads.
 
     Args:

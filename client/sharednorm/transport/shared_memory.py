@@ -50,7 +50,7 @@ class SharedRegions:
 
     def __init__(self, place: Place, left: Deadline, *, patient: bool) -> None:
         self._sock = place.connect(max(1e-3, left.left()))
-        # Of a hub that nobody has closed; see `_Lane`.
+        # Of a hub that nobody has closed; see `PooledConnection`.
         weakref.finalize(self, self._sock.close).atexit = False
         self._reader = frames.Reader(self._sock)
         try:

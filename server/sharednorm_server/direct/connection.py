@@ -20,13 +20,13 @@ from sharednorm.codec.convert import error_to_detail, error_to_status
 from sharednorm.errors import DeadlineExceeded, MalformedMessage, NotSupported, SharedNormError
 from sharednorm.v1 import direct_pb2, service_pb2
 from sharednorm_server.device.tensor_io import Incoming, Output
-from sharednorm_server.direct.shared_memory import InRegions, Session, SessionEnded
+from sharednorm_server.direct.shared_memory import InRegions, SessionEnded, SharedMemorySession
 from sharednorm_server.observability.instrumentation import Origin, Seen, Watcher, working_on
 from sharednorm_server.observability.logs import in_call, new_call
 from sharednorm_server.rpc import unserved
 from sharednorm_server.rpc.call_pool import CallPool
 from sharednorm_server.rpc.errors import known_error
-from sharednorm_server.rpc.group_methods import Meeting
+from sharednorm_server.rpc.group_methods import PendingGroupCall
 from sharednorm_server.rpc.handlers import NO_METHOD
 from sharednorm_server.rpc.servicer import Servicer
 from sharednorm_server.rpc.tensor_io import Arriving, Here, InMessage
@@ -93,7 +93,7 @@ class Turns:
         self._pool.end_elsewhere()
 
 
-class Lane:
+class DirectConnection:
     """One connection.
 
     Args:
@@ -112,7 +112,7 @@ class Lane:
         turns: Turns,
         connection: socket.socket,
         reader: frames.Reader,
-        session: Session | None,
+        session: SharedMemorySession | None,
         peer: str,
         watcher: Watcher,
     ) -> None:
@@ -125,7 +125,7 @@ class Lane:
         self._reader = reader
         self._end = 0.0  # when the call that runs has to be over
         self._answering = False  # whether the answer has begun, behind which no error can be told
-        self._meeting: Meeting | None = None  # the last one
+        self._meeting: PendingGroupCall | None = None  # the last one
         self._telling = threading.Lock()  # held by whoever answers that
         self._gone = False  # whether the connection's thread, and so perhaps the socket, has gone
 
@@ -231,7 +231,7 @@ class Lane:
         self._answering = True
         meeting.future.add_done_callback(lambda _: self._tell(method, meeting, seen))
 
-    def _tell(self, method: int, meeting: Meeting, seen: Seen) -> None:
+    def _tell(self, method: int, meeting: PendingGroupCall, seen: Seen) -> None:
         """Answer a meeting, in whichever thread, which must not wait for this client."""
         try:
             try:
@@ -360,7 +360,7 @@ class Lane:
 class _Data:
     """The data of one call, which the client sends when it has been told to."""
 
-    def __init__(self, lane: Lane, nbytes: int) -> None:
+    def __init__(self, lane: DirectConnection, nbytes: int) -> None:
         self._lane = lane
         self._nbytes = nbytes
         self._missing = 0

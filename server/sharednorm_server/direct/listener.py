@@ -21,8 +21,8 @@ from sharednorm.codec import frames, wire
 from sharednorm.codec.convert import error_to_detail
 from sharednorm.errors import IncompatibleServer, MalformedMessage, SharedNormError
 from sharednorm.v1 import direct_pb2, service_pb2
-from sharednorm_server.direct.connection import STALL_SECONDS, Lane, Turns
-from sharednorm_server.direct.shared_memory import Session, SharedMemory
+from sharednorm_server.direct.connection import STALL_SECONDS, DirectConnection, Turns
+from sharednorm_server.direct.shared_memory import SharedMemory, SharedMemorySession
 from sharednorm_server.errors import StartError
 from sharednorm_server.observability.instrumentation import Watcher
 from sharednorm_server.rpc import unserved
@@ -217,7 +217,7 @@ class DirectServer:
             connection.sendall(_welcome(status))
             frames.set_timeout(connection, socket.SO_RCVTIMEO, 0)
             peer = _peer_of(connection)
-            Lane(self._servicer, self.turns, connection, reader, session, peer, self._watcher).serve()
+            DirectConnection(self._servicer, self.turns, connection, reader, session, peer, self._watcher).serve()
         elif memory is not None:
             _share(connection, reader, memory)
 
@@ -276,7 +276,7 @@ def _share(connection: socket.socket, reader: frames.Reader, memory: SharedMemor
         session.close()
 
 
-def _allocate(connection: socket.socket, session: Session, nbytes: int) -> None:
+def _allocate(connection: socket.socket, session: SharedMemorySession, nbytes: int) -> None:
     try:
         region, descriptor = session.allocate(nbytes)
     except SharedNormError as error:

@@ -65,7 +65,7 @@ class SharedMemory:
         self._session_bytes, self._total_bytes = session_bytes, total_bytes
         self._forget = forget
         self._lock = threading.RLock()  # a finalizer may need it at any moment, also of a thread that holds it
-        self._sessions: dict[bytes, Session] = {}
+        self._sessions: dict[bytes, SharedMemorySession] = {}
         self._used = 0
 
     @property
@@ -73,18 +73,18 @@ class SharedMemory:
         """Bytes that are mapped now, those that calls or kept inputs still use included."""
         return self._used
 
-    def open(self) -> Session:
+    def open(self) -> SharedMemorySession:
         """Return a new session, under a name that nobody can guess."""
-        session = Session(secrets.token_bytes(16), self)
+        session = SharedMemorySession(secrets.token_bytes(16), self)
         with self._lock:
             self._sessions[session.id] = session
         return session
 
-    def find(self, session_id: bytes) -> Session | None:
+    def find(self, session_id: bytes) -> SharedMemorySession | None:
         """Return a session that has not ended."""
         return self._sessions.get(session_id)
 
-    def close(self, session: Session) -> None:
+    def close(self, session: SharedMemorySession) -> None:
         """End a session. Again: nothing."""
         with self._lock:
             self._sessions.pop(session.id, None)
@@ -92,7 +92,7 @@ class SharedMemory:
         session.regions.clear()
         self._forget(session.keeper)
 
-    def allocate(self, session: Session, nbytes: int) -> tuple[Region, int]:
+    def allocate(self, session: SharedMemorySession, nbytes: int) -> tuple[Region, int]:
         """Return a new region of at least so many bytes, and a descriptor of it, which the caller closes.
 
         Raises:
@@ -123,7 +123,7 @@ class SharedMemory:
             session.regions.clear()
         return region, descriptor
 
-    def _take(self, session: Session, size: int) -> None:
+    def _take(self, session: SharedMemorySession, size: int) -> None:
         with self._lock:
             if len(session.regions) >= MAX_REGIONS:
                 raise LimitExceeded(
@@ -145,7 +145,7 @@ class SharedMemory:
             session.used += size
             self._used += size
 
-    def _give_back(self, session: Session, size: int) -> None:
+    def _give_back(self, session: SharedMemorySession, size: int) -> None:
         with self._lock:
             session.used -= size
             self._used -= size
@@ -169,7 +169,7 @@ def _number_in(path: str, pattern: str) -> int:
     return int(found[1]) if found else 0
 
 
-class Session:
+class SharedMemorySession:
     """What one client shares with the server.
 
     Attributes:
@@ -210,7 +210,7 @@ class InRegions:
         places: Region and offset of up to two inputs, then of the output; region 0 is none.
     """
 
-    def __init__(self, session: Session, places: Sequence[int]) -> None:
+    def __init__(self, session: SharedMemorySession, places: Sequence[int]) -> None:
         self.keeper = session.keeper
         self._session = session
         self._inputs = [(places[0], places[1]), (places[2], places[3])]

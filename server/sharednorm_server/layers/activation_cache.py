@@ -34,7 +34,7 @@ class SavedInput:
     keeper: str = ""
 
 
-class SavedInputs:
+class ActivationCache:
     """Keeps inputs under names that cannot be guessed; the least recently used leave first.
 
     Args:

@@ -24,7 +24,7 @@ DEFAULT_MAX_SESSIONS = 1024
 Content = str | bytes | float | bool | Sequence["Content"] | np.ndarray | None
 
 
-class Ledger:
+class IdempotencyTable:
     """The last change of each session that has changed a layer. Whoever calls holds the layer.
 
     Args:

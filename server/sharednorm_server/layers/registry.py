@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from sharednorm.errors import DataLoss, LayerNotFound, LimitExceeded
-from sharednorm_server.layers.idempotency import DEFAULT_MAX_SESSIONS, Ledger
+from sharednorm_server.layers.idempotency import DEFAULT_MAX_SESSIONS, IdempotencyTable
 from sharednorm_server.layers.layer import Layer, LayerInDomain, lost, not_found
 from sharednorm_server.layers.shared_layer import SharedLayer
 from sharednorm_server.layers.stored_layer import ExclusiveLayer, StoredLayer
@@ -268,11 +268,11 @@ class LayerRegistry:
         opened = self._store.session_opened
         store = self._store
         if isinstance(store, SharedStore):
-            ledger = Ledger(self._max_sessions, opened)
+            ledger = IdempotencyTable(self._max_sessions, opened)
             return SharedLayer(record, store, ledger, self._policy, self._count_steps, self._max_staleness)
         if new:  # no session has changed it, and it has no snapshot
             return ExclusiveLayer(
-                record, store, Ledger(self._max_sessions, opened), self._policy, (), self._count_steps
+                record, store, IdempotencyTable(self._max_sessions, opened), self._policy, (), self._count_steps
             )
-        ledger = Ledger(self._max_sessions, opened, store.remembered(record.key))
+        ledger = IdempotencyTable(self._max_sessions, opened, store.remembered(record.key))
         return ExclusiveLayer(record, store, ledger, self._policy, store.snapshots(record.key), self._count_steps)

@@ -26,7 +26,7 @@ from sharednorm.errors import (
     MalformedMessage,
 )
 from sharednorm_server.device.base import Device, DeviceTensor, Incoming, Output, TrainedBatch
-from sharednorm_server.layers.activation_cache import SavedInput, SavedInputs
+from sharednorm_server.layers.activation_cache import ActivationCache, SavedInput
 from sharednorm_server.layers.admission import ByteBudget
 from sharednorm_server.layers.idempotency import DEFAULT_MAX_SESSIONS, same_step, step_change, step_in
 from sharednorm_server.layers.layer import Layer
@@ -112,7 +112,7 @@ class LayerService(MomentsService):
     ) -> None:
         super().__init__(store, max_sessions, policy, max_layers, max_staleness)
         self._placement = placement
-        self._saved = SavedInputs(activation_cache_bytes)
+        self._saved = ActivationCache(activation_cache_bytes)
         self._in_flight = ByteBudget("max_inflight_bytes", max_inflight_bytes)
 
     @property

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from sharednorm.errors import DataLoss, ServerBusy
-from sharednorm_server.layers.idempotency import Ledger
+from sharednorm_server.layers.idempotency import IdempotencyTable
 from sharednorm_server.layers.layer import lost
 from sharednorm_server.layers.stored_layer import StoredLayer
 from sharednorm_server.observability.instrumentation import STORE, spending
@@ -52,7 +52,7 @@ class SharedLayer(StoredLayer):
         self,
         record: LayerRecord,
         store: SharedStore,
-        ledger: Ledger,
+        ledger: IdempotencyTable,
         policy: SnapshotPolicy,
         on_steps: Callable[[int], None],
         max_staleness: float,

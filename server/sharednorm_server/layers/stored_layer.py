@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
-from sharednorm_server.layers.idempotency import Ledger
+from sharednorm_server.layers.idempotency import IdempotencyTable
 from sharednorm_server.layers.layer import Layer, not_found
 from sharednorm_server.observability.instrumentation import STORE, spending
 from sharednorm_server.store.base import CommitHandle, ExclusiveStore, LayerRecord, Store
@@ -34,7 +34,7 @@ class StoredLayer(Layer):
         self,
         record: LayerRecord,
         store: Store,
-        ledger: Ledger,
+        ledger: IdempotencyTable,
         policy: SnapshotPolicy,
         taken: Sequence[SnapshotInfo] = (),
         on_steps: Callable[[int], None] = lambda _: None,
@@ -118,7 +118,7 @@ class ExclusiveLayer(StoredLayer):
         self,
         record: LayerRecord,
         store: ExclusiveStore,
-        ledger: Ledger,
+        ledger: IdempotencyTable,
         policy: SnapshotPolicy,
         taken: Sequence[SnapshotInfo] = (),
         on_steps: Callable[[int], None] = lambda _: None,

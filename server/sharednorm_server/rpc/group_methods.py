@@ -31,7 +31,7 @@ R = TypeVar("R", Stepped, Summed)
 
 
 @final
-class Meeting:
+class PendingGroupCall:
     """A call that waits for the other members.
 
     Args:
@@ -110,7 +110,7 @@ class GroupCalls:
         self._groups.leave(request.ticket)
         return service_pb2.LeaveGroupResponse()
 
-    def moments(self, message: bytes) -> Meeting:
+    def moments(self, message: bytes) -> PendingGroupCall:
         """Take a step together with the other members of a group: bring this one's part."""
         request = unserved.parse(service_pb2.SynchronizeMomentsRequest, message)
         key = key_of(request.ref)
@@ -119,9 +119,9 @@ class GroupCalls:
         if request.moments.count or request.moments.mean or request.moments.m2:
             # Whether a value that is not finite is refused, is decided for the union, and so for all members.
             batch = convert.moments_from_proto(request.moments, maps, allow_nonfinite=True)
-        return Meeting(self._groups.moments(key, request.ticket, request.step, batch), _moments_answer)
+        return PendingGroupCall(self._groups.moments(key, request.ticket, request.step, batch), _moments_answer)
 
-    def gradients(self, message: bytes) -> Meeting:
+    def gradients(self, message: bytes) -> PendingGroupCall:
         """Add up the sums of a backward together with the other members of a group: bring this one's part."""
         request = unserved.parse(service_pb2.SynchronizeGradientsRequest, message)
         key = key_of(request.ref)
@@ -138,7 +138,9 @@ class GroupCalls:
         allow = config.nonfinite is NonFinitePolicy.ALLOW
         batch = convert.moments_from_proto(request.moments, config.maps, allow_nonfinite=allow)
         sums = convert.sums_from_proto(request.sums, config.maps) if request.HasField("sums") else None
-        return Meeting(self._groups.gradients(call, request.ticket, request.step, sums, batch), _gradients_answer)
+        return PendingGroupCall(
+            self._groups.gradients(call, request.ticket, request.step, sums, batch), _gradients_answer
+        )
 
 
 def _moments_answer(done: Done[Stepped]) -> service_pb2.SynchronizeMomentsResponse:
@@ -165,7 +167,7 @@ def _plain(cls: type[M], behaviour: Callable[[M, Wanted], Message]) -> Unary:
     return lambda buffer, wanted: behaviour(unserved.parse(cls, buffer), wanted).SerializeToString()
 
 
-def _waiting(behaviour: Callable[[bytes], Meeting]) -> Unary:
+def _waiting(behaviour: Callable[[bytes], PendingGroupCall]) -> Unary:
     def unary(buffer: bytes, wanted: Wanted) -> bytes:
         meeting = behaviour(buffer)
         _awaited(meeting.future, wanted)

@@ -17,7 +17,7 @@ from sharednorm_server.rpc.errors import refuse
 from sharednorm_server.rpc.handlers import WAY, known_method, origin_of
 
 
-class Doorkeeper(grpc.ServerInterceptor):
+class AdmissionInterceptor(grpc.ServerInterceptor):
     """Refuses calls before anything of their bodies is read: of those who may not, and when there are too many.
 
     Args:

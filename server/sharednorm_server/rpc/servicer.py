@@ -40,7 +40,7 @@ from sharednorm_server.rpc.converters import (
 from sharednorm_server.rpc.group_methods import GroupCalls
 from sharednorm_server.rpc.handlers import MethodTable, Stream, StreamCall, Unary, UnaryCall
 from sharednorm_server.rpc.tensor_io import Arriving, Here, InChunks, InMessage
-from sharednorm_server.rpc.transfer_scheduler import Movers
+from sharednorm_server.rpc.transfer_scheduler import TransferScheduler
 
 SERVICE_NAME = service_pb2.DESCRIPTOR.services_by_name["BatchNormService"].full_name
 
@@ -105,7 +105,7 @@ class Servicer:
         plain: The methods without a tensor that wait for nothing, bytes in and bytes out.
     """
 
-    def __init__(self, service: LayerService, groups: GroupCalls, limits: Limits, movers: Movers) -> None:
+    def __init__(self, service: LayerService, groups: GroupCalls, limits: Limits, movers: TransferScheduler) -> None:
         self._service = service
         self._movers = movers
         self.groups = groups

@@ -16,7 +16,7 @@ from sharednorm.v1 import service_pb2
 from sharednorm_server.device.tensor_io import DeviceTensor, Incoming, Output
 from sharednorm_server.layers.requests import Wanted
 from sharednorm_server.rpc import unserved
-from sharednorm_server.rpc.transfer_scheduler import Movers, Turn
+from sharednorm_server.rpc.transfer_scheduler import TransferScheduler, Turn
 
 
 class Here(Protocol):
@@ -100,7 +100,7 @@ class Arriving:
         """Enter a context, and leave it when the answer has left."""
         self._until_sent.enter_context(context)
 
-    def take_turn(self, movers: Movers, wanted: Wanted) -> None:
+    def take_turn(self, movers: TransferScheduler, wanted: Wanted) -> None:
         """Wait for this call's turn to move its tensors, which ends when the answer has left, or when it is slow.
 
         Raises:

@@ -38,7 +38,7 @@ class Turn:
         due: The same, as it is now.
     """
 
-    def __init__(self, movers: Movers, due: float) -> None:
+    def __init__(self, movers: TransferScheduler, due: float) -> None:
         self._movers = movers
         self.due = due
 
@@ -47,7 +47,7 @@ class Turn:
         self._movers.moved(self, nbytes)
 
 
-class Movers:
+class TransferScheduler:
     """Gives turns in the order in which they are asked for.
 
     Args:

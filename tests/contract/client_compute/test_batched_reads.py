@@ -11,7 +11,7 @@ import pytest
 
 import sharednorm
 from sharednorm.coordination.batching import grouped, require_results
-from sharednorm.coordination.state_cache import LayerCopy
+from sharednorm.coordination.state_cache import StateCache
 from sharednorm.core.limits import MAX_BATCH_ENTRIES, MAX_BATCH_MAPS
 from sharednorm.errors import InvalidConfiguration, LayerEmpty, LayerNotFound, LimitExceeded, MalformedMessage
 from sharednorm.remote.handle import RemoteBatchNorm
@@ -197,7 +197,7 @@ def answer(tag: bytes, *, unchanged: bool = False, mean: float = 0.0) -> service
 
 
 def test_an_answer_that_a_change_has_overtaken_is_not_kept() -> None:
-    copy = LayerCopy(ref("x"), LONG)
+    copy = StateCache(ref("x"), LONG)
     reading = copy.ask()
     copy.changed()
     assert copy.learn(reading, answer(b"1")).mean == [0.0]
@@ -206,7 +206,7 @@ def test_an_answer_that_a_change_has_overtaken_is_not_kept() -> None:
 
 
 def test_an_older_answer_does_not_replace_a_newer_one() -> None:
-    copy = LayerCopy(ref("x"), LONG)
+    copy = StateCache(ref("x"), LONG)
     older, newer = copy.ask(), copy.ask()
     copy.learn(newer, answer(b"2", mean=2.0))
     copy.learn(older, answer(b"1", mean=1.0))
@@ -216,7 +216,7 @@ def test_an_older_answer_does_not_replace_a_newer_one() -> None:
 
 
 def test_after_a_change_what_was_kept_is_asked_for_again_and_may_be_confirmed() -> None:
-    copy = LayerCopy(ref("x"), LONG)
+    copy = StateCache(ref("x"), LONG)
     copy.learn(copy.ask(), answer(b"1", mean=1.0))
     copy.changed()
     assert copy.current() is None
@@ -228,7 +228,7 @@ def test_after_a_change_what_was_kept_is_asked_for_again_and_may_be_confirmed() 
 
 @pytest.mark.parametrize("tag", [b"", b"1", b"2"])
 def test_a_confirmation_of_what_is_not_here(tag: bytes) -> None:
-    copy = LayerCopy(ref("x"), LONG)
+    copy = StateCache(ref("x"), LONG)
     with pytest.raises(MalformedMessage, match="of another tag"):
         copy.learn(copy.ask(), answer(tag, unchanged=True))
     copy.learn(copy.ask(), answer(b"3"))

@@ -10,7 +10,7 @@ import pytest
 
 from sharednorm.errors import DeadlineExceeded
 from sharednorm_server.layers.requests import always
-from sharednorm_server.rpc.transfer_scheduler import GRACE_SECONDS, LEAST_RATE, MOST_SECONDS, Movers
+from sharednorm_server.rpc.transfer_scheduler import GRACE_SECONDS, LEAST_RATE, MOST_SECONDS, TransferScheduler
 
 
 class Clock:
@@ -33,7 +33,7 @@ def until(condition: object, seconds: float = 10.0) -> None:
 class Call(threading.Thread):
     """A call that takes a turn, and ends when it is told to."""
 
-    def __init__(self, movers: Movers, order: list[int], number: int) -> None:
+    def __init__(self, movers: TransferScheduler, order: list[int], number: int) -> None:
         super().__init__(daemon=True)
         self._movers, self._order, self._number = movers, order, number
         self.may_end = threading.Event()
@@ -46,7 +46,7 @@ class Call(threading.Thread):
 
 @pytest.mark.parametrize("most", [1, 3])
 def test_so_many_at_a_time_in_the_order_in_which_they_came(most: int) -> None:
-    movers, order = Movers(most, Clock()), list[int]()
+    movers, order = TransferScheduler(most, Clock()), list[int]()
     calls = [Call(movers, order, number) for number in range(8)]
     for number, call in enumerate(calls):
         call.start()
@@ -63,7 +63,7 @@ def test_so_many_at_a_time_in_the_order_in_which_they_came(most: int) -> None:
 
 def test_one_that_is_slow_loses_its_turn_and_one_that_is_fast_does_not() -> None:
     clock = Clock()
-    movers, order = Movers(1, clock), list[int]()
+    movers, order = TransferScheduler(1, clock), list[int]()
     with ExitStack() as stack:
         turn = stack.enter_context(movers.turn(always))
         other = Call(movers, order, 1)
@@ -91,7 +91,7 @@ def test_one_that_is_slow_loses_its_turn_and_one_that_is_fast_does_not() -> None
 @pytest.mark.parametrize("most", [1, 2])
 def test_what_moves_without_a_turn_slows_nobody_out_of_one(most: int) -> None:
     clock = Clock()
-    movers, order = Movers(most, clock), list[int]()
+    movers, order = TransferScheduler(most, clock), list[int]()
     with ExitStack() as stack:
         slow = stack.enter_context(movers.turn(always))
         clock.now += GRACE_SECONDS * 1.01
@@ -116,7 +116,7 @@ def test_what_moves_without_a_turn_slows_nobody_out_of_one(most: int) -> None:
 def test_calls_that_lost_their_turns_do_not_cost_others_theirs() -> None:
     # A moment in which nothing moved has made two calls of one. Together they are as fast as one, each is too slow.
     clock, machine = Clock(), 1.2 * LEAST_RATE
-    movers, order = Movers(1, clock), list[int]()
+    movers, order = TransferScheduler(1, clock), list[int]()
     calls = [Call(movers, order, number) for number in range(6)]
     with ExitStack() as stack:
         moving = [stack.enter_context(movers.turn(always))]
@@ -140,7 +140,7 @@ def test_calls_that_lost_their_turns_do_not_cost_others_theirs() -> None:
 
 def test_one_that_was_fast_and_stops_holds_the_others_up_for_a_moment_only() -> None:
     clock = Clock()
-    movers, order = Movers(1, clock), list[int]()
+    movers, order = TransferScheduler(1, clock), list[int]()
     with movers.turn(always) as turn:
         turn.moved(2 << 30)  # all at once
         other = Call(movers, order, 1)
@@ -155,7 +155,7 @@ def test_one_that_was_fast_and_stops_holds_the_others_up_for_a_moment_only() -> 
 
 
 def test_one_that_is_given_up_waits_no_longer_and_holds_nobody_up() -> None:
-    movers, order = Movers(1, Clock()), list[int]()
+    movers, order = TransferScheduler(1, Clock()), list[int]()
     first = Call(movers, order, 1)
     first.start()
     until(lambda: order == [1])
@@ -171,7 +171,7 @@ def test_one_that_is_given_up_waits_no_longer_and_holds_nobody_up() -> None:
 
 
 def test_an_error_ends_a_turn() -> None:
-    movers = Movers(1, Clock())
+    movers = TransferScheduler(1, Clock())
     with pytest.raises(ValueError, match="x"), movers.turn(always):
         raise ValueError("x")
     with movers.turn(always):

@@ -13,7 +13,7 @@ import pytest
 
 from sharednorm.codec import wire
 from sharednorm.errors import LimitExceeded, MalformedMessage
-from sharednorm_server.direct.shared_memory import InRegions, Session, SharedMemory
+from sharednorm_server.direct.shared_memory import InRegions, SharedMemory, SharedMemorySession
 
 PAGE = mmap.PAGESIZE
 LAYOUT = wire.TensorLayout("float32", (2, 3, 4), 96)
@@ -25,7 +25,7 @@ def memory() -> SharedMemory:
 
 
 @pytest.fixture
-def session(memory: SharedMemory) -> Iterator[Session]:
+def session(memory: SharedMemory) -> Iterator[SharedMemorySession]:
     opened = memory.open()
     yield opened
     opened.close()
@@ -33,13 +33,13 @@ def session(memory: SharedMemory) -> Iterator[Session]:
     assert memory.used == 0
 
 
-def allocate(session: Session, nbytes: int) -> int:
+def allocate(session: SharedMemorySession, nbytes: int) -> int:
     region, descriptor = session.allocate(nbytes)
     os.close(descriptor)
     return region.number
 
 
-def test_a_region_is_the_same_memory_on_both_sides(session: Session) -> None:
+def test_a_region_is_the_same_memory_on_both_sides(session: SharedMemorySession) -> None:
     region, descriptor = session.allocate(100)
     with mmap.mmap(descriptor, PAGE) as theirs:
         theirs[:5] = b"hello"
@@ -47,7 +47,7 @@ def test_a_region_is_the_same_memory_on_both_sides(session: Session) -> None:
     os.close(descriptor)
 
 
-def test_nobody_can_take_pages_away_or_unseal_it(session: Session) -> None:
+def test_nobody_can_take_pages_away_or_unseal_it(session: SharedMemorySession) -> None:
     _, descriptor = session.allocate(2 * PAGE)
     for size in (0, PAGE, 3 * PAGE):
         with pytest.raises(PermissionError):
@@ -57,7 +57,7 @@ def test_nobody_can_take_pages_away_or_unseal_it(session: Session) -> None:
     os.close(descriptor)
 
 
-def test_bytes_are_counted_until_nobody_uses_them(memory: SharedMemory, session: Session) -> None:
+def test_bytes_are_counted_until_nobody_uses_them(memory: SharedMemory, session: SharedMemorySession) -> None:
     number = allocate(session, PAGE + 1)
     assert memory.used == session.used == 2 * PAGE
     (array,) = InRegions(session, (number, 0, 0, 0, 0, 0)).arrays([LAYOUT])
@@ -70,7 +70,7 @@ def test_bytes_are_counted_until_nobody_uses_them(memory: SharedMemory, session:
     assert memory.used == session.used == 0
 
 
-def test_a_session_and_all_together_have_so_much(memory: SharedMemory, session: Session) -> None:
+def test_a_session_and_all_together_have_so_much(memory: SharedMemory, session: SharedMemorySession) -> None:
     allocate(session, 8 * PAGE)
     with pytest.raises(LimitExceeded, match=f"shared_memory_bytes_per_client = {8 * PAGE}"):
         session.allocate(1)
@@ -106,13 +106,13 @@ def test_more_than_the_machine_has() -> None:
 
 
 @pytest.mark.parametrize("number", [0, 2, 1 << 63])
-def test_a_region_that_there_is_not(session: Session, number: int) -> None:
+def test_a_region_that_there_is_not(session: SharedMemorySession, number: int) -> None:
     allocate(session, 1)
     with pytest.raises(MalformedMessage, match=f"no region {number}"):
         InRegions(session, (number, 0, 0, 0, 1, 0)).arrays([LAYOUT])
 
 
-def test_another_sessions_region(memory: SharedMemory, session: Session) -> None:
+def test_another_sessions_region(memory: SharedMemory, session: SharedMemorySession) -> None:
     other = memory.open()
     allocate(other, 1)
     assert allocate(other, 1) == 2
@@ -123,7 +123,7 @@ def test_another_sessions_region(memory: SharedMemory, session: Session) -> None
 
 
 @pytest.mark.parametrize("offset", [PAGE - 95, PAGE, PAGE + 4, 1 << 40, (1 << 64) - 4, 1, 2, 3])
-def test_a_place_that_is_not_in_a_region(session: Session, offset: int) -> None:
+def test_a_place_that_is_not_in_a_region(session: SharedMemorySession, offset: int) -> None:
     number = allocate(session, 1)
     tensors = InRegions(session, (number, offset, 0, 0, number, offset))
     with pytest.raises(MalformedMessage, match="are not in a region of"):
@@ -132,7 +132,7 @@ def test_a_place_that_is_not_in_a_region(session: Session, offset: int) -> None:
         tensors.out(LAYOUT, over_input=True)
 
 
-def test_a_tensor_ends_where_its_region_does(session: Session) -> None:
+def test_a_tensor_ends_where_its_region_does(session: SharedMemorySession) -> None:
     number = allocate(session, 1)
     (x,) = InRegions(session, (number, PAGE - 96, 0, 0, 0, 0)).arrays([LAYOUT])
     x[...] = 1
@@ -153,7 +153,7 @@ def test_a_tensor_ends_where_its_region_does(session: Session) -> None:
     ],
 )
 def test_where_an_output_may_be(
-    session: Session, inputs: tuple[int, ...], output: tuple[int, int], over_input: bool, fine: bool
+    session: SharedMemorySession, inputs: tuple[int, ...], output: tuple[int, int], over_input: bool, fine: bool
 ) -> None:
     allocate(session, 1)
     allocate(session, 1)

@@ -7,7 +7,7 @@ import pytest
 
 from sharednorm.core.state import Moments
 from sharednorm.errors import KeyReused, SessionExpired, StepOutOfOrder
-from sharednorm_server.layers.idempotency import Ledger, digest, same_step
+from sharednorm_server.layers.idempotency import IdempotencyTable, digest, same_step
 from sharednorm_server.store.idempotency import SessionNumbers
 from sharednorm_server.store.records import CallKey, LastChange, Remembered, TakenStep
 
@@ -18,7 +18,7 @@ def session(numbers: SessionNumbers, lane: bytes = b"lane 001") -> bytes:
     return numbers.open().to_bytes(8, "big") + lane
 
 
-def make(ledger: Ledger, key: CallKey, content: bytes = CONTENT) -> None:
+def make(ledger: IdempotencyTable, key: CallKey, content: bytes = CONTENT) -> None:
     """Make a change, as a layer does."""
     assert ledger.find(key, content) is None
     ledger.remember(ledger.note(key, LastChange(key.seq, content, key.seq, key.seq)))
@@ -30,7 +30,7 @@ def numbers() -> SessionNumbers:
 
 
 def test_a_change_is_known_again_until_the_next_one(numbers: SessionNumbers) -> None:
-    ledger, mine = Ledger(4, numbers.given), session(numbers)
+    ledger, mine = IdempotencyTable(4, numbers.given), session(numbers)
     for seq in (1, 2, 3):
         make(ledger, CallKey(mine, seq))
         found = ledger.find(CallKey(mine, seq), CONTENT)
@@ -42,7 +42,7 @@ def test_a_change_is_known_again_until_the_next_one(numbers: SessionNumbers) -> 
 
 
 def test_another_content_under_a_key_that_was_used(numbers: SessionNumbers) -> None:
-    ledger, mine = Ledger(4, numbers.given), session(numbers)
+    ledger, mine = IdempotencyTable(4, numbers.given), session(numbers)
     make(ledger, CallKey(mine, 1))
     with pytest.raises(KeyReused, match="this one was not"):
         ledger.find(CallKey(mine, 1), digest("another change"))
@@ -50,13 +50,13 @@ def test_another_content_under_a_key_that_was_used(numbers: SessionNumbers) -> N
 
 
 def test_a_note_that_is_not_kept_changes_nothing(numbers: SessionNumbers) -> None:
-    ledger, mine = Ledger(1, numbers.given), session(numbers)
+    ledger, mine = IdempotencyTable(1, numbers.given), session(numbers)
     ledger.note(CallKey(mine, 1), LastChange(1, CONTENT, 1, 1))
     assert ledger.find(CallKey(mine, 1), CONTENT) is None
 
 
 def test_sessions_do_not_see_each_other(numbers: SessionNumbers) -> None:
-    ledger = Ledger(4, numbers.given)
+    ledger = IdempotencyTable(4, numbers.given)
     number = numbers.open().to_bytes(8, "big")
     one, other = number + b"lane 001", number + b"lane 002"
     make(ledger, CallKey(one, 1))
@@ -66,7 +66,7 @@ def test_sessions_do_not_see_each_other(numbers: SessionNumbers) -> None:
 
 
 def test_the_least_recent_session_is_forgotten_and_never_taken_for_a_new_one(numbers: SessionNumbers) -> None:
-    ledger = Ledger(2, numbers.given)
+    ledger = IdempotencyTable(2, numbers.given)
     first, second, third, unused, later = (session(numbers) for _ in range(5))
     make(ledger, CallKey(first, 1))
     make(ledger, CallKey(second, 1))
@@ -83,7 +83,7 @@ def test_the_least_recent_session_is_forgotten_and_never_taken_for_a_new_one(num
 
 
 def test_a_session_that_was_opened_before_one_that_is_forgotten_has_to_be_renewed(numbers: SessionNumbers) -> None:
-    ledger = Ledger(1, numbers.given)
+    ledger = IdempotencyTable(1, numbers.given)
     idle, busy, next_one = (session(numbers) for _ in range(3))
     make(ledger, CallKey(busy, 1))
     make(ledger, CallKey(next_one, 1))
@@ -94,14 +94,14 @@ def test_a_session_that_was_opened_before_one_that_is_forgotten_has_to_be_renewe
 
 def test_a_change_of_an_unknown_session_that_is_not_its_first(numbers: SessionNumbers) -> None:
     with pytest.raises(SessionExpired):
-        Ledger(4, numbers.given).find(CallKey(session(numbers), 2), CONTENT)
+        IdempotencyTable(4, numbers.given).find(CallKey(session(numbers), 2), CONTENT)
 
 
 @pytest.mark.parametrize("number", [1 << 63, (1 << 64) - 1, (1 << 32) + 1, (2 << 32), (1 << 32) + 5])
 def test_a_number_that_was_not_given_is_no_session(numbers: SessionNumbers, number: int) -> None:
     numbers.open()
     with pytest.raises(SessionExpired):
-        Ledger(4, numbers.given).find(CallKey(number.to_bytes(8, "big") + b"lane 001", 1), CONTENT)
+        IdempotencyTable(4, numbers.given).find(CallKey(number.to_bytes(8, "big") + b"lane 001", 1), CONTENT)
 
 
 def test_numbers_grow_also_from_run_to_run() -> None:
@@ -116,7 +116,7 @@ def test_what_was_remembered_by_another_ledger_is_known() -> None:
     numbers = SessionNumbers(2)
     old = (1 << 32).to_bytes(8, "big")
     known = {old + bytes([lane]) * 8: LastChange(7, CONTENT, 9, 8) for lane in range(3)}
-    ledger = Ledger(3, numbers.given, Remembered(known, floor=(1 << 32) - 5))
+    ledger = IdempotencyTable(3, numbers.given, Remembered(known, floor=(1 << 32) - 5))
     assert ledger.find(CallKey(old + b"\1" * 8, 7), CONTENT) is known[old + b"\1" * 8]
     make(ledger, CallKey(session(numbers), 1))
     with pytest.raises(SessionExpired):  # the first of them, which was the least recent

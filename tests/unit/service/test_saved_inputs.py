@@ -12,8 +12,8 @@ from sharednorm.core.state import Moments, initial_state
 from sharednorm.core.types import LayerKind
 from sharednorm.errors import InputEvicted
 from sharednorm_server.device.cpu import CpuTensor
-from sharednorm_server.layers.activation_cache import SavedInput, SavedInputs
-from sharednorm_server.layers.idempotency import Ledger
+from sharednorm_server.layers.activation_cache import ActivationCache, SavedInput
+from sharednorm_server.layers.idempotency import IdempotencyTable
 from sharednorm_server.layers.layer import Layer
 from sharednorm_server.layers.stored_layer import ExclusiveLayer
 from sharednorm_server.store.base import LayerKey, LayerRecord
@@ -29,7 +29,7 @@ def layer(name: str) -> Layer:
     return ExclusiveLayer(
         LayerRecord(LayerKey("default", name), CONFIG, state),
         MemoryStore(),
-        Ledger(1, SessionNumbers(1).given),
+        IdempotencyTable(1, SessionNumbers(1).given),
         SnapshotPolicy(),
     )
 
@@ -43,7 +43,7 @@ def entry(owner: Layer, nbytes: int = 40) -> SavedInput:
 
 
 def test_an_input_comes_back_as_often_as_it_is_asked_for() -> None:
-    saved = SavedInputs(100)
+    saved = ActivationCache(100)
     kept = entry(A)
     token = saved.put(kept)
     assert saved.get(token, A) is kept
@@ -52,14 +52,14 @@ def test_an_input_comes_back_as_often_as_it_is_asked_for() -> None:
 
 
 def test_names_cannot_be_guessed() -> None:
-    saved = SavedInputs(1 << 20)
+    saved = ActivationCache(1 << 20)
     tokens = {saved.put(entry(A, 8)) for _ in range(1000)}
     assert len(tokens) == 1000
     assert all(len(token) == 32 for token in tokens)
 
 
 def test_the_oldest_leaves_when_the_budget_is_used_up() -> None:
-    saved = SavedInputs(100)
+    saved = ActivationCache(100)
     first, second, third = (saved.put(entry(A)) for _ in range(3))
     with pytest.raises(InputEvicted, match="saved_forward"):
         saved.get(first, A)
@@ -69,7 +69,7 @@ def test_the_oldest_leaves_when_the_budget_is_used_up() -> None:
 
 
 def test_what_was_used_lately_stays() -> None:
-    saved = SavedInputs(100)
+    saved = ActivationCache(100)
     first, second = saved.put(entry(A)), saved.put(entry(A))
     saved.get(first, A)
     saved.put(entry(A))
@@ -79,7 +79,7 @@ def test_what_was_used_lately_stays() -> None:
 
 
 def test_a_large_one_may_drive_out_several() -> None:
-    saved = SavedInputs(100)
+    saved = ActivationCache(100)
     for _ in range(2):
         saved.put(entry(A))
     saved.put(entry(A, 96))
@@ -87,19 +87,19 @@ def test_a_large_one_may_drive_out_several() -> None:
 
 
 def test_one_of_exactly_the_budget_is_kept() -> None:
-    saved = SavedInputs(96)
+    saved = ActivationCache(96)
     assert saved.get(saved.put(entry(A, 96)), A)
 
 
 def test_one_beyond_the_budget_is_not_kept_and_drives_nothing_out() -> None:
-    saved = SavedInputs(100)
+    saved = ActivationCache(100)
     kept = saved.put(entry(A))
     assert saved.put(entry(A, 104)) == ""
     assert saved.get(kept, A)
 
 
 def test_no_budget_keeps_nothing() -> None:
-    saved = SavedInputs(0)
+    saved = ActivationCache(0)
     assert saved.put(entry(A)) == ""
     assert len(saved) == 0
 
@@ -107,11 +107,11 @@ def test_no_budget_keeps_nothing() -> None:
 @pytest.mark.parametrize("token", ["", "x", "0" * 32])
 def test_an_unknown_name(token: str) -> None:
     with pytest.raises(InputEvicted):
-        SavedInputs(100).get(token, A)
+        ActivationCache(100).get(token, A)
 
 
 def test_another_layers_input_is_not_there() -> None:
-    saved = SavedInputs(100)
+    saved = ActivationCache(100)
     token = saved.put(entry(A))
     with pytest.raises(InputEvicted):
         saved.get(token, B)
@@ -120,7 +120,7 @@ def test_another_layers_input_is_not_there() -> None:
 
 
 def test_release_drops_one() -> None:
-    saved = SavedInputs(100)
+    saved = ActivationCache(100)
     token, other = saved.put(entry(A)), saved.put(entry(A))
     saved.release(token, A)
     saved.release(token, A)
@@ -131,7 +131,7 @@ def test_release_drops_one() -> None:
 
 
 def test_release_if_drops_all_of_a_layer() -> None:
-    saved = SavedInputs(1000)
+    saved = ActivationCache(1000)
     token = saved.put(entry(B))
     for _ in range(3):
         saved.put(entry(A))
@@ -141,7 +141,7 @@ def test_release_if_drops_all_of_a_layer() -> None:
 
 
 def test_the_budget_holds_under_many_threads() -> None:
-    saved = SavedInputs(200)
+    saved = ActivationCache(200)
 
     def work(_: int) -> None:
         for _ in range(300):

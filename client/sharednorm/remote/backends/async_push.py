@@ -6,7 +6,7 @@ import numpy as np
 
 from sharednorm.codec import convert
 from sharednorm.coordination.idempotency import Keys
-from sharednorm.coordination.push_queue import Line
+from sharednorm.coordination.push_queue import PushStream
 from sharednorm.core.layer_config import LayerConfig
 from sharednorm.core.state import FieldName, LayerState, StateFields, StateUpdate, refuse_nonfinite
 from sharednorm.core.types import Array, NonFinitePolicy, Vector
@@ -43,7 +43,9 @@ class AsyncComputeBackend(ClientComputeBackend):
     ) -> None:
         super().__init__(context, ref, config, max_staleness)
         self._sender = context.sender
-        self._line = Line(self._ref, config.maps, self.copy.changed, self.refused, Keys(context.session), max_pending)
+        self._line = PushStream(
+            self._ref, config.maps, self.copy.changed, self.refused, Keys(context.session), max_pending
+        )
 
     def _of(self, ref: layer_pb2.LayerRef) -> RemoteBackend:
         """Return a backend like this one of another domain."""

@@ -6,7 +6,7 @@ import numpy as np
 
 from sharednorm.arithmetic.select import arithmetic
 from sharednorm.codec import convert, frames
-from sharednorm.coordination.state_cache import LayerCopy
+from sharednorm.coordination.state_cache import StateCache
 from sharednorm.core.layer_config import LayerConfig
 from sharednorm.core.state import LayerState, StateUpdate
 from sharednorm.core.types import Array, Vector
@@ -34,7 +34,7 @@ class ClientComputeBackend(RemoteBackend):
     def __init__(self, context: HubContext, ref: layer_pb2.LayerRef, config: LayerConfig, max_staleness: float) -> None:
         super().__init__(context, ref, config)
         self._arithmetic = arithmetic()
-        self._copy = LayerCopy(self._ref, max_staleness)
+        self._copy = StateCache(self._ref, max_staleness)
 
     def _of(self, ref: layer_pb2.LayerRef) -> RemoteBackend:
         """Return a backend like this one of another domain."""
@@ -46,7 +46,7 @@ class ClientComputeBackend(RemoteBackend):
         return ", computed here"
 
     @property
-    def copy(self) -> LayerCopy:
+    def copy(self) -> StateCache:
         """What evaluation uses of the layer, for as long as it may."""
         return self._copy
 

@@ -21,10 +21,10 @@ from sharednorm.layers.backend import ForwardResult, Gradients, SavedForward
 from sharednorm.layers.call_queue import CallQueue
 from sharednorm.layers.statistics import StatisticsDelta
 from sharednorm.remote.context import HubContext
-from sharednorm.transport.base import Caller
+from sharednorm.transport.base import RpcClient
 from sharednorm.transport.deadline import Deadline
 from sharednorm.transport.methods import BACKWARD, FORWARD
-from sharednorm.transport.retry import Attempts
+from sharednorm.transport.retry import RetryPolicy
 from sharednorm.v1 import layer_pb2, service_pb2, tensor_pb2
 
 A = TypeVar("A", bound=Message)
@@ -68,7 +68,7 @@ class RemoteBackend:
         return self._config
 
     @property
-    def connection(self) -> Caller:
+    def connection(self) -> RpcClient:
         """To the server."""
         return self._connection
 
@@ -282,11 +282,11 @@ class RemoteBackend:
         changes: bool,
         request: Keyed,
         left: Deadline,
-        send: Callable[[Attempts], B],
+        send: Callable[[RetryPolicy], B],
         changed: Callable[[B], bool] = lambda _: True,
     ) -> B:
         """Make a call that may change something; one that cannot needs no key to be made again."""
-        return self._keys.once(request, left, send, changed) if changes else send(Attempts(left))
+        return self._keys.once(request, left, send, changed) if changes else send(RetryPolicy(left))
 
     def _sent(self, x: Array) -> Array:
         # What travels of a tensor: itself, unless it is float32 and has to travel in fewer bits.
@@ -324,7 +324,9 @@ class RemoteBackend:
             ) from error
 
 
-def create_domain(connection: Caller, ref: layer_pb2.LayerRef, initial: StateUpdate | None = None) -> layer_pb2.Layer:
+def create_domain(
+    connection: RpcClient, ref: layer_pb2.LayerRef, initial: StateUpdate | None = None
+) -> layer_pb2.Layer:
     """Have a layer keep statistics of a domain; return the layer, seen there.
 
     Args:

@@ -94,7 +94,7 @@ class _Request:
         self._signal.release()
 
 
-class RedisLine:
+class RedisConnection:
     """A line to one Redis, for any number of threads.
 
     Args:

@@ -37,7 +37,7 @@ from sharednorm_server.store.redis.codec import (
     to_fields,
     to_record,
 )
-from sharednorm_server.store.redis.connection import RedisLine, Wire
+from sharednorm_server.store.redis.connection import RedisConnection, Wire
 from sharednorm_server.store.redis.layout import (
     LAYOUT,
     REFUSED,
@@ -151,7 +151,7 @@ class RedisStore:
         self.identity = ""
         self._told = False
         try:
-            self._line = RedisLine(
+            self._line = RedisConnection(
                 self._place.make,
                 self._place.text,
                 f"{self._place.prefix}:probe",
