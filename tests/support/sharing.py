@@ -62,7 +62,7 @@ class Steps:
 def train(address: str, namespace: str, config: LayerConfig, first_seed: int, steps: int) -> Steps:
     """Attach to the layer, take steps, and report them."""
     connection = Connection(parse_address(address), 30.0)
-    connection.greet()
+    connection.handshake()
     exchange = ServerClient(connection, "auto", None)
     backend = Recorder(HubContext(exchange), ref_to_proto(namespace, NAME), config)
     backend.versions = []

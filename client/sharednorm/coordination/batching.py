@@ -30,8 +30,8 @@ def read_many(
     Raises:
         SharedNormError: What a call as a whole has ended with.
     """
-    divided = exchange.divided(copies, lambda each: each[0].name)
-    for part, places in divided:
+    parts = exchange.partition(copies, lambda each: each[0].name)
+    for part, places in parts:
         yield from _read_from(part, copies, places)
 
 
@@ -45,7 +45,7 @@ def _read_from(
             frames.BATCH_GET_STATS,
             service_pb2.BatchGetStatsRequest(reads=[reading.request for reading in readings]),
             service_pb2.BatchGetStatsResponse,
-            exchange.connection.patience(),
+            exchange.connection.retrying(),
         )
         require_results("BatchGetStats", len(answer.results), len(indices))
         for index, reading, result in zip(indices, readings, answer.results, strict=True):

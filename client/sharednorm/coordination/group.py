@@ -218,7 +218,7 @@ class Group:
         """
         membership = self._membership
         home = self._where()
-        if membership is not None and (membership.waiting or home.exchange.settle_anew()):
+        if membership is not None and (membership.waiting or home.exchange.rebalance()):
             self._forget(membership)
         self._joined(self._begin(home))
 
@@ -346,7 +346,7 @@ class Group:
             try:
                 answer = home.exchange.connection.call("JoinGroup", request, service_pb2.JoinGroupResponse, attempts)
             except GroupAborted:
-                home.exchange.settle_anew()  # the others may be with another server, and come back as well
+                home.exchange.rebalance()  # the others may be with another server, and come back as well
                 raise
             membership = _Membership(answer.ticket, answer.generation, answer.rank, answer.members)
             self._membership = membership
@@ -395,7 +395,7 @@ class Group:
             else:
                 self._forget(membership)
                 if isinstance(error, GroupAborted) and not isinstance(error, StaleGeneration):
-                    home.exchange.settle_anew()
+                    home.exchange.rebalance()
             raise
         membership.steps[place] = request.step
         membership.ranks, membership.waiting = tuple(found.ranks), found.waiting

@@ -235,7 +235,7 @@ class PushQueue:
                 self._changed.notify_all()
 
     def _send(self, steps: Sequence[_Step]) -> list[Parameters | _Refused]:
-        attempts = self._connection.patience()
+        attempts = self._connection.retrying()
         try:
             for step in steps:
                 step.lane = step.line.keys.take(attempts.left)
@@ -255,7 +255,7 @@ class PushQueue:
 
     def _call(self, steps: Sequence[_Step], attempts: RetryPolicy) -> list[Parameters | _Refused]:
         found: list[Parameters | _Refused | None] = [None] * len(steps)
-        for exchange, places in self._exchange.divided(steps, lambda step: step.line.ref.name):
+        for exchange, places in self._exchange.partition(steps, lambda step: step.line.ref.name):
             results = self._call_one(exchange, [steps[place] for place in places], attempts)
             for place, result in zip(places, results, strict=True):
                 found[place] = result

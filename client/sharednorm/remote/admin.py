@@ -51,7 +51,7 @@ def list_layers(connection: RpcClient, namespace: str) -> list[LayerInfo]:
     token = ""
     while True:
         request = service_pb2.ListLayersRequest(namespace=namespace, page_size=1000, page_token=token)
-        answer = connection.call("ListLayers", request, service_pb2.ListLayersResponse, attempts=connection.patience())
+        answer = connection.call("ListLayers", request, service_pb2.ListLayersResponse, attempts=connection.retrying())
         found += map(_info, answer.layers)
         token = answer.next_page_token
         if not token:
@@ -94,7 +94,7 @@ def set_train(context: HubContext, ref: layer_pb2.LayerRef, train: bool) -> None
 
 def list_snapshots(connection: RpcClient, ref: layer_pb2.LayerRef) -> list[SnapshotInfo]:
     """Return the snapshots of a layer, the oldest first."""
-    request, attempts = service_pb2.ListSnapshotsRequest(ref=ref), connection.patience()
+    request, attempts = service_pb2.ListSnapshotsRequest(ref=ref), connection.retrying()
     answer = connection.call("ListSnapshots", request, service_pb2.ListSnapshotsResponse, attempts=attempts)
     return [
         SnapshotInfo(each.version, datetime.fromtimestamp(each.taken, timezone.utc), each.num_of_props)

@@ -95,7 +95,7 @@ def connect(
         known = credentials.get(place.text) or credentials[where[0].text].named(place.host)
         connection = Connection(place, float(timeout), known)
         try:
-            connection.greet(left)
+            connection.handshake(left)
             return ServerClient(connection, way, progress)
         except BaseException:
             connection.close()

@@ -116,8 +116,10 @@ class Hub:
     @property
     def place(self) -> HubSpec:
         """What it takes to make the same hub again."""
-        timeout, wanted = self._connection.timeout, self._exchange.wanted
-        return HubSpec(self.address, self._namespace, timeout, wanted, "strong" if self._strong else "bounded")
+        timeout, requested_transport = self._connection.timeout, self._exchange.requested_transport
+        return HubSpec(
+            self.address, self._namespace, timeout, requested_transport, "strong" if self._strong else "bounded"
+        )
 
     @property
     def closed(self) -> bool:
@@ -127,7 +129,7 @@ class Hub:
     @property
     def info(self) -> ServerInfo:
         """What the server is and what it accepts. Asks it anew."""
-        return self._connection.greet()
+        return self._connection.handshake()
 
     @property
     def transport(self) -> str:
@@ -236,7 +238,7 @@ class Hub:
         """
         handling = HandleOptions.parse(compute, max_staleness, wire_dtype, group, push, max_pending)
         ref = self._ref(name, domain)
-        request, attempts = service_pb2.GetLayerRequest(ref=ref), self._connection.patience()
+        request, attempts = service_pb2.GetLayerRequest(ref=ref), self._connection.retrying()
         answer = self._for(name).connection.call("GetLayer", request, service_pb2.GetLayerResponse, attempts=attempts)
         return self._handle(answer.layer, False, handling)
 
@@ -478,7 +480,7 @@ class Hub:
             # Bias, mean and variance begin on the server as they begin here: 0, 0 and 1.
             first = StateUpdate(scale=state.scale) if begin is None else replace(begin, scale=state.scale)
             request.initial_state.CopyFrom(convert.update_to_proto(first))
-        attempts = self._connection.patience()
+        attempts = self._connection.retrying()
         connection = self._for(name).connection
         answer = connection.call("CreateLayer", request, service_pb2.CreateLayerResponse, attempts=attempts)
         layer = answer.layer

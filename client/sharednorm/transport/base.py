@@ -86,7 +86,7 @@ class RpcClient(Protocol):
         """Cut off running calls, and let go of what there is. Again: nothing."""
         ...
 
-    def greet(self) -> ServerInfo:
+    def handshake(self) -> ServerInfo:
         """Ask the server anew what it is."""
         ...
 
@@ -94,7 +94,7 @@ class RpcClient(Protocol):
         """Return a deadline that begins now."""
         ...
 
-    def patience(self) -> RetryPolicy:
+    def retrying(self) -> RetryPolicy:
         """Return what makes a call again while the server is away, as long as a call may take from now on."""
         ...
 
@@ -120,7 +120,7 @@ class Transport(Protocol):
         ...
 
     @property
-    def wanted(self) -> str:
+    def requested_transport(self) -> str:
         """The way that was asked for."""
         ...
 
@@ -133,11 +133,11 @@ class Transport(Protocol):
         """Return the one for a thing, "layer" or "group", which stays with one server as long as that is there."""
         ...
 
-    def divided(self, items: Sequence[I], layer_of: Callable[[I], str]) -> Sequence[tuple[Transport, list[int]]]:
+    def partition(self, items: Sequence[I], layer_of: Callable[[I], str]) -> Sequence[tuple[Transport, list[int]]]:
         """Return which of some items go together, by the layers that they are of: their places, in order."""
         ...
 
-    def settle_anew(self) -> bool:
+    def rebalance(self) -> bool:
         """Go to the server that a group belongs to, if it has been with another one; return whether that is so."""
         ...
 

@@ -79,19 +79,19 @@ class ServerClient:
         del kind, name
         return self
 
-    def divided(self, items: Sequence[I], layer_of: Callable[[I], str]) -> list[tuple[ServerClient, list[int]]]:
+    def partition(self, items: Sequence[I], layer_of: Callable[[I], str]) -> list[tuple[ServerClient, list[int]]]:
         """Return itself, and the places of all items."""
         del layer_of
         return [(self, list(range(len(items))))]
 
-    def settle_anew(self) -> bool:
+    def rebalance(self) -> bool:
         """Return False: there is no other server."""
         return False
 
     @property
-    def wanted(self) -> str:
+    def requested_transport(self) -> str:
         """The way that was asked for: one of them, or "auto"."""
-        return self._ways.wanted
+        return self._ways.requested_transport
 
     @property
     def transport(self) -> str:
@@ -119,7 +119,7 @@ class ServerClient:
             except (OSError, EOFError) as error:
                 raise self._ways.typed(error, left) from None
             except LimitExceeded:
-                if self._ways.wanted == "shm":
+                if self._ways.requested_transport == "shm":
                     raise
                 break
         return results.empty(shape, dtype)
@@ -194,7 +194,7 @@ class ServerClient:
             try:
                 return self._shared(way.link, way.regions, call)
             except _NoRoom as error:
-                if self._ways.wanted == "shm":
+                if self._ways.requested_transport == "shm":
                     raise error.reason from None
         target, room = _room(call)
         data = [wire.payload(source) for source in call.sources]

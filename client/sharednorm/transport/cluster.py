@@ -82,7 +82,7 @@ class _Member:
                     raise ServerUnavailable(error.message, error.metadata) from error
             return self._exchange
 
-    def give_up(self, why: str) -> None:
+    def mark_down(self, why: str) -> None:
         # Calls that are on their way to it end.
         if not self.away:
             _log.warning("the server at %s is away: %s", self.address.text, why)
@@ -99,7 +99,7 @@ class _Member:
         try:
             why = self.exchange(left).connection.health(left)
         except SharedNormError as error:
-            self.give_up(error.message)
+            self.mark_down(error.message)
             return
         if why:
             if not self.away:
@@ -118,7 +118,7 @@ class Cluster:
         addresses: Where they are.
         timeout: Seconds that a call may take.
         make: Connects to one, and greets it.
-        wanted: The way that calls go.
+        requested_transport: The way that calls go.
         find: Returns where they are now, if that can change.
 
     Raises:
@@ -132,10 +132,10 @@ class Cluster:
         addresses: Sequence[Address],
         timeout: float,
         make: Open,
-        wanted: str,
+        requested_transport: str,
         find: Callable[[], Sequence[Address]] | None,
     ) -> None:
-        self.text, self.timeout, self.wanted = text, timeout, wanted
+        self.text, self.timeout, self.requested_transport = text, timeout, requested_transport
         self._make, self._find = make, find
         self._process = os.getpid()
         self._closed = threading.Event()
@@ -223,7 +223,7 @@ class Cluster:
         self._members = tuple(found)
         for member in known.values():
             member.ended.set()
-            member.give_up("its name has no such address any more")
+            member.mark_down("its name has no such address any more")
 
     def _new(self, address: Address) -> _Member:
         member = _Member(address, self._opened)
@@ -310,16 +310,16 @@ class ClusterClient:
         """Let go of all servers."""
         self._fleet.close()
 
-    def greet(self) -> ServerInfo:
+    def handshake(self) -> ServerInfo:
         """Ask the server anew what it is."""
         attempts = RetryPolicy(self.deadline(), away=False)
-        return self.run(attempts, lambda exchange, once: exchange.connection.greet(once.left))
+        return self.run(attempts, lambda exchange, once: exchange.connection.handshake(once.left))
 
     def deadline(self) -> Deadline:
         """Return a deadline that begins now."""
         return Deadline(self.timeout)
 
-    def patience(self) -> RetryPolicy:
+    def retrying(self) -> RetryPolicy:
         """Return what makes a call again while no server is there, as long as a call may take from now on."""
         return RetryPolicy(self.deadline())
 
@@ -350,7 +350,7 @@ class ClusterClient:
         self._with = self._with or self._fleet.pick(order)
         return self._with
 
-    def settle_anew(self) -> bool:
+    def rebalance(self) -> bool:
         """Go to the first server that is there; return whether that is another one than before."""
         before, self._with = self._with, None
         return before is not None and self.member() is not before
@@ -379,9 +379,9 @@ class ClusterTransport:
         return self._calls
 
     @property
-    def wanted(self) -> str:
+    def requested_transport(self) -> str:
         """The way that was asked for."""
-        return self._fleet.wanted
+        return self._fleet.requested_transport
 
     @property
     def transport(self) -> str:
@@ -393,7 +393,7 @@ class ClusterTransport:
         """Return the one for a thing."""
         return ClusterTransport(self._fleet, kind, name)
 
-    def divided(self, items: Sequence[I], layer_of: Callable[[I], str]) -> list[tuple[Transport, list[int]]]:
+    def partition(self, items: Sequence[I], layer_of: Callable[[I], str]) -> list[tuple[Transport, list[int]]]:
         """Return which of some items go to one server: their places, in order."""
         found: dict[int, tuple[Transport, list[int]]] = {}
         for place, item in enumerate(items):
@@ -401,9 +401,9 @@ class ClusterTransport:
             found.setdefault(id(mine.connection.member()), (mine, []))[1].append(place)
         return list(found.values())
 
-    def settle_anew(self) -> bool:
+    def rebalance(self) -> bool:
         """Go to the server that a group belongs to, if it has been with another one."""
-        return self._calls.settle_anew()
+        return self._calls.rebalance()
 
     def close(self) -> None:
         """End what runs."""

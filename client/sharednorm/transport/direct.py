@@ -210,7 +210,7 @@ class PooledConnection:
         self._reader = frames.Reader(sock)
         self._timeout = self._used = 0.0
         try:
-            greet(sock, self._reader, place, seconds, session)
+            handshake(sock, self._reader, place, seconds, session)
         except BaseException:
             sock.close()
             raise
@@ -321,7 +321,7 @@ def welcome_seconds(left: Deadline, *, patient: bool) -> float:
     return max(1e-3, left.left() if patient else min(WELCOME_SECONDS, left.left() / 2))
 
 
-def greet(
+def handshake(
     sock: socket.socket,
     reader: frames.Reader,
     place: Place,

@@ -89,7 +89,7 @@ class Connection:
         if os.getpid() == self._process:
             _close_bounded(self._channel)
 
-    def greet(self, left: Deadline | None = None) -> ServerInfo:
+    def handshake(self, left: Deadline | None = None) -> ServerInfo:
         """Ask the server what it is, and remember the answer in `info`; None: within the usual timeout.
 
         Raises:
@@ -136,7 +136,7 @@ class Connection:
         """Return a deadline that begins now."""
         return Deadline(self.timeout)
 
-    def patience(self) -> RetryPolicy:
+    def retrying(self) -> RetryPolicy:
         """Return what makes a call again while the server is away, as long as a call may take from now on."""
         return RetryPolicy(self.deadline())
 

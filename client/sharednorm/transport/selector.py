@@ -48,20 +48,20 @@ class TransportSelector:
 
     Args:
         connection: To the server, which has been greeted.
-        wanted: "auto", or the one way to go.
+        requested_transport: "auto", or the one way to go.
 
     Raises:
         ServerUnavailable: The one way to go is not there.
     """
 
-    def __init__(self, connection: Connection, wanted: str) -> None:
-        self.wanted = wanted
+    def __init__(self, connection: Connection, requested_transport: str) -> None:
+        self.requested_transport = requested_transport
         self._connection = connection
         self._process = os.getpid()
         self._lock = threading.Lock()
         self._way: Way | None = None
         self._again = 0.0  # when to look for one once more
-        if wanted != "grpc":
+        if requested_transport != "grpc":
             self.look_again(None, connection.deadline(), greeted=True)
 
     @property
@@ -75,7 +75,7 @@ class TransportSelector:
     def current(self, left: Deadline) -> Way | None:
         """Return the way, looking for one if that has not been done for a while; None: there is gRPC alone."""
         way = self._way
-        if way is None and self.wanted != "grpc" and time.monotonic() >= self._again:
+        if way is None and self.requested_transport != "grpc" and time.monotonic() >= self._again:
             way = self.look_again(None, left)
         return way
 
@@ -107,7 +107,7 @@ class TransportSelector:
             if broken is None and not greeted and time.monotonic() < self._again:
                 return None  # and has found none
             if not greeted:
-                self._connection.greet(left)  # another server may be there now, and elsewhere
+                self._connection.handshake(left)  # another server may be there now, and elsewhere
             try:
                 lost = isinstance(why, SessionLost)
                 if broken is not None and why is not None and not lost and broken.is_of(self._connection.direct):
@@ -130,10 +130,10 @@ class TransportSelector:
             raise self.typed(BlockingIOError(), left) from None
         self._again = time.monotonic() + _PAUSE_SECONDS
         where = self._connection.address.text
-        if self.wanted != "auto":
+        if self.requested_transport != "auto":
             raise ServerUnavailable(
-                f'{where} cannot be reached as transport="{self.wanted}" asks: {error} (pass transport="auto" to do '
-                "without)"
+                f'{where} cannot be reached as transport="{self.requested_transport}" asks: {error} (pass '
+                'transport="auto" to do without)'
             ) from None
         _log.info("a call to %s goes by gRPC: %s", where, error)
 
@@ -150,11 +150,11 @@ class TransportSelector:
             place = Place(address.host, offer.port, "", offer.instance, offer.traces)
         else:
             raise Unreachable("the server takes no direct connections where gRPC has reached it")
-        regions, patient = None, self.wanted != "auto"
-        if self.wanted != "direct":
+        regions, patient = None, self.requested_transport != "auto"
+        if self.requested_transport != "direct":
             if offer.shared_memory and place.path:
                 regions = SharedRegions(place, left, patient=patient)
-            elif self.wanted == "shm":
+            elif self.requested_transport == "shm":
                 raise Unreachable("the server shares no memory there (it does on a unix socket, on Linux)")
         session = b"" if regions is None else regions.session
         link = DirectLink(place, session, patient=patient)

@@ -27,7 +27,7 @@ from sharednorm.codec.convert import error_from_detail
 from sharednorm.core.types import Array
 from sharednorm.errors import LimitExceeded, MalformedMessage, SharedNormError
 from sharednorm.transport.deadline import Deadline
-from sharednorm.transport.direct import Place, Unreachable, greet, welcome_seconds
+from sharednorm.transport.direct import Place, Unreachable, handshake, welcome_seconds
 from sharednorm.v1 import service_pb2
 
 IDLE_BYTES = 1 << 29
@@ -54,7 +54,9 @@ class SharedRegions:
         weakref.finalize(self, self._sock.close).atexit = False
         self._reader = frames.Reader(self._sock)
         try:
-            self.session = greet(self._sock, self._reader, place, welcome_seconds(left, patient=patient), memory=True)
+            self.session = handshake(
+                self._sock, self._reader, place, welcome_seconds(left, patient=patient), memory=True
+            )
         except BaseException:
             self._sock.close()
             raise

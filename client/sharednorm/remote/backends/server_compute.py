@@ -267,7 +267,7 @@ class RemoteBackend:
 
     def _idempotent(self, method: str, request: Message, answer: type[A]) -> A:
         """Make a call that changes nothing when it is made twice."""
-        return self._connection.call(method, request, answer, self._connection.patience())
+        return self._connection.call(method, request, answer, self._connection.retrying())
 
     def _change(self, method: str, request: KeyedMessage, answer: type[A]) -> None:
         """Make a call that changes something, once."""
@@ -340,7 +340,7 @@ def create_domain(
     """
     state = None if initial is None else convert.update_to_proto(initial)
     request = service_pb2.CreateDomainRequest(ref=ref, initial_state=state)
-    answer = connection.call("CreateDomain", request, service_pb2.CreateDomainResponse, attempts=connection.patience())
+    answer = connection.call("CreateDomain", request, service_pb2.CreateDomainResponse, attempts=connection.retrying())
     return answer.layer
 
 
@@ -351,9 +351,9 @@ def _with_domain(ref: layer_pb2.LayerRef, domain: str) -> layer_pb2.LayerRef:
     return changed
 
 
-def _require_spec(what: str, got: tensor_pb2.TensorSpec, wanted: tensor_pb2.TensorSpec) -> None:
-    if got != wanted:
-        raise MalformedMessage(f"the answer's {what} is {_words(got)} (expected: {_words(wanted)})")
+def _require_spec(what: str, got: tensor_pb2.TensorSpec, expected: tensor_pb2.TensorSpec) -> None:
+    if got != expected:
+        raise MalformedMessage(f"the answer's {what} is {_words(got)} (expected: {_words(expected)})")
 
 
 def _words(spec: tensor_pb2.TensorSpec) -> str:
