@@ -54,21 +54,22 @@ def test_calls_and_their_bytes(transport: str, shape: tuple[int, ...], tmp_path:
         with pytest.raises(NonFiniteInput):
             layer(bad)
         method = "ForwardStream" if transport == "grpc" and shape is LARGE else "Forward"
-        way = "direct" if transport == "shm" and shape is SHAPE else transport
-        about = {"method": method, "way": way}
+        used = "direct" if transport == "shm" and shape is SHAPE else transport
+        about = {"method": method, "transport": used}
         end = time.monotonic() + 10
-        while told(server, "sharednorm_calls_total", **about) < 4:  # an answer is here before its call is over there
+        # An answer is here before its call is over there.
+        while told(server, "sharednorm_rpc_requests_total", **about) < 4:
             assert time.monotonic() < end
-        assert told(server, "sharednorm_calls_total", **about, code="OK") == 3
-        assert told(server, "sharednorm_calls_total", **about, code="INVALID_ARGUMENT") == 1
-        assert told(server, "sharednorm_calls_in_progress") == 0
-        assert told(server, "sharednorm_call_seconds_count", **about) == 4
-        took, waited = (told(server, f"sharednorm_{name}_seconds_sum", **about) for name in ("call", "queue"))
+        assert told(server, "sharednorm_rpc_requests_total", **about, code="OK") == 3
+        assert told(server, "sharednorm_rpc_requests_total", **about, code="INVALID_ARGUMENT") == 1
+        assert told(server, "sharednorm_rpc_in_flight") == 0
+        assert told(server, "sharednorm_rpc_duration_seconds_count", **about) == 4
+        took, waited = (told(server, f"sharednorm_rpc_{name}_seconds_sum", **about) for name in ("duration", "queue"))
         assert 0 <= waited < took < 20
-        assert told(server, "sharednorm_device_seconds_count", **about) == 4
-        assert 0 < told(server, "sharednorm_device_seconds_sum", **about) < took - waited
+        assert told(server, "sharednorm_device_duration_seconds_count", **about) == 4
+        assert 0 < told(server, "sharednorm_device_duration_seconds_sum", **about) < took - waited
         received, sent = (told(server, f"sharednorm_{name}_bytes_total", **about) for name in ("received", "sent"))
-        if way == "shm":  # no tensor travels
+        if used == "shm":  # no tensor travels
             assert 0 < received < 4000
             assert 0 < sent < 4000
         else:
@@ -85,14 +86,14 @@ def test_what_the_server_holds(tmp_path: Path) -> None:
         commits = told(server, "sharednorm_store_commits_total")
         for layer in layers:
             layer(x)
-        assert told(server, "sharednorm_saved_input_bytes") == x.nbytes
-        assert told(server, "sharednorm_saved_input_evictions_total") == 1
+        assert told(server, "sharednorm_activation_cache_bytes") == x.nbytes
+        assert told(server, "sharednorm_activation_cache_evictions_total") == 1
         assert told(server, "sharednorm_store_commits_total") == commits + 2
         assert told(server, "sharednorm_store_changes_total") >= commits + 2
         assert 0 < told(server, "sharednorm_store_seconds_total") < 20
-        kept = told(server, "sharednorm_store_wait_seconds_sum", method="Forward")
-        assert 0 < kept < told(server, "sharednorm_call_seconds_sum", method="Forward")
-        assert told(server, "sharednorm_layers_alive") == 2
+        waited = told(server, "sharednorm_commit_wait_seconds_sum", method="Forward")
+        assert 0 < waited < told(server, "sharednorm_rpc_duration_seconds_sum", method="Forward")
+        assert told(server, "sharednorm_layers_loaded") == 2
         assert told(server, "sharednorm_direct_connections") == 1
         assert told(server, "sharednorm_device_bytes") == 0
         text = get(server, "/metrics").text
@@ -110,7 +111,7 @@ def test_groups(tmp_path: Path) -> None:
         assert told(server, "sharednorm_groups") == 1
         assert told(server, "sharednorm_group_calls_waiting") == 0
         assert told(server, "sharednorm_group_calls_aborted_total") == 1
-        assert told(server, "sharednorm_calls_total", method="JoinGroup", code="ABORTED") == 1
+        assert told(server, "sharednorm_rpc_requests_total", method="JoinGroup", code="ABORTED") == 1
 
 
 def test_no_label_is_a_name_that_somebody_chose(tmp_path: Path) -> None:
@@ -120,7 +121,7 @@ def test_no_label_is_a_name_that_somebody_chose(tmp_path: Path) -> None:
         assert "a-name-that-nobody-else-has" not in text
         families = list(text_string_to_metric_families(text))
         names = {name for family in families for sample in family.samples for name in sample.labels}
-        ours = {"method", "way", "code", "le", "version", "device", "store"}
+        ours = {"method", "transport", "code", "le", "version", "device", "store"}
         assert names <= {*ours, "implementation", "major", "minor", "patchlevel"}
         assert all(family.documentation for family in families)
 

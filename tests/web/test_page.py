@@ -139,8 +139,8 @@ def test_who_has_called_by_grpc() -> None:
     now = [100.0]
     attached = Attached(lambda: now[0])
 
-    def call(peer: str, way: str = "grpc") -> None:
-        attached.begin("Forward", way, "id", lambda: Origin(peer), 0.0).ended()
+    def call(peer: str, transport: str = "grpc") -> None:
+        attached.begin("Forward", transport, "id", lambda: Origin(peer), 0.0).ended()
 
     for peer in ("ipv4:10.0.0.1:5000", "ipv4:10.0.0.1:5001", "ipv6:%5B::1%5D:5000", "unix:", "unix:%00abstract"):
         call(peer)

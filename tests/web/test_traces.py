@@ -146,7 +146,7 @@ def test_a_call_is_one_trace(transport: str, size: int, method: str, tmp_path: P
         told = attributes(good)
         nbytes = 2 * 4 * size * size * 4
         if transport == "shm" and nbytes >= 1 << 16:
-            assert told["sharednorm.way"] == "shm"
+            assert told["sharednorm.transport"] == "shm"
         else:
             assert float(told["sharednorm.received_bytes"]) > nbytes
             assert float(told["sharednorm.sent_bytes"]) > nbytes

@@ -21,24 +21,30 @@ def _figures(service: LayerService, groups: Synchronizer, direct: DirectServer) 
     now = service.figures  # once: it asks the devices
     shared = 0 if direct.memory is None else direct.memory.used
     grows = True
-    yield Figure("sharednorm_steps", "Steps that were taken, of all layers.", now.steps, grows)
-    yield Figure("sharednorm_layers_alive", "Layers that somebody has asked for since the start.", now.layers)
-    yield Figure("sharednorm_saved_input_bytes", "Inputs that are kept for backwards.", now.activation_cache_bytes)
+    yield Figure("sharednorm_steps", "Training steps of all layers.", now.steps, grows)
+    yield Figure("sharednorm_layers_loaded", "Layers that the server has loaded since its start.", now.layers)
     yield Figure(
-        "sharednorm_saved_input_evictions",
-        "Inputs that had to leave for others; their clients send them again.",
+        "sharednorm_activation_cache_bytes",
+        "Bytes of forward inputs in the activation cache.",
+        now.activation_cache_bytes,
+    )
+    yield Figure(
+        "sharednorm_activation_cache_evictions",
+        "Inputs evicted from the activation cache; their clients send them again.",
         now.activation_cache_evictions,
         grows,
     )
-    yield Figure("sharednorm_in_flight_bytes", "Large tensors that are on their way.", now.in_flight_bytes)
-    yield Figure("sharednorm_device_bytes", "Memory of the GPUs that is in use.", now.device_bytes)
-    yield Figure("sharednorm_store_commits", "Transactions of the store.", now.store_commits, grows)
-    yield Figure("sharednorm_store_changes", "Changes in them: so many share one.", now.store_changes, grows)
-    yield Figure("sharednorm_store_seconds", "Time that the transactions took.", now.store_seconds, grows)
-    yield Figure("sharednorm_direct_connections", "Direct connections.", direct.connections)
-    yield Figure("sharednorm_shared_memory_bytes", "Memory that is shared with clients.", shared)
-    yield Figure("sharednorm_groups", "Groups.", len(groups.groups()))
-    yield Figure("sharednorm_group_calls_waiting", "Calls of members that wait for others.", groups.waiting)
+    yield Figure("sharednorm_in_flight_bytes", "Bytes of large tensors in transfer.", now.in_flight_bytes)
+    yield Figure("sharednorm_device_bytes", "GPU memory in use.", now.device_bytes)
+    yield Figure("sharednorm_store_commits", "Transactions that the store has committed.", now.store_commits, grows)
     yield Figure(
-        "sharednorm_group_calls_aborted", "Calls of members that ended since one was missing.", groups.aborted, grows
+        "sharednorm_store_changes", "Changes in these transactions; several share one.", now.store_changes, grows
+    )
+    yield Figure("sharednorm_store_seconds", "Duration of these transactions.", now.store_seconds, grows)
+    yield Figure("sharednorm_direct_connections", "Open direct connections.", direct.connections)
+    yield Figure("sharednorm_shared_memory_bytes", "Memory shared with clients.", shared)
+    yield Figure("sharednorm_groups", "Groups.", len(groups.groups()))
+    yield Figure("sharednorm_group_calls_waiting", "Group calls that wait for other members.", groups.waiting)
+    yield Figure(
+        "sharednorm_group_calls_aborted", "Group calls aborted because a member was missing.", groups.aborted, grows
     )

@@ -10,7 +10,7 @@ from urllib.parse import unquote
 
 from sharednorm_server.observability.instrumentation import NOBODY, Origin, Seen
 
-WAY = "grpc"
+TRANSPORT = "grpc"
 RECENT_SECONDS = 60.0
 _MOST = 10_000  # connections; of more, those that have been silent for longest are not counted
 
@@ -27,16 +27,16 @@ class Attached:
         self._lock = threading.Lock()
         self._last: dict[str, float] = {}  # when each connection has called, the one that did so last at the end
 
-    def begin(self, method: str, way: str, id: str, origin: Callable[[], Origin], arrived: float) -> Seen:  # noqa: A002
+    def begin(self, method: str, transport: str, id: str, origin: Callable[[], Origin], arrived: float) -> Seen:  # noqa: A002
         """Note who has made a call."""
-        if way == WAY:
+        if transport == TRANSPORT:
             peer, now = origin().peer, self._clock()
             with self._lock:
                 self._last.pop(peer, None)
                 self._last[peer] = now
                 if len(self._last) > _MOST:
                     del self._last[next(iter(self._last))]
-        return NOBODY.begin(method, way, id, origin, arrived)
+        return NOBODY.begin(method, transport, id, origin, arrived)
 
     def recent(self) -> Counter[str]:
         """Return how many connections of each host have called within the last minute."""

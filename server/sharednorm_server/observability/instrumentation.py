@@ -62,12 +62,12 @@ class Seen(Protocol):
 class Watcher(Protocol):
     """Whoever wants to know of calls."""
 
-    def begin(self, method: str, way: str, id: str, origin: Callable[[], Origin], arrived: float) -> Seen:  # noqa: A002
+    def begin(self, method: str, transport: str, id: str, origin: Callable[[], Origin], arrived: float) -> Seen:  # noqa: A002
         """Say that a call has come.
 
         Args:
             method: Of the contract.
-            way: The one that calls come by.
+            transport: How the call came: "grpc", "direct" or "shm".
             id: What the log calls it.
             origin: Says where it comes from; asked while `begin` runs, or never.
             arrived: When it came, by `time.perf_counter`.
@@ -78,8 +78,8 @@ class Watcher(Protocol):
 class _Blind:
     """Watches nothing, and costs nothing."""
 
-    def begin(self, method: str, way: str, id: str, origin: Callable[[], Origin], arrived: float) -> Seen:  # noqa: A002
-        del method, way, id, origin, arrived
+    def begin(self, method: str, transport: str, id: str, origin: Callable[[], Origin], arrived: float) -> Seen:  # noqa: A002
+        del method, transport, id, origin, arrived
         return self
 
     def started(self) -> None: ...
@@ -107,9 +107,9 @@ class Watchers:
     def __init__(self, *watchers: Watcher) -> None:
         self._watchers = watchers
 
-    def begin(self, method: str, way: str, id: str, origin: Callable[[], Origin], arrived: float) -> Seen:  # noqa: A002
+    def begin(self, method: str, transport: str, id: str, origin: Callable[[], Origin], arrived: float) -> Seen:  # noqa: A002
         """Say that a call has come."""
-        return _SeenByAll([watcher.begin(method, way, id, origin, arrived) for watcher in self._watchers])
+        return _SeenByAll([watcher.begin(method, transport, id, origin, arrived) for watcher in self._watchers])
 
 
 class _SeenByAll:

@@ -1,7 +1,7 @@
-"""What a server tells about itself, in the words of Prometheus.
+"""Prometheus metrics of a server.
 
-The edges report calls; everything else is asked for when somebody looks, of functions that whoever starts the server
-registers. Labels have few values: methods, codes, ways. No label has a name that a client chooses.
+The edges report calls; each scrape asks the functions that the server registers at its start for everything else.
+Labels have few values: methods, codes, transports. No label has a value that a client chooses.
 """
 
 from __future__ import annotations
@@ -61,49 +61,49 @@ class Metrics:
         self._registry = CollectorRegistry()
         ProcessCollector(registry=self._registry)
         PlatformCollector(registry=self._registry)
-        labels = ("method", "way")
+        labels = ("method", "transport")
         registry = self._registry
-        self.calls = Counter("sharednorm_calls", "Calls that are over.", (*labels, "code"), registry=registry)
+        self.calls = Counter("sharednorm_rpc_requests", "Completed calls.", (*labels, "code"), registry=registry)
         self.seconds = Histogram(
-            "sharednorm_call_seconds", "From the first byte of a call to the last of its answer.", labels,
-            registry=registry, buckets=_BUCKETS,
+            "sharednorm_rpc_duration_seconds", "Time from the first byte of a request to the last of its response.",
+            labels, registry=registry, buckets=_BUCKETS,
         )  # fmt: skip
         self.queued = Histogram(
-            "sharednorm_queue_seconds", "Of that, until a worker was free for it.", labels,
+            "sharednorm_rpc_queue_seconds", "Time a call waited for a free worker.", labels,
             registry=registry, buckets=_BUCKETS,
         )  # fmt: skip
         self.device = Histogram(
-            "sharednorm_device_seconds", "Of that, with the device: copies to it and from it, and its arithmetic.",
+            "sharednorm_device_duration_seconds", "Time a call spent on the device: copies and arithmetic.",
             labels, registry=registry, buckets=_BUCKETS,
         )  # fmt: skip
-        self.kept = Histogram(
-            "sharednorm_store_wait_seconds", "Of that, until the store had kept what the call changed.", labels,
+        self.commit_wait = Histogram(
+            "sharednorm_commit_wait_seconds", "Time a call waited for the store to commit its changes.", labels,
             registry=registry, buckets=_BUCKETS,
         )  # fmt: skip
-        self.received = Counter("sharednorm_received_bytes", "Bytes of calls.", labels, registry=registry)
-        self.sent = Counter("sharednorm_sent_bytes", "Bytes of answers.", labels, registry=registry)
+        self.received = Counter("sharednorm_received_bytes", "Bytes of requests.", labels, registry=registry)
+        self.sent = Counter("sharednorm_sent_bytes", "Bytes of responses.", labels, registry=registry)
         self._series: dict[tuple[str, str], _Series] = {}
-        self.running = Gauge("sharednorm_calls_in_progress", "Calls that are not over.", labels, registry=registry)
+        self.running = Gauge("sharednorm_rpc_in_flight", "Calls in progress.", labels, registry=registry)
 
     def info(self, **values: str) -> None:
         """Have texts told that stay as they are."""
-        Info("sharednorm", "Which server this is.", registry=self._registry).info(values)
+        Info("sharednorm", "Release, device and store of this server.", registry=self._registry).info(values)
 
     def tell(self, figures: Callable[[], Iterable[Figure]]) -> None:
         """Have figures told that others keep: they are asked for once each time that somebody looks."""
         self._registry.register(_Asked(figures))
 
-    def begin(self, method: str, way: str, id: str, origin: Callable[[], Origin], arrived: float) -> Seen:  # noqa: A002
+    def begin(self, method: str, transport: str, id: str, origin: Callable[[], Origin], arrived: float) -> Seen:  # noqa: A002
         """Watch a call."""
         del id, origin
-        series = self._series.get((method, way))
+        series = self._series.get((method, transport))
         if series is None:
-            series = self._series[method, way] = _Series(self, method, way)
+            series = self._series[method, transport] = _Series(self, method, transport)
         return _Seen(series, arrived)
 
     @property
     def in_progress(self) -> int:
-        """How many calls are not over."""
+        """How many calls are in progress."""
         return int(sum(sample.value for metric in self.running.collect() for sample in metric.samples))
 
     def text(self) -> bytes:
@@ -123,14 +123,14 @@ class _Asked(Collector):
 
 
 class _Series:
-    # The series of the calls of one method that come by one way. To find them by labels takes longer than to count.
-    def __init__(self, metrics: Metrics, method: str, way: str) -> None:
-        labels = (method, way)
+    # The series of one method by one transport. Finding them by labels takes longer than counting.
+    def __init__(self, metrics: Metrics, method: str, transport: str) -> None:
+        labels = (method, transport)
         self.running = metrics.running.labels(*labels)
         self.seconds, self.queued = metrics.seconds.labels(*labels), metrics.queued.labels(*labels)
         self.received, self.sent = metrics.received.labels(*labels), metrics.sent.labels(*labels)
         self._calls, self._codes = metrics.calls, {"OK": metrics.calls.labels(*labels, "OK")}
-        self._spent = {DEVICE: metrics.device, STORE: metrics.kept}
+        self._spent = {DEVICE: metrics.device, STORE: metrics.commit_wait}
         self._places: dict[str, Histogram] = {}
         self._labels = labels
 

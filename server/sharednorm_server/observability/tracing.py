@@ -75,7 +75,7 @@ class Traces:
         self._provider.add_span_processor(processor)
         self._tracer = self._provider.get_tracer("sharednorm", __version__)
 
-    def begin(self, method: str, way: str, id: str, origin: Callable[[], Origin], arrived: float) -> Seen:  # noqa: A002
+    def begin(self, method: str, transport: str, id: str, origin: Callable[[], Origin], arrived: float) -> Seen:  # noqa: A002
         """Begin the span of a call."""
         came = origin()
         carrier = {"traceparent": came.parent, "tracestate": came.state} if came.parent else {}
@@ -86,7 +86,7 @@ class Traces:
             start_time=_nanoseconds(arrived),
             attributes={
                 "rpc.system": "grpc", "rpc.service": self._service, "rpc.method": method,
-                "network.peer.address": came.peer, "sharednorm.way": way, "sharednorm.request_id": id,
+                "network.peer.address": came.peer, "sharednorm.transport": transport, "sharednorm.request_id": id,
             },
         )  # fmt: skip
         return _Span(self._tracer, self._api, span, arrived)
