@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sharednorm._version import __version__
 from sharednorm.errors import InvalidConfiguration, SharedNormError
@@ -151,6 +151,12 @@ class Stop:
 # --- Arguments ------------------------------------------------------------------------------------------
 
 
+class _CommandParser(argparse.ArgumentParser):
+    # An abbreviation would be another name of an option, and would mean another one when another option comes.
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="sharednorm",
@@ -158,7 +164,9 @@ def _parser() -> argparse.ArgumentParser:
         epilog="example: sharednorm serve --listen 127.0.0.1:50051",
     )
     parser.add_argument("--version", action="version", version=f"sharednorm {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    commands: Commands[argparse.ArgumentParser] = parser.add_subparsers(
+        title="commands", metavar="COMMAND", required=True, parser_class=_CommandParser
+    )
     _add_serve(commands)
     add_ls(commands)
     add_stats(commands)

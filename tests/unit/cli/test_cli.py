@@ -16,6 +16,7 @@ import pytest
 import sharednorm
 from sharednorm import __version__
 from sharednorm.errors import LimitExceeded
+from sharednorm_server.cli.main import main
 from sharednorm_server.config.options import OPTIONS
 from tests.support.processes import server
 from tests.support.stock import StockClient, channel_to
@@ -187,3 +188,13 @@ def test_log_level_debug_tells_about_refused_calls() -> None:
             StockClient.on(channel).stats("nobody")
         assert process.stop() == 0
         assert "GetStats refused: LAYER_NOT_FOUND" in process.log()
+
+
+@pytest.mark.parametrize(
+    "words", [["serve", "--http", "127.0.0.1:0"], ["watch", "--int", "1"], ["serve", "--grace", "1"]]
+)
+def test_an_option_has_no_other_name(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 2
+    assert f"unrecognized arguments: {words[1]}" in capsys.readouterr().err
