@@ -268,14 +268,17 @@ class TokenFile:
     def _look(self) -> None:
         if time.monotonic() < self._looked + _LOOK_SECONDS:
             return
-        with self._lock:
+        if not self._lock.acquire(blocking=False):
+            return  # another thread reads the file: this call goes on with the tokens that there are
+        try:
             self._looked = time.monotonic()
-            try:
-                if _stamp(self._path) != self._stamp:
-                    self._stamp, self._tokens = self._read()
-                    _log.info("read %d tokens of %s", len(self._tokens), self._path)
-            except (OSError, StartError) as error:
-                _log.error("the tokens stay as they are: %s", error)
+            if _stamp(self._path) != self._stamp:
+                self._stamp, self._tokens = self._read()
+                _log.info("read %d tokens of %s", len(self._tokens), self._path)
+        except (OSError, StartError) as error:
+            _log.error("the tokens stay as they are: %s", error)
+        finally:
+            self._lock.release()
 
     def _read(self) -> tuple[tuple[int, int], dict[bytes, Token]]:
         try:

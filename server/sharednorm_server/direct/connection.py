@@ -252,15 +252,18 @@ class DirectConnection:
 
     def _send_now(self, frame: bytes) -> bytes:
         """Send what the socket takes at once; return the rest."""
-        with self._telling:
+        if not self._telling.acquire(blocking=False):
+            return frame  # the last answer is still on its way, to a client that has not waited for it
+        try:
             if self._gone:
                 return b""
-            try:
-                return frame[self._connection.send(frame, socket.MSG_DONTWAIT) :]
-            except BlockingIOError:
-                return frame
-            except OSError:
-                return b""  # the connection's own thread finds out
+            return frame[self._connection.send(frame, socket.MSG_DONTWAIT) :]
+        except BlockingIOError:
+            return frame
+        except OSError:
+            return b""  # the connection's own thread finds out
+        finally:
+            self._telling.release()
 
     def _send_later(self, rest: bytes) -> None:
         try:

@@ -247,15 +247,20 @@ class Synchronizer:
 
     def _entry(self, key: GroupKey, settings: GroupSettings) -> _Entry:
         with self._lock:
-            found = self._by_name.get(key)
-            if found is not None and (found.group.settings == settings or not found.group.idle):
-                found.used = self._clock()
+            found = self._usable(key, settings)
+        if found is not None:
+            return found
+        # The store may be on another machine. Calls of other groups need the lock, and do not wait for the store.
+        prefix = self._service.open_session()
+        with self._lock:
+            found = self._usable(key, settings)  # another member may have made it meanwhile
+            if found is not None:
                 return found
-            if found is not None:  # nobody is in it: it may begin anew with other settings
-                self._drop(key, found)
+            old = self._by_name.get(key)
+            if old is not None:  # nobody is in it: it may begin anew with other settings
+                self._drop(key, old)
             if len(self._by_name) >= MAX_GROUPS:
                 self._make_room()
-            prefix = self._service.open_session()
 
             def ticket(generation: int) -> bytes:
                 return prefix + generation.to_bytes(_GENERATION_BYTES, "big") + secrets.token_bytes(_SECRET_BYTES)
@@ -264,6 +269,13 @@ class Synchronizer:
             made = self._by_name[key] = self._by_prefix[prefix] = _Entry(group, prefix)
             made.used = self._clock()
             return made
+
+    def _usable(self, key: GroupKey, settings: GroupSettings) -> _Entry | None:
+        found = self._by_name.get(key)
+        if found is None or (found.group.settings != settings and found.group.idle):
+            return None
+        found.used = self._clock()
+        return found
 
     def _make_room(self) -> None:
         old = [(key, each) for key, each in self._by_name.items() if self._clock() - each.used > _IDLE_SECONDS]
