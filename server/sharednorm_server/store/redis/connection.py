@@ -130,7 +130,7 @@ class RedisConnection:
         self._wanted = threading.Event()  # that somebody looks after it now
         self.commands = self.pieces = 0
         self.seconds = 0.0
-        self._open()
+        self._connection = self._opened()
         self._threads = [
             threading.Thread(target=self._look_after, name="redis-line", daemon=True),
             threading.Thread(target=self._listen, name="redis-heard", daemon=True),
@@ -258,7 +258,7 @@ class RedisConnection:
         if connection is not None:
             connection.disconnect()
 
-    def _open(self) -> None:
+    def _opened(self) -> Wire:
         connection = self._make()
         try:
             connection.connect()
@@ -271,7 +271,7 @@ class RedisConnection:
         except BaseException:
             connection.disconnect()
             raise
-        self._connection = connection
+        return connection
 
     def _look_after(self) -> None:
         while not self._closed.is_set():
@@ -283,9 +283,12 @@ class RedisConnection:
                 self._look()
                 continue
             try:
+                connection = self._opened()  # which may take long: callers are refused meanwhile, and do not wait
                 with self._using:
-                    if self._connection is None:
-                        self._open()
+                    if self._closed.is_set():
+                        connection.disconnect()
+                        return
+                    self._connection = connection
                     self._trouble = ""
             except Exception as error:  # noqa: BLE001 - this thread has to live, or Redis is never used again
                 why = _words(error)
