@@ -118,8 +118,8 @@ class Group:
         self._wish = None if rank is None else _whole("rank", rank, 0, self._size - 1)
         self._given = None if member is None else check_group_name("member", member)
         self._member = self._given or (f"rank {rank}" if rank is not None else secrets.token_hex(8))
-        self._lock = threading.Lock()
-        self._joining = threading.Lock()
+        self._lock = threading.Lock()  # of the attributes; never held during a call
+        self._joining = threading.Lock()  # held during the call that joins, since all threads need its answer
         self._home: _Home | None = None
         self._membership: _Membership | None = None
         self._turns: dict[_Place, threading.Lock] = {}
@@ -349,17 +349,24 @@ class Group:
                 home.exchange.rebalance()  # the others may be with another server, and come back as well
                 raise
             membership = _Membership(answer.ticket, answer.generation, answer.rank, answer.members)
-            self._membership = membership
+            with self._lock:
+                self._membership = membership
             return membership
 
     def _forget(self, membership: _Membership) -> None:
-        with self._joining:
+        with self._lock:  # not the one of joining: a step that has failed does not wait for another thread's join
             if self._membership is membership:
                 self._membership = None
 
     def _leave(self, timeout: float | None) -> None:
-        with self._joining:
-            membership, self._membership = self._membership, None
+        # A thread that joins is a member in a moment, and leaves then; but a hub that closes waits for so long only.
+        if not self._joining.acquire(timeout=-1 if timeout is None else timeout):
+            return
+        try:
+            with self._lock:
+                membership, self._membership = self._membership, None
+        finally:
+            self._joining.release()
         if membership is not None:
             request = service_pb2.LeaveGroupRequest(ticket=membership.ticket)
             connection = self._where().exchange.connection

@@ -99,7 +99,11 @@ class TransportSelector:
         Raises:
             ServerUnavailable: There is none, and it was asked for.
         """
-        with self._lock:
+        # Where gRPC does as well, a call that has no other way does not wait while another thread looks for one.
+        may_wait = broken is not None or greeted or self.wanted != "auto"
+        if not self._lock.acquire(blocking=may_wait):
+            return None
+        try:
             if self._connection.closed:
                 raise self._connection.was_closed()
             if self._way is not broken:
@@ -124,6 +128,8 @@ class TransportSelector:
                 found.close()
                 raise self._connection.was_closed()
             return found
+        finally:
+            self._lock.release()
 
     def _there_is_none(self, error: Unreachable, left: Deadline) -> None:
         if not left.left():
