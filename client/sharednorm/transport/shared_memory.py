@@ -60,10 +60,12 @@ class SharedRegions:
         except BaseException:
             self._sock.close()
             raise
-        self._lock = threading.Lock()
+        self._asking = threading.Lock()  # of the socket: the server takes a while to find large memory
+        self._lock = threading.Lock()  # of the tables; never held while the server is asked
         self._starts: list[int] = []  # addresses of all regions, in order
         self._regions: dict[int, _Region] = {}  # by address
         self._idle: list[_Region] = []
+        self._unwanted: list[_Region] = []  # to be given back to the server
         self._returned: deque[_Region] = deque()  # filled without the lock, by the garbage collector at any moment
         self._closed = False
 
@@ -80,8 +82,10 @@ class SharedRegions:
             Unreachable: The server is gone, and with it the session.
         """
         nbytes = math.prod(shape) * dtype.itemsize
-        with self._lock:
-            region = self._take(nbytes, left)
+        region = self._reused(nbytes)
+        if region is None:
+            with self._asking:
+                region = self._reused(nbytes) or self._new(nbytes, left)  # one may have come back meanwhile
         return np.asarray(_Lease(region, self._returned))[:nbytes].view(dtype).reshape(shape)
 
     def find(self, array: Array) -> tuple[int, int] | None:
@@ -113,25 +117,24 @@ class SharedRegions:
         inside = region is not None and address + array.nbytes <= region.address + region.nbytes
         return region if inside else None
 
-    def _take(self, nbytes: int, left: Deadline) -> _Region:
-        while self._returned:
-            region = self._returned.popleft()
-            if region.abandoned:
-                self._free(region, left)
-            else:
-                self._idle.append(region)
-        for index in range(len(self._idle) - 1, -1, -1):  # the last used is the likeliest to be in a cache
-            if nbytes <= self._idle[index].nbytes <= max(_ROUND_BYTES, nbytes + nbytes // 4):
-                return self._idle.pop(index)
-        while sum(idle.nbytes for idle in self._idle) > IDLE_BYTES:
-            self._free(self._idle.pop(0), left)
+    def _reused(self, nbytes: int) -> _Region | None:
+        with self._lock:
+            while self._returned:
+                region = self._returned.popleft()
+                (self._unwanted if region.abandoned else self._idle).append(region)
+            for index in range(len(self._idle) - 1, -1, -1):  # the last used is the likeliest to be in a cache
+                if nbytes <= self._idle[index].nbytes <= max(_ROUND_BYTES, nbytes + nbytes // 4):
+                    return self._idle.pop(index)
+        return None
+
+    def _new(self, nbytes: int, left: Deadline) -> _Region:
+        # Only while asking.
+        self._free_all(IDLE_BYTES, left)
         try:
             return self._ask(nbytes, left)
         except LimitExceeded:
-            if not self._idle:
+            if not self._free_all(0, left):
                 raise
-        while self._idle:
-            self._free(self._idle.pop(0), left)
         return self._ask(nbytes, left)
 
     def _ask(self, nbytes: int, left: Deadline) -> _Region:
@@ -195,18 +198,27 @@ class SharedRegions:
         region = _Region(number, mmap.mmap(
             descriptors[0], nbytes, mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
         ))  # fmt: skip
-        bisect.insort(self._starts, region.address)
-        self._regions[region.address] = region
+        with self._lock:
+            bisect.insort(self._starts, region.address)
+            self._regions[region.address] = region
         return region
 
+    def _free_all(self, most: int, left: Deadline) -> bool:
+        """Give back what nobody wants, and of what is idle all but so many bytes; return whether that was something."""
+        with self._lock:
+            while self._idle and sum(idle.nbytes for idle in self._idle) > most:
+                self._unwanted.append(self._idle.pop(0))
+            some = bool(self._unwanted)
+        while self._unwanted:
+            self._free(self._unwanted[0], left)  # if there is no time to say so, another call will
+        return some
+
     def _free(self, region: _Region, left: Deadline) -> None:
-        try:
-            self._release(region.number, left)
-        except BlockingIOError:
-            self._returned.append(region)  # there was no time to say so: somebody else will
-            raise
-        self._starts.remove(region.address)
-        del self._regions[region.address]
+        self._release(region.number, left)
+        with self._lock:
+            self._unwanted.remove(region)
+            self._starts.remove(region.address)
+            del self._regions[region.address]
 
     def _release(self, number: int, left: Deadline) -> None:
         with self._wish(left):
