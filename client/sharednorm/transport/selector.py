@@ -100,7 +100,7 @@ class TransportSelector:
             ServerUnavailable: There is none, and it was asked for.
         """
         # Where gRPC does as well, a call that has no other way does not wait while another thread looks for one.
-        may_wait = broken is not None or greeted or self.wanted != "auto"
+        may_wait = broken is not None or greeted or self.requested_transport != "auto"
         if not self._lock.acquire(blocking=may_wait):
             return None
         try:

@@ -13,7 +13,7 @@ import pytest
 import sharednorm
 from sharednorm.transport.deadline import Deadline
 from sharednorm_server.config.options import ServerConfig
-from sharednorm_server.direct.shared_memory import Region, Session, SharedMemory
+from sharednorm_server.direct.shared_memory import Region, SharedMemory, SharedMemorySession
 from tests.support.inside import exchange_of
 from tests.support.processes.server import in_process
 
@@ -26,7 +26,7 @@ def test_other_threads_do_not_wait_while_the_server_looks_for_memory(
 ) -> None:
     asked, found, allocate = threading.Event(), threading.Event(), SharedMemory.allocate
 
-    def slowly(memory: SharedMemory, session: Session, nbytes: int) -> tuple[Region, int]:
+    def slowly(memory: SharedMemory, session: SharedMemorySession, nbytes: int) -> tuple[Region, int]:
         if nbytes >= LARGE:
             asked.set()
             assert found.wait(SECONDS)

@@ -14,7 +14,7 @@ import pytest
 from sharednorm.coordination.group import Group
 from sharednorm.errors import GroupAborted
 from sharednorm.transport.deadline import Deadline
-from sharednorm.transport.selector import Ways
+from sharednorm.transport.selector import TransportSelector
 from sharednorm.v1 import layer_pb2
 
 SECONDS, SOON = 10, 5
@@ -34,7 +34,7 @@ def threads() -> Iterator[ThreadPoolExecutor]:
 
 
 class SlowConnection:
-    """What `Ways` needs of a connection, to a server that takes a while to say what it is, and offers no other way.
+    """What `TransportSelector` needs of a connection, to a slow server that offers no other way.
 
     Attributes:
         asked: How often it was asked.
@@ -52,14 +52,14 @@ class SlowConnection:
     def deadline(self) -> Deadline:
         return Deadline(SECONDS)
 
-    def greet(self, _left: Deadline) -> None:
+    def handshake(self, _left: Deadline) -> None:
         self.asked += 1
         assert self.answers.wait(SECONDS)
 
 
 def test_a_call_goes_by_grpc_while_another_looks_for_a_direct_way(threads: ThreadPoolExecutor) -> None:
     connection: Any = SlowConnection()
-    ways = Ways(connection, "auto")
+    ways = TransportSelector(connection, "auto")
     ways._again = 0.0  # it is time to look again
     first = threads.submit(ways.current, Deadline(SECONDS))
     until(lambda: connection.asked == 1)
@@ -97,7 +97,7 @@ class SlowServer:
     def of(self, *_: object) -> SlowServer:
         return self
 
-    def settle_anew(self) -> bool:
+    def rebalance(self) -> bool:
         return False
 
     def call(self, method: str, *_: object) -> Any:

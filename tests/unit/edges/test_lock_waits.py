@@ -16,7 +16,7 @@ import pytest
 from sharednorm.codec import frames
 from sharednorm_server.auth import tokens
 from sharednorm_server.auth.tokens import TokenFile
-from sharednorm_server.direct.connection import Lane
+from sharednorm_server.direct.connection import DirectConnection
 from sharednorm_server.groups.coordinator import GroupKey, Synchronizer
 from sharednorm_server.groups.state_machine import GroupSettings
 from sharednorm_server.store.memory import MemoryStore
@@ -116,7 +116,7 @@ def test_an_answer_does_not_wait_for_the_one_before_it_that_its_client_does_not_
     with ours, theirs:
         turns: Any = SimpleNamespace(end_none=lambda: None)
         nothing: Any = None
-        lane = Lane(nothing, turns, ours, frames.Reader(ours), None, "somebody", nothing)
+        lane = DirectConnection(nothing, turns, ours, frames.Reader(ours), None, "somebody", nothing)
         sending = threads.submit(lane._send_later, bytes(1 << 24))
         until(lane._telling.locked)
         assert threads.submit(lane._send_now, b"answer").result(SOON) == b"answer"

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from sharednorm.errors import StoreUnavailable
-from sharednorm_server.store.redis.connection import Command, RedisLine
+from sharednorm_server.store.redis.connection import Command, RedisConnection
 
 SECONDS = 10
 
@@ -79,8 +79,8 @@ def host() -> Host:
 
 
 @pytest.fixture
-def line(host: Host) -> Iterator[RedisLine]:
-    made = RedisLine(
+def line(host: Host) -> Iterator[RedisConnection]:
+    made = RedisConnection(
         lambda: Wire(host),
         "redis://host",
         "probe",
@@ -95,7 +95,7 @@ def line(host: Host) -> Iterator[RedisLine]:
     assert host.open == 0
 
 
-def test_no_caller_waits_while_the_line_is_connected_anew(host: Host, line: RedisLine) -> None:
+def test_no_caller_waits_while_the_line_is_connected_anew(host: Host, line: RedisConnection) -> None:
     assert line.ask("PING") == [b"master"]
     host.there.clear()
     line.give_up("it was moved")
