@@ -17,8 +17,13 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import settings
 
+from tests.support import lock_audit
+
 if TYPE_CHECKING:
     from tests.support.processes.redis import RedisProcess
+
+if lock_audit.enabled():  # before any other module imports the library
+    lock_audit.install()
 
 # A machine that is busy with something else is slow; that is no defect.
 settings.register_profile("sharednorm", deadline=None, print_blob=True, derandomize="CI" in os.environ)
@@ -33,6 +38,12 @@ KINDS = {"torch": ("that compare{s} with PyTorch", "make test TORCH=1"),
          "programs": ("that need{s} other programs",
                       ("apt-get install redis-server prometheus chromium libgrpc++-dev "
                        "protobuf-compiler-grpc"))}  # fmt: skip
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Report what an audited run finds."""
+    if lock_audit.enabled():
+        config.pluginmanager.register(lock_audit.Report(), "lock-audit")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -19,6 +19,7 @@ from typing import IO
 from sharednorm_server.config.options import ServerConfig
 from sharednorm_server.layers.service import LayerService
 from sharednorm_server.server import RunningServer, serve, start
+from tests.support import lock_audit
 
 START_SECONDS = 60.0
 STOP_SECONDS = 30.0
@@ -130,7 +131,7 @@ def _thread_states(pid: int) -> list[str]:
 def spawn(*arguments: str, stderr: IO[str] | int, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
     """Start the command line as a process of its own."""
     return subprocess.Popen(
-        [sys.executable, "-m", "sharednorm_server", *arguments],
+        [sys.executable, *lock_audit.arguments("sharednorm_server"), *arguments],
         stdout=subprocess.PIPE,
         stderr=stderr,
         text=True,
@@ -141,7 +142,7 @@ def spawn(*arguments: str, stderr: IO[str] | int, env: dict[str, str] | None = N
 def run(arguments: Sequence[str], env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     """Run the command line to its end, for at most a minute."""
     return subprocess.run(
-        [sys.executable, "-m", "sharednorm_server", *arguments],
+        [sys.executable, *lock_audit.arguments("sharednorm_server"), *arguments],
         capture_output=True,
         text=True,
         timeout=START_SECONDS,
