@@ -37,7 +37,7 @@ _MEMBER = "sharednorm.transport.cluster:_Member._lock"
 
 # What a store does, whichever it is; and what a call of a client does, whichever way it goes, retries included.
 _STORE = ("store", "commit", "sqlite", f"lock {_SQLITE}", "redis", "socket", f"lock {_REDIS}")
-_CALL = ("grpc", "socket", "socket.getaddrinfo", "sleep", "wait", f"lock {_SELECTOR}", f"lock {_MEMBER}")
+_CALL = ("grpc", "socket", "socket.getaddrinfo", "open file", "sleep", "wait", f"lock {_SELECTOR}", f"lock {_MEMBER}")
 
 ALLOWED: dict[str, tuple[Allowed, ...]] = {
     # --- The server -------------------------------------------------------------------------------------
