@@ -67,11 +67,6 @@ ALLOWED: dict[str, tuple[Allowed, ...]] = {
             *_STORE,
             within="sharednorm_server.layers.registry.delete",
         ),
-        _allowed(
-            "An operator's call: the snapshot that a layer goes back to is read while its steps wait.",
-            *_STORE,
-            within="sharednorm_server.layers.catalog.roll_back",
-        ),
     ),
     _SHARED_LAYER: (
         _allowed(

@@ -189,11 +189,12 @@ class LayerCatalog:
             SnapshotNotFound: There is none of that version.
         """
         layer = self._layers.find(replace(key, domain=""))
+        # Read before the layer is held, whose steps would wait for the store otherwise.
+        found = self._store.snapshot(key, version)
+        there = [] if found is not None else [str(info.version) for info in self._store.snapshots(key)]
 
         def change(record: LayerRecord) -> LayerRecord:
-            found = self._store.snapshot(key, version)
-            if found is None:
-                there = [str(info.version) for info in self._store.snapshots(key)]
+            if found is None:  # an error here, since a call that comes again is answered although it is gone
                 raise SnapshotNotFound(
                     f"{key} has no snapshot of version {version} (expected: one of {', '.join(there[-50:]) or 'none'})",
                     {"version": str(version)},

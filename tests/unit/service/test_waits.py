@@ -17,7 +17,7 @@ import sharednorm
 from sharednorm.core.layer_config import LayerConfig
 from sharednorm.core.state import initial_state
 from sharednorm.core.types import LayerKind
-from sharednorm.errors import LayerNotFound, LimitExceeded, StoreFailed
+from sharednorm.errors import LayerNotFound, LimitExceeded, SnapshotNotFound, StoreFailed
 from sharednorm_server.config.options import ServerConfig
 from sharednorm_server.layers.registry import LayerRegistry
 from sharednorm_server.store.base import LayerKey, LayerRecord
@@ -25,6 +25,7 @@ from sharednorm_server.store.memory import MemoryStore
 from sharednorm_server.store.sqlite.store import SqliteStore
 from tests.support.oracle import random_tensor
 from tests.support.processes.server import in_process
+from tests.support.service import KEY, create, new_service
 
 CONFIG = LayerConfig(LayerKind.BATCH_NORM_2D, 2)
 SECONDS = 10
@@ -231,3 +232,23 @@ def test_steps_of_one_layer_share_a_commit(
         assert commits.commits <= 3
         for hub in hubs:
             hub.close()
+
+
+def test_steps_do_not_wait_while_a_snapshot_is_read(threads: ThreadPoolExecutor) -> None:
+    class Reading(MemoryStore):
+        begun, go_on = threading.Event(), threading.Event()
+
+        def snapshot(self, key: LayerKey, version: int) -> LayerRecord | None:
+            self.begun.set()
+            assert self.go_on.wait(SECONDS)
+            return super().snapshot(key, version)
+
+    service = new_service(store=Reading())
+    create(service)
+    rollback = threads.submit(service.roll_back, KEY, 0)
+    assert Reading.begun.wait(SECONDS)
+    try:
+        assert threads.submit(service.set_train, KEY, False).result(SECONDS)[0].train is False
+    finally:
+        Reading.go_on.set()
+    assert isinstance(rollback.exception(SECONDS), (SnapshotNotFound, type(None)))
