@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING
 import pytest
 from hypothesis import settings
 
-from tests.support import lock_audit
-
 if TYPE_CHECKING:
     from tests.support.processes.redis import RedisProcess
 
-if lock_audit.enabled():  # before any other module imports the library
+AUDITED = os.environ.get("SHAREDNORM_LOCK_AUDIT") == "1"
+if AUDITED:  # before any other module imports the library
+    from tests.support import lock_audit
+
     lock_audit.install()
 
 # A machine that is busy with something else is slow; that is no defect.
@@ -42,7 +43,7 @@ KINDS = {"torch": ("that compare{s} with PyTorch", "make test TORCH=1"),
 
 def pytest_configure(config: pytest.Config) -> None:
     """Report what an audited run finds."""
-    if lock_audit.enabled():
+    if AUDITED:
         config.pluginmanager.register(lock_audit.Report(), "lock-audit")
 
 

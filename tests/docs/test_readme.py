@@ -29,6 +29,7 @@ from sharednorm.errors import error_classes
 from sharednorm_server.config.sources import settle
 from sharednorm_server.observability.tracing import wanted
 from tests.emulation.build import SANITIZERS
+from tests.support import lock_audit
 from tests.support.processes.make import make
 from tests.support.processes.old_state import commands
 from tests.support.processes.redis import redis_server
@@ -116,6 +117,12 @@ def _check_schedule(command: str) -> None:
     _check_make(rest)
     name = setting.partition("=")[0]
     assert name in (ROOT / "tests" / "emulation" / "scheduler.cpp").read_text(encoding="utf-8")
+
+
+def _check_audit(command: str) -> None:
+    setting, _, rest = command.partition(" ")
+    _check_make(rest)
+    assert setting == f"{lock_audit.SWITCH}=1"
 
 
 def _check_sanitizer(command: str) -> None:
@@ -315,6 +322,7 @@ def run_python(*arguments: str, cwd: str | None = None) -> str:
 CHECKS: dict[str, Callable[[str], None]] = {
     "make ": _check_make,
     "SHAREDNORM_EMULATED_SCHEDULE=": _check_schedule,
+    "SHAREDNORM_LOCK_AUDIT=": _check_audit,
     ".venv/bin/python -m tests.emulation.process ": _check_sanitizer,
     "pip install ": _check_pip,
     "apt-get install ": _check_packages,

@@ -115,7 +115,8 @@ class Keys:
             The answer.
 
         Raises:
-            SessionExpired: It was sent without an answer, and the server does not know any more whether it was done.
+            SessionExpired: It, or the change before it, was sent without an answer, and the server does not know any
+                more whether that was made. This one was not.
             SharedNormError: What `send` raises.
         """
         lane = self._take(left)
@@ -128,7 +129,9 @@ class Keys:
             except BaseException as error:
                 if isinstance(error, KeyReused) and lane.doubtful:
                     lane.seq, lane.doubtful = lane.seq + 1, False  # what was in doubt was made
-                elif isinstance(error, SessionExpired) and not attempts.unknown:
+                elif isinstance(error, SessionExpired):
+                    if lane.doubtful or attempts.unknown:
+                        raise  # and the keys go with it: nothing can be found out by them any more
                     lane = self._session.renew(lane, left)
                 else:
                     lane.doubtful = True

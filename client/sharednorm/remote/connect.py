@@ -79,6 +79,21 @@ def connect(
         PermissionDenied: The token is not for this namespace.
         HubClosed: This process was forked from one that was connected.
     """
+    hub = _open(address, namespace, token, tls, timeout, transport, progress, consistency)
+    open_hubs.add(hub.place, hub)
+    return hub
+
+
+def _open(
+    address: str,
+    namespace: str,
+    token: str | None,
+    tls: bool | str | os.PathLike[str] | TLS | None,
+    timeout: float,
+    transport: str,
+    progress: ProgressCallback | None,
+    consistency: str,
+) -> Hub:
     where = parse_addresses(address)
     if not (is_finite(timeout) and 0 < timeout <= MAX_SECONDS):
         raise InvalidConfiguration(
@@ -110,9 +125,7 @@ def connect(
         exchange = ClusterTransport(Cluster(str(address), named, float(timeout), make, way, find))
     else:
         exchange = make(where[0], Deadline(float(timeout)))
-    hub = Hub(exchange, checked, attach_again, strong=consistency == "strong")
-    open_hubs.add(hub.place, hub)
-    return hub
+    return Hub(exchange, checked, attach_again, strong=consistency == "strong")
 
 
 def _is_name(address: Address) -> bool:
@@ -169,12 +182,8 @@ def attach_again(
     """Return a handle of the layer that a pickled one was of; its calls raise LayerNotFound if that is gone."""
     hub = open_hubs.find(
         place,
-        lambda: connect(
-            place.address,
-            namespace=place.namespace,
-            timeout=place.timeout,
-            transport=place.transport,
-            consistency=place.consistency,
+        lambda: _open(
+            place.address, place.namespace, None, None, place.timeout, place.transport, None, place.consistency
         ),
     )
     return hub.attach(layer_pb2.LayerRef.FromString(ref), config, handling, inplace, train)

@@ -80,6 +80,11 @@ class _Member:
                     self._exchange = self._make(self.address, Deadline(min(_SILENCE_SECONDS, left.left())))
                 except DeadlineExceeded as error:  # which was not the call's
                     raise ServerUnavailable(error.message, error.metadata) from error
+                if self.ended.is_set():  # while it connected
+                    made, self._exchange = self._exchange, None
+                    made.connection.close()
+                    made.close()
+                    raise ServerUnavailable(f"the server at {self.address.text} is none of this hub's any more")
             return self._exchange
 
     def mark_down(self, why: str) -> None:

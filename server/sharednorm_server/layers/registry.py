@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from sharednorm.errors import DataLoss, LayerNotFound, LimitExceeded
 from sharednorm_server.layers.idempotency import DEFAULT_MAX_SESSIONS, IdempotencyTable
@@ -91,12 +91,15 @@ class LayerRegistry:
         return LayerInDomain(layer, key.domain) if key.domain else layer
 
     def _find(self, key: LayerKey) -> StoredLayer:
-        layer = self._layers.get(key)
-        if layer is None:
+        there = self._layers.get(key)
+        if there is None:
             with self._alone(key):
-                layer = self._open(key)
-        elif self._shared is not None:
-            layer = self._revalidated(layer, key)
+                there = self._layers.get(key)  # another thread has opened it, perhaps a while ago
+                layer = self._open(key) if there is None else there
+        else:
+            layer = there
+        if there is not None and self._shared is not None:
+            layer = self._revalidated(there, key)
         if layer is None:
             raise self._missing(key)
         if key.uid and key.uid != layer.key.uid:
@@ -115,33 +118,49 @@ class LayerRegistry:
         return layer
 
     def create(self, key: LayerKey, make: Callable[[], LayerRecord]) -> tuple[LayerRecord, bool]:
-        """Return the record of a layer, and whether this call made it; only then is `make` called.
+        """Return the record of a layer, and whether this call created it.
+
+        Args:
+            key: Its name.
+            make: Returns the record of a new layer.
 
         Raises:
-            LimitExceeded: It would be made, and its namespace has as many as it may have.
+            LimitExceeded: It would be created, and its namespace has as many as it may have.
         """
         while True:
             layer = self._layers.get(key)
-            if layer is not None and layer.revalidate(strong=True):
-                return layer.committed(), False
+            with suppress(LayerNotFound):  # it is being deleted
+                if layer is not None and layer.revalidate(strong=True):
+                    return layer.committed(), False
             with self._alone(key):
                 self._forget(key, layer)
-                layer = self._layers.get(key)
-                # A store of one server knows all names, so that it need not be asked before.
-                if layer is None and (self._shared is not None or self._is_full(key.namespace)):
-                    layer = self._open(key)
-                if layer is not None:
-                    return layer.committed(), False
-                record = make()
+                if self._layers.get(key) is None:  # else another thread has opened it
+                    record = self._create(key, make)
+                    if record is not None:
+                        return record
+            # Another server has deleted it meanwhile, or it has to be seen whether the copy is new enough.
+
+    def _create(self, key: LayerKey, make: Callable[[], LayerRecord]) -> tuple[LayerRecord, bool] | None:
+        """Create a layer that is not in memory, or open it; None: it is gone again. Only while holding the name."""
+        # A store of one server knows all names, so that it need not be asked before.
+        layer = None if self._shared is None else self._open(key)
+        if layer is None:
+            record = make()
+            try:
                 with self._reserved(key.namespace):
                     created = self._store.create(record)
+            except LimitExceeded:
+                layer = self._open(key)
+                if layer is None:
+                    raise
+            else:
                 if created:
                     self._add(key, record, new=True)
                     return record, True
                 layer = self._open(key)
-                if layer is not None:
-                    return layer.committed(), False
-            # Another server has deleted it meanwhile.
+        with suppress(LayerNotFound):
+            return None if layer is None else (layer.committed(), False)
+        return None
 
     def delete(self, key: LayerKey) -> Layer:
         """Forget a layer with all its domains, and return what it was.
@@ -209,6 +228,8 @@ class LayerRegistry:
         finally:
             with self._room:
                 self._creating[namespace] -= 1
+                if not self._creating[namespace]:
+                    del self._creating[namespace]
                 self._room.notify_all()
 
     def _require_room(self, namespace: str) -> None:
@@ -220,20 +241,25 @@ class LayerRegistry:
             )
 
     def _revalidated(self, layer: StoredLayer, key: LayerKey) -> StoredLayer | None:
-        # What a copy says that is not the newest is not told to somebody who may know better.
-        other = bool(key.uid) and key.uid != layer.key.uid
-        if layer.revalidate(strong=key.strong or other) and (
-            key.seen <= layer.latest.state.version or layer.revalidate(strong=True)
-        ):
-            return layer
-        with self._alone(key):
-            self._forget(key, layer)
-            return self._open(key)
+        # What a copy says that is not the newest is not told to a caller that may know better.
+        found: StoredLayer | None = layer
+        while found is not None:
+            other = bool(key.uid) and key.uid != found.key.uid
+            if found.revalidate(strong=key.strong or other) and (
+                key.seen <= found.latest.state.version or found.revalidate(strong=True)
+            ):
+                return found
+            with self._alone(key):
+                self._forget(key, found)
+                found = self._layers.get(key)
+                if found is None:
+                    return self._open(key)
+        return None
 
     def _forget(self, key: LayerKey, layer: StoredLayer | None) -> None:
         with self._lock:
             if layer is not None and self._layers.get(key) is layer:
-                del self._layers[key]
+                self._layers.pop(key, None)  # what another server has deleted goes without the lock
 
     def _changed(self, key: LayerKey | None, deleted: bool) -> None:
         # By another server. No lock is taken here: whoever has one may wait for the store, which calls this.

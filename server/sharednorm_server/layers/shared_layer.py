@@ -20,7 +20,7 @@ from sharednorm_server.layers.layer import lost
 from sharednorm_server.layers.stored_layer import StoredLayer
 from sharednorm_server.observability.instrumentation import STORE, spending
 from sharednorm_server.store.base import LayerKey, LayerRecord, Look, SharedStore
-from sharednorm_server.store.records import CallKey, LastChange
+from sharednorm_server.store.records import NUMBER_BYTES, CallKey, LastChange
 from sharednorm_server.store.snapshots import SnapshotPolicy
 
 # Each loss is a step that another server has taken; so many in a row are seen only where servers fight for one layer.
@@ -148,6 +148,8 @@ class SharedLayer(StoredLayer):
         That server may only be slow. What it commits from now on is made of a record that is not the newest, and before
         it tries again, it reads what is kept here.
         """
+        if not self._shared.session_opened(int.from_bytes(session[:NUMBER_BYTES], "big")):
+            return None  # a number that was made up would, once it is forgotten, make others look forgotten
 
         def act(record: LayerRecord) -> LastChange | None:
             self._learn(session)

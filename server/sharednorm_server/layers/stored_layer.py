@@ -143,9 +143,16 @@ class ExclusiveLayer(StoredLayer):
             _wait(handle)
 
     def attempt(self, act: Callable[[LayerRecord], T]) -> T:
-        """Hold the layer, and act on its current record; wait until what that has committed is in the store."""
-        with self.exclusive() as record:
-            return act(record)
+        """Hold the layer, and act on its current record; wait until what is current then is in the store.
+
+        That is what it has committed; or what another call has, on which its answer may depend.
+        """
+        with self._lock:
+            found = act(self.latest)
+            _, handle = self._now
+        if handle is not None:
+            _wait(handle)
+        return found
 
     def end_session(self, session: bytes, ended: Callable[[LastChange | None], LastChange]) -> LastChange | None:
         """Return the last change of a session of another server, which has ended with its process."""
@@ -171,9 +178,9 @@ class ExclusiveLayer(StoredLayer):
             self.take_snapshot(record)
 
     def revalidate(self, *, strong: bool) -> bool:
-        """Return True: no other server changes the layer."""
+        """Return whether the layer is there: no other server changes it."""
         del strong
-        return True
+        return self._now[0] is not None
 
 
 def _wait(handle: CommitHandle) -> None:

@@ -239,6 +239,10 @@ class RedisConnection:
                 self._fail(_words(error))
                 unknown = self._refused(f"{_words(error)}, in the middle of a command, which it may have done or not")
                 return [unknown] * len(commands)
+            except Exception as error:  # noqa: BLE001 - a defect, or no memory: other threads' commands are in here, too
+                _log.exception("a command to the store failed here")
+                self._fail(f"{type(error).__name__} in this server")
+                return [self._refused(f"{type(error).__name__} in this server")] * len(commands)
             self.commands += len(commands)
             self.pieces += 1
             self.seconds += time.perf_counter() - began
@@ -310,7 +314,7 @@ class RedisConnection:
                 self._complaint = ""
                 _log.warning("the store %s takes changes again", self._where)
                 self._on_trouble("")
-        except StoreUnavailable:
+        except (StoreUnavailable, redis.ResponseError):  # the latter where ROLE is not allowed: then it is not known
             return
         if role and role[0] != b"master":
             with self._using:
