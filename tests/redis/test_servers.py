@@ -462,3 +462,15 @@ def test_one_that_fails_over_to_an_older_replica(own: RedisProcess, tmp_path: Pa
     assert lazy.push_moments(replace(KEY, seen=6), True, moments(10)).version == 7
     for each in (service, lazy):
         each.close()
+
+
+def test_a_session_that_was_never_given_makes_no_other_look_forgotten(redis_process: RedisProcess) -> None:
+    store = RedisStore(redis_process.url("invented"), max_sessions=2)
+    service = LayerService(store, Placement(CpuDevice(arithmetic("numpy"))), 1 << 20, max_sessions=2)
+    create(service)
+    for number in range(5):
+        assert service.end_together(KEY, ((1 << 52) + number).to_bytes(8, "big") + bytes(8)) is None
+    session = service.open_session() + bytes(8)
+    record, replayed = service.set_train(KEY, False, CallKey(session, 1))
+    assert (record.train, replayed) == (False, False)
+    service.close()

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 
 import sharednorm
 from sharednorm.core.layer_config import LayerConfig
-from sharednorm.core.state import initial_state
+from sharednorm.core.state import Moments, StateUpdate, initial_state
 from sharednorm.core.types import LayerKind
 from sharednorm.errors import LayerNotFound, LimitExceeded, SnapshotNotFound, StoreFailed
 from sharednorm_server.config.options import ServerConfig
@@ -25,7 +26,7 @@ from sharednorm_server.store.memory import MemoryStore
 from sharednorm_server.store.sqlite.store import SqliteStore
 from tests.support.oracle import random_tensor
 from tests.support.processes.server import in_process
-from tests.support.service import KEY, create, new_service
+from tests.support.service import KEY, MAPS, create, new_service
 
 CONFIG = LayerConfig(LayerKind.BATCH_NORM_2D, 2)
 SECONDS = 10
@@ -252,3 +253,61 @@ def test_steps_do_not_wait_while_a_snapshot_is_read(threads: ThreadPoolExecutor)
     finally:
         Reading.go_on.set()
     assert isinstance(rollback.exception(SECONDS), (SnapshotNotFound, type(None)))
+
+
+def test_a_layer_that_is_there_is_found_where_there_is_room_for_none(store: HeldStore) -> None:
+    LayerRegistry(store).create(key("a"), make("a"))
+    restarted = LayerRegistry(store, max_layers=1)
+    assert restarted.create(key("a"), make("a"))[1] is False
+    with pytest.raises(LimitExceeded):
+        restarted.create(key("b"), make("b"))
+
+
+def test_a_layer_that_is_being_deleted_is_not_attached_to(store: HeldStore, threads: ThreadPoolExecutor) -> None:
+    registry = LayerRegistry(store)
+    old, _ = registry.create(key("a"), make("a"))
+    with store.held():
+        deletion = threads.submit(registry.delete, key("a"))
+        until(lambda: "-a" in store.begun)
+        creation = threads.submit(registry.create, key("a"), make("a"))
+    deletion.result(SECONDS)
+    record, created = creation.result(SECONDS)
+    assert (record is old) != created  # it came before the deletion, or after it
+
+
+def test_nothing_is_left_of_names_and_namespaces(store: HeldStore) -> None:
+    registry = LayerRegistry(store)
+    for number in range(10):
+        one = LayerKey(f"namespace {number}", "a")
+        registry.create(one, lambda one=one: LayerRecord(one, CONFIG, make("a")().state))  # type: ignore[misc]
+        registry.delete(one)
+    assert (len(registry._creating), len(registry._openings), registry.alive()) == (0, 0, [])
+
+
+@pytest.mark.parametrize("what", ["merge", "domain"])
+def test_a_repeated_change_is_answered_when_the_first_one_is_committed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: ThreadPoolExecutor, what: str
+) -> None:
+    with in_process(ServerConfig(state=f"sqlite://{tmp_path}")) as server:
+        service = server._service
+        create(service)
+        layer_store = service._store
+        assert isinstance(layer_store, SqliteStore)
+
+        def change() -> object:
+            if what == "merge":
+                return service.merge_statistics(KEY, b"delta", Moments(8, np.zeros(MAPS), np.ones(MAPS)))
+            return service.create_domain(replace(KEY, domain="site"), StateUpdate())
+
+        commits = HeldCommits(layer_store, monkeypatch)
+        commits.free.clear()
+        try:
+            first = threads.submit(change)
+            until(lambda: commits.commits == 1)
+            again = threads.submit(change)
+            time.sleep(0.05)
+            assert not again.done()
+        finally:
+            commits.free.set()
+        assert first.result(SECONDS)[1] is True  # type: ignore[index]
+        assert again.result(SECONDS)[1] is False  # type: ignore[index]
