@@ -50,7 +50,7 @@ FIELDS: Mapping[str, str] = {
     **dict.fromkeys(("SavedForward.mode", "SavedForward.mean", "SavedForward.var"), _EVALUATION),
     **dict.fromkeys(("Hello.namespace", "Hello.token"), _BY_GRPC),
 }
-"""Fields of requests, and what to do without them. What is set is refused; the default value is as good as unset."""
+"""Fields of requests, and what to do without them. A field that is on the wire is refused, whatever its value."""
 
 METHODS: Mapping[str, str] = {
     "BatchCreateLayers": "use CreateLayer",
