@@ -185,6 +185,10 @@ class _RLock:
         self._lock.release()
         _held.locks.remove(self)
 
+    def locked(self) -> bool:
+        """Return whether a thread holds it, as a condition of Python 3.14 asks; those before have no such method."""
+        return bool(self._lock.locked())
+
     def __enter__(self) -> bool:
         return self.acquire()
 
