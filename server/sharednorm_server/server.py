@@ -216,9 +216,8 @@ def serve(config: ServerConfig, service: LayerService) -> RunningServer:
         interceptors=[AdmissionInterceptor(SERVICE_NAME, tokens, pool, config.max_concurrent_rpcs, watcher)],
         options=_options(config),
     )
-    movers = TransferScheduler(
-        max(1, processors() // 2)
-    )  # of each, the other half of the work is with whoever sends and receives
+    # Half of the processors: the other half of a transfer's work is in the threads that send and receive.
+    movers = TransferScheduler(max(1, processors() // 2))
     servicer = Servicer(service, GroupCalls(service, groups), Limits(config.max_tensor_bytes), movers)
     grpc_server.add_generic_rpc_handlers([servicer.handlers(pool, waiting, watcher, tokens)])
     status = health.HealthServicer()

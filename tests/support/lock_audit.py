@@ -4,7 +4,7 @@ Such a lock makes every thread that wants it wait as well, for something that it
 SHAREDNORM_LOCK_AUDIT=1, `tests/conftest.py` calls `install` before the library is imported. From then on locks that
 modules of sharednorm and sharednorm_server create are recorded, and each wait of a thread that holds one is a finding:
 a pair of a lock and a kind of wait. Findings fail the run, except those that `lock_audit_allowed.ALLOWED` has a reason
-for. A wait for one of those locks is a wait of its own kind: whoever holds another lock there waits just as long.
+for. A wait for one of those locks is a wait of its own kind: a thread that holds another lock there waits just as long.
 
 A server process of a test is started by `python -m tests.support.lock_audit sharednorm_server ...`; its findings come
 back in a file.

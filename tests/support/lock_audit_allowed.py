@@ -77,7 +77,7 @@ ALLOWED: dict[str, tuple[Allowed, ...]] = {
     ),
     _STOPPING: (
         _allowed(
-            "Whoever stops a server that is being stopped waits until it has.", *_STORE, "sleep", "wait", "open file"
+            "A second call that stops the server waits until it has stopped.", *_STORE, "sleep", "wait", "open file"
         ),
     ),
     "sharednorm_server.auth.tokens:TokenFile._lock": (
@@ -131,4 +131,4 @@ SIGNALS = frozenset({
     "sharednorm_server.store.redis.connection:_Request._signal",
     "sharednorm_server.device.cuda.task_queue:TaskQueue._wake",
 })  # fmt: skip
-"""Locks by which one thread wakes another: they guard nothing, and nobody waits for whoever "holds" one."""
+"""Locks by which one thread wakes another: they guard nothing, and no thread waits for the holder of one."""

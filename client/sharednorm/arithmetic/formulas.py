@@ -29,7 +29,7 @@ def merge(parts: Sequence[Moments]) -> Moments:
         raise ValueError("there are no moments to merge (expected: at least one)")
     count = parts[0].count
     mean, m2 = parts[0].mean.astype(np.float64), parts[0].m2.astype(np.float64)
-    # A non-finite channel stays non-finite without a warning: whoever asked for the moments decides about it.
+    # A non-finite channel stays non-finite without a warning: the caller decides about it.
     with np.errstate(over="ignore", invalid="ignore"):
         for part in parts[1:]:
             total = count + part.count

@@ -143,7 +143,7 @@ class OpenHubs:
         self._own: dict[HubSpec, Hub] = {}
 
     def add(self, place: HubSpec, hub: Hub) -> None:
-        """Remember a hub, for as long as somebody else holds it."""
+        """Remember a hub, for as long as it is referenced elsewhere."""
         with self._lock:
             self._drop_parents()
             self._known[place] = hub

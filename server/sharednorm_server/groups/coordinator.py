@@ -257,7 +257,7 @@ class Synchronizer:
             if found is not None:
                 return found
             old = self._by_name.get(key)
-            if old is not None:  # nobody is in it: it may begin anew with other settings
+            if old is not None:  # it has no members: it may begin anew with other settings
                 self._drop(key, old)
             if len(self._by_name) >= MAX_GROUPS:
                 self._make_room()

@@ -118,7 +118,7 @@ class LayerCatalog:
         return [(namespace, self._store.count(namespace)) for namespace in self._store.namespaces()]
 
     def alive(self) -> Sequence[Layer]:
-        """Return the layers that somebody has asked for since the server was started, in no order."""
+        """Return the layers that a call has asked for since the server was started, in no order."""
         return self._layers.alive()
 
     def delete_layer(self, key: LayerKey) -> Layer:

@@ -210,7 +210,7 @@ def not_found(key: LayerKey) -> LayerNotFound:
 
 
 def lost(key: LayerKey) -> DataLoss:
-    """Return the error for a layer that is not there, and that nobody has deleted."""
+    """Return the error for a layer that is not there, and was not deleted."""
     return DataLoss(
         f"{key} is gone, and nobody has deleted it: the store has lost it (expected: its newest state in place; or a "
         "new layer)",

@@ -72,7 +72,7 @@ class LayerRegistry:
         return self._steps
 
     def alive(self) -> list[StoredLayer]:
-        """Return the layers that somebody has asked for since the server was started, in no order."""
+        """Return the layers that a call has asked for since the server was started, in no order."""
         with self._lock:
             return list(self._layers.values())
 
@@ -84,7 +84,7 @@ class LayerRegistry:
         """Return a layer, seen in the key's domain, which may not be there.
 
         Raises:
-            DataLoss: It is older than whoever asks has been told, or is gone and was not deleted.
+            DataLoss: It is older than the caller has been told, or is gone and was not deleted.
             LayerNotFound: There is none of that name, or it is not the one that the key's `uid` means.
         """
         layer = self._find(key)
@@ -262,7 +262,7 @@ class LayerRegistry:
                 self._layers.pop(key, None)  # what another server has deleted goes without the lock
 
     def _changed(self, key: LayerKey | None, deleted: bool) -> None:
-        # By another server. No lock is taken here: whoever has one may wait for the store, which calls this.
+        # By another server. No lock is taken here: its holder may wait for the store, which calls this.
         layers = list(self._layers.values()) if key is None else [self._layers.get(key)]
         for layer in layers:
             if isinstance(layer, SharedLayer):

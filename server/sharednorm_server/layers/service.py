@@ -212,7 +212,7 @@ class LayerService(MomentsService):
             InvalidShape, UnsupportedDType, TooFewValues: The layer takes no such input.
             LayerEmpty: The layer has no state yet.
             NonFiniteInput: The batch is not finite, and the layer refuses that.
-            CallCancelled: Nobody waits for the step any more.
+            CallCancelled: The client does not wait for the step any more.
         """
         return self.checked_forward(self.check_forward(call, x.shape), x, wanted, out)
 
@@ -230,7 +230,7 @@ class LayerService(MomentsService):
         Raises:
             UnsupportedDType: The layer takes no such input.
             NonFiniteInput: The batch is not finite, and the layer refuses that.
-            CallCancelled: Nobody waits for the step any more.
+            CallCancelled: The client does not wait for the step any more.
         """
         layer, call = checked.layer, checked.call
         tensor = self._load(layer, x)

@@ -33,7 +33,7 @@ class MomentsService(LayerCatalog):
             LayerEmpty: The layer has no state yet.
             NonFiniteInput: The moments are not finite, and the layer refuses that.
             KeyReused, StepOutOfOrder, SessionExpired: The step cannot be taken under its key.
-            CallCancelled: Nobody waits for the step any more.
+            CallCancelled: The client does not wait for the step any more.
         """
         layer = self._layers.find(key)
 

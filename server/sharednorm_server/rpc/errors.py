@@ -16,7 +16,7 @@ _log = logging.getLogger(__name__)
 
 
 def known_error(name: str, error: Exception) -> SharedNormError:
-    """Return the error that a call ends with; one that nobody meant to raise goes to the log."""
+    """Return the error that a call ends with; one that was not raised on purpose goes to the log."""
     if isinstance(error, SharedNormError):
         return error
     identity = secrets.token_hex(4)

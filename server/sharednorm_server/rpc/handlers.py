@@ -18,10 +18,10 @@ from sharednorm_server.rpc.call_pool import CallPool
 from sharednorm_server.rpc.errors import refuse
 
 Unary = Callable[[bytes, Wanted], bytes]
-"""Makes an answer of a request; may ask whether somebody still waits for it."""
+"""Makes an answer of a request; may ask whether the client still waits for it."""
 
 Stream = Callable[[Iterator[bytes], Wanted, Callable[[], None]], Iterator[bytes]]
-"""Makes answers of requests; may ask whether somebody still waits for them, and say that the requests may come."""
+"""Makes answers of requests; may ask whether the client still waits for them, and say that the requests may come."""
 
 NO_METHOD = "unknown"
 """What a method is called that the contract has not."""

@@ -22,7 +22,7 @@ class AdmissionInterceptor(grpc.ServerInterceptor):
 
     Args:
         service: The full name of the service that is guarded; others are open.
-        tokens: Who may call; None: everybody.
+        tokens: Who may call; None: every client.
         pool: Knows how many calls there are.
         most: Most at a time, those that wait included; but a group's members wait for each other, and are not counted.
         watcher: Is told of those that are refused.

@@ -38,7 +38,7 @@ class LayerKey:
             has it now. Two keys of one name are equal, since never two layers have it.
         domain: Whose statistics are meant; "" for the layer's own. They are of the same layer, so that keys which
             differ in nothing else are equal.
-        seen: In a question, the highest version that whoever asks has been told of.
+        seen: In a question, the highest version that the caller has been told of.
         strong: In a question, whether a copy that another server may have changed since is not good enough.
     """
 
@@ -186,7 +186,7 @@ class Store(Protocol):
         ...
 
     def take_snapshot(self, record: LayerRecord, taken: float, drop: Sequence[int]) -> None:
-        """Keep a copy of a record that was put, unless there is one of its version; whoever waits next, waits for it.
+        """Keep a copy of a record that was put, unless there is one of its version; the next wait covers it.
 
         Args:
             record: The record.

@@ -1,4 +1,4 @@
-"""Nobody waits for a lock while its holder waits for the server, unless for the same answer: the client's side."""
+"""No thread waits for a lock while its holder waits for the server, unless for the same answer: the client's side."""
 
 from __future__ import annotations
 

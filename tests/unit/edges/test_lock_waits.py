@@ -1,4 +1,4 @@
-"""Nobody waits for a lock while its holder waits for the store, a file or a slow client: the server's side."""
+"""No thread waits for a lock while its holder waits for the store, a file or a slow client: the server's side."""
 
 from __future__ import annotations
 
